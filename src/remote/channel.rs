@@ -28,7 +28,7 @@ const ENOUGH: usize = 1 << 20;
 /// Bytes that are read at once.
 const AT_ONCE: usize = 128 << 10;
 
-/// What has come from the other side.
+/// A message or data from the other side.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Frame {
     /// A message.

@@ -6,15 +6,13 @@ use std::io::{Read, Seek};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
-use ring::digest::{SHA256, digest};
-
 use crate::error::{Attempt, Error, Result};
 use crate::image::packer::inheritable;
 use crate::jail::arguments::NAME;
 use crate::jailer::open;
 use crate::remote::connection::{Connection, Heed, finish};
-use crate::remote::transfer::hexadecimal;
 use crate::sys::architecture::Architecture;
+use crate::transfer::checksum::sha256_of;
 
 /// Directory of the programs on a node. `customize` keeps changes there too, and others must not look into it.
 const PLACE: &str = "/var/lib/ims-sshd";
@@ -76,11 +74,11 @@ pub(crate) fn provide(connection: &Connection, heed: Heed<'_>) -> Result<String>
         let attempted = || format!("read {}", program.display());
         let from = programs.len();
         File::open(&program).and_then(|mut file| file.read_to_end(&mut programs)).attempt(attempted)?;
-        digests.push(hexadecimal(digest(&SHA256, &programs[from..]).as_ref()));
+        digests.push(sha256_of(&programs[from..]));
         first = if from == 0 { programs.len() } else { first };
     }
     let list = format!("{}  ims-sshd\n{}  {NAME}\n", digests[0], digests[1]);
-    let name = hexadecimal(digest(&SHA256, list.as_bytes()).as_ref());
+    let name = sha256_of(list.as_bytes());
     let arguments = [name.as_str(), &digests[0], &digests[1], &first.to_string(), &TIME_TO_TAKE.as_secs().to_string()];
 
     let attempted = || format!("look at the build node {}", connection.host());

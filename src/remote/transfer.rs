@@ -1,6 +1,5 @@
 //! Files on a channel: sent with their length before and their digest after, and accepted only if both fit.
 
-use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{Read, Write};
 
@@ -9,6 +8,7 @@ use ring::digest::{Context, SHA256};
 use crate::error::{Attempt, Error, Result};
 use crate::remote::channel::Channel;
 use crate::remote::message::{Message, Part};
+use crate::transfer::checksum::hex;
 
 /// Bytes that are read at once.
 const CHUNK: usize = 256 << 10;
@@ -44,7 +44,7 @@ impl Sending {
         if self.left > 0 {
             return Ok(false);
         }
-        channel.say(&Message::Sum { sha256: hexadecimal(self.digest.clone().finish().as_ref()) });
+        channel.say(&Message::Sum { sha256: hex(self.digest.clone().finish().as_ref()) });
         Ok(true)
     }
 }
@@ -88,7 +88,7 @@ impl Receiving {
         if self.left > 0 {
             return refused("it was cut off");
         }
-        if hexadecimal(self.digest.finish().as_ref()) != sha256 {
+        if hex(self.digest.finish().as_ref()) != sha256 {
             return refused("it was altered on the way: its SHA-256 differs");
         }
         self.file.sync_all().attempt(|| receiving(self.part))?;
@@ -100,14 +100,6 @@ fn receiving(part: Part) -> String {
     format!("receive the {}", part.name())
 }
 
-/// The bytes as hexadecimal digits.
-pub(crate) fn hexadecimal(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -116,7 +108,7 @@ mod tests {
     fn receive(announced: u64, data: &[&[u8]], sum: &[u8]) -> Result<Part> {
         let mut receiving = Receiving::begin(Part::Image, announced, tempfile::tempfile().unwrap())?;
         data.iter().try_for_each(|data| receiving.take(data))?;
-        receiving.finish(&hexadecimal(digest(&SHA256, sum).as_ref()))
+        receiving.finish(&hex(digest(&SHA256, sum).as_ref()))
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Expected and actual checksums of a file.
 
+use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::sync::Arc;
@@ -89,7 +90,7 @@ impl Sums {
     /// Compares them; the error names the one that differs.
     pub(crate) fn check(&self, expected: &Expected) -> std::result::Result<(), String> {
         let md5 = self.md5.clone().map(|sum| format!("{:x}", sum.finalize()));
-        let sha256 = self.sha256.clone().map(|sum| hex(&sum.finish()));
+        let sha256 = self.sha256.clone().map(|sum| hex(sum.finish().as_ref()));
         for (kind, sum, expected) in [("MD5", md5, &expected.md5), ("SHA-256", sha256, &expected.sha256)] {
             if let (Some(sum), Some(expected)) = (sum, expected)
                 && !expected.eq_ignore_ascii_case(&sum)
@@ -103,11 +104,15 @@ impl Sums {
 
 /// SHA-256 of `text`, in hexadecimal.
 pub(crate) fn sha256_of(text: &[u8]) -> String {
-    hex(&digest::digest(&digest::SHA256, text))
+    hex(digest::digest(&digest::SHA256, text).as_ref())
 }
 
-fn hex(sum: &digest::Digest) -> String {
-    sum.as_ref().iter().fold(String::new(), |text, byte| format!("{text}{byte:02x}"))
+/// The bytes as hexadecimal digits.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
 }
 
 /// Pieces of a file that wait for the second checksum.
@@ -133,7 +138,7 @@ pub(crate) fn sums_of(work: &Work, file: &File, what: &str) -> Result<(String, S
         })?;
         drop(pieces);
         let sha256 = hashing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        Ok((format!("{:x}", md5.finalize()), hex(&sha256)))
+        Ok((format!("{:x}", md5.finalize()), hex(sha256.as_ref())))
     })
 }
 
