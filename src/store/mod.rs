@@ -1,4 +1,5 @@
-//! A store of images, by URL: `s3://bucket[/prefix]` or a directory.
+//! A store of images, by URL: `s3://bucket[/prefix]` or a directory; or a bucket in a directory, which the service of one
+//! machine has in place of a server.
 
 pub(crate) mod bucket;
 pub(crate) mod directory;
@@ -111,6 +112,16 @@ impl Store {
             // The crate panics on characters that are invalid in a URL.
             if bucket.is_empty() || !bucket.chars().all(|c| c.is_ascii_alphanumeric() || ".-_".contains(c)) {
                 return Err(refuse());
+            }
+            if let Some(buckets) = settings.endpoint.as_deref().and_then(|url| url.strip_prefix(place::DIRECTORY)) {
+                // No bucket begins with a dot; in a directory such names lead elsewhere, or are hidden.
+                if !prefix.is_empty() || bucket.starts_with('.') {
+                    return Err(refuse());
+                }
+                let named = std::path::Path::new(buckets).join(bucket);
+                let directory = Directory::open(&named).attempt(|| format!("open the store {}", named.display()))?;
+                let (objects, url) = (Objects::Directory(Arc::new(directory)), format!("s3://{bucket}"));
+                return Ok(Self { objects, prefix: Path::default(), url });
             }
             let (builder, connector) = s3(bucket, settings, network)?;
             let objects = Objects::S3 {
@@ -472,6 +483,11 @@ pub(crate) async fn sign(bucket: &str, key: &str, settings: &Place, network: &Ne
 
 /// Builder of a client for a bucket.
 fn s3(bucket: &str, settings: &Place, network: &Network) -> Result<(AmazonS3Builder, Connector)> {
+    if settings.endpoint.as_deref().is_some_and(|url| url.starts_with(place::DIRECTORY)) {
+        return Err(Error::bad_input(format!(
+            "S3_ENDPOINT is a directory: name a file in it, not one in s3://{bucket}"
+        )));
+    }
     let Some((access, secret)) = &settings.keys else {
         return Err(Error::bad_input(
             "the store's keys are not set: expected S3_ACCESS_KEY and S3_SECRET_KEY, \

@@ -10,7 +10,7 @@ use std::time::Duration;
 pub struct Place {
     /// `IMAGE_STORE`, else the bucket `S3_BUCKET`, as URL.
     pub url: Option<String>,
-    /// `S3_ENDPOINT`, else `AWS_ENDPOINT_URL_S3`, else `AWS_ENDPOINT_URL`.
+    /// `S3_ENDPOINT`, else `AWS_ENDPOINT_URL_S3`, else `AWS_ENDPOINT_URL`; only the first may be a directory.
     pub(crate) endpoint: Option<String>,
     /// `S3_ACCESS_KEY` and `S3_SECRET_KEY`, else `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`.
     pub(crate) keys: Option<(String, String)>,
@@ -31,7 +31,7 @@ const SHORTEST_KEY: usize = 16;
 
 pub(crate) fn read(reader: &mut Reader) -> Place {
     let store = reader.text("IMAGE_STORE");
-    let endpoint = url(reader, "S3_ENDPOINT");
+    let endpoint = endpoint(reader, "S3_ENDPOINT");
     let bucket = reader.text("S3_BUCKET").or_else(|| endpoint.is_some().then(|| DEFAULT_BUCKET.into()));
     let endpoint = endpoint.or_else(|| ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"].iter().find_map(|n| url(reader, n)));
     let [ours, aws] = [("S3_ACCESS_KEY", "S3_SECRET_KEY"), ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")]
@@ -72,6 +72,15 @@ pub(crate) fn read(reader: &mut Reader) -> Place {
         region,
         validate,
     }
+}
+
+/// Beginning of an endpoint that is a directory with a directory for each bucket, in place of a server.
+pub(crate) const DIRECTORY: &str = "file://";
+
+/// URL of a server, or of a directory.
+fn endpoint(reader: &mut Reader, variable: &str) -> Option<String> {
+    let is_directory = |url: &String| url.starts_with(DIRECTORY) && url[DIRECTORY.len()..].starts_with('/');
+    reader.text(variable).filter(is_directory).or_else(|| url(reader, variable))
 }
 
 /// Reads two variables that are only useful together.

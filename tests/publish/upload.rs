@@ -781,3 +781,36 @@ fn unknown_job_is_refused_before_anything_is_fetched_or_uploaded() {
         assert!(ims.state().images.is_empty() && ims.state().changes.is_empty(), "{arguments:?}: {said}");
     }
 }
+
+#[test]
+fn bucket_in_a_directory_has_links_like_those_of_a_server() {
+    let (dir, tree, squashfs) = packed_image();
+    let (ims, buckets) = (ImsServer::start(), dir.path().join("buckets"));
+    std::fs::create_dir(&buckets).unwrap();
+    let mut variables = ims.variables();
+    variables.extend([("S3_ENDPOINT", format!("file://{}", buckets.display())), ("IMS_JOB_ID", String::new())]);
+    let upload = |variables: &[(&str, String)]| {
+        let mut upload = ims_sshd(&["upload", "--name", "compute", "--archive"], variables);
+        upload.args([&squashfs, &tree]).current_dir(dir.path()).output().unwrap()
+    };
+    let output = upload(&variables);
+    let said = text(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    let report = report(&output);
+    let (record, id) = (&report["ims_image_record"], report["ims_image_record"]["id"].as_str().unwrap());
+    assert_eq!(record["link"]["path"], format!("s3://boot-images/{id}/manifest.json"));
+    assert_eq!(record["link"]["type"], "s3");
+    let manifest = std::fs::read(buckets.join(format!("boot-images/{id}/manifest.json"))).unwrap();
+    let manifest: serde_json::Value = serde_json::from_slice(&manifest).unwrap();
+    for artifact in manifest["artifacts"].as_array().unwrap() {
+        let path = artifact["link"]["path"].as_str().unwrap().strip_prefix("s3://").unwrap();
+        assert_eq!(artifact["link"]["type"], "s3");
+        assert_eq!(artifact["md5"], md5(&std::fs::read(buckets.join(path)).unwrap()), "{path}");
+    }
+    for bucket in ["..", ".hidden", "boot-images/prefix"] {
+        variables.push(("IMAGE_STORE", format!("s3://{bucket}")));
+        let output = upload(&variables);
+        assert_eq!(output.status.code(), Some(2), "{bucket}: {}", text(&output.stderr));
+    }
+    assert_eq!(std::fs::read_dir(&buckets).unwrap().count(), 1);
+}
