@@ -5,12 +5,14 @@ ARG BASE_IMAGE=debian:bookworm-slim
 
 FROM ${RUST_IMAGE} AS build
 WORKDIR /src
-# The crates are compiled with empty programs, in a layer that a change of the sources leaves as it is. Of the tests' package cargo reads
-# the manifest; it stays empty.
+# The crates are compiled with empty programs, in a layer that a change of the sources leaves as it is. Of the packages of the tests and of the service
+# cargo reads the manifests; they stay empty.
 COPY .cargo .cargo
 COPY Cargo.toml Cargo.lock ./
 COPY tests/testbed/Cargo.toml tests/testbed/
-RUN mkdir -p src/bin tests/testbed/src && touch src/lib.rs tests/testbed/src/lib.rs \
+COPY service/Cargo.toml service/
+RUN mkdir -p src/bin service/src tests/testbed/src && touch src/lib.rs service/src/lib.rs tests/testbed/src/lib.rs \
+    && echo 'fn main() {}' > service/src/main.rs \
     && echo 'fn main() {}' | tee src/bin/ims-jail-shell.rs > src/bin/ims-sshd.rs \
     && cargo build --release --locked --bins
 COPY . .

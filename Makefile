@@ -18,7 +18,7 @@ DEMO_PACKAGES := mmdebstrap busybox-static cpio
 TEST_PACKAGES := $(RUN_PACKAGES) $(DEMO_PACKAGES) squashfs-tools-ng rsync python3-paramiko strace bindfs \
 	acl attr fish git less libcap2-bin man-db screen sshfs sudo tmux vim zsh \
 	qemu-user-static rpm musl-tools \
-	podman runc catatonit ansible curl python3-venv bzip2 xz-utils zstd openssl
+	podman runc catatonit ansible curl python3-venv bzip2 xz-utils zstd openssl postgresql
 # Kubernetes' schemas, the newest ansible-core that runs on Debian's Python and manages it, an S3 server.
 TEST_PYTHON_PACKAGES := kubernetes-validate==1.37.0 ansible-core==2.19.14 'moto[s3,server]==5.2.1'
 # kiwi-ng, and the package managers that it builds by.
@@ -44,10 +44,10 @@ SOURCES := $(shell find src sshd_config.d .cargo -type f) Cargo.toml Cargo.lock 
 ifdef TEST
 TEST_PROGRAMS := $(shell tests/programs-with-test $(call quoted,$(TEST)))
 else
-TEST_PROGRAMS := lib deploy squashfs suite publish recipe remote pod
+TEST_PROGRAMS := lib deploy squashfs suite publish recipe remote service pod
 endif
-NEEDED := $(if $(filter squashfs suite publish recipe remote pod,$(TEST_PROGRAMS)),install-test test-roots) \
-	$(if $(filter deploy suite publish recipe remote pod,$(TEST_PROGRAMS)),test-python) \
+NEEDED := $(if $(filter squashfs suite publish recipe remote service pod,$(TEST_PROGRAMS)),install-test test-roots) \
+	$(if $(filter deploy suite publish recipe remote service pod,$(TEST_PROGRAMS)),test-python) \
 	$(if $(filter recipe,$(TEST_PROGRAMS)),test-recipes) $(if $(filter pod,$(TEST_PROGRAMS)),test-containers)
 
 .PHONY: help run build install uninstall check test bench image clean tools demo test-roots test-python test-recipes test-containers \
@@ -99,12 +99,12 @@ uninstall:
 
 check: tools
 	cargo fmt --check
-	cargo clippy --locked --all-targets -- -D warnings
-	cargo $(AS_ROOT) test --locked --lib
+	cargo clippy --locked --all-targets --workspace -- -D warnings
+	cargo $(AS_ROOT) test --locked --workspace --lib
 
 test: tools $(NEEDED)
 	$(if $(TEST_PROGRAMS),,@echo "no test's name contains" $(call quoted,$(TEST)) >&2; exit 1)
-	IMS_SSHD_CACHE=$(call quoted,$(CACHE)) cargo $(AS_ROOT) test --locked \
+	IMS_SSHD_CACHE=$(call quoted,$(CACHE)) cargo $(AS_ROOT) test --locked --workspace \
 		$(if $(TEST),$(patsubst %,--test %,$(filter-out lib,$(TEST_PROGRAMS))) $(if $(filter lib,$(TEST_PROGRAMS)),--lib) $(call quoted,$(TEST)))
 
 test-roots: install-test

@@ -34,7 +34,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
     /// Reports a failed step; `attempted` completes the sentence "cannot …".
-    pub(crate) fn new(attempted: impl Into<String>) -> Self {
+    pub fn new(attempted: impl Into<String>) -> Self {
         Self { attempted: attempted.into(), cause: None, advice: None, kind: Kind::Broken }
     }
 
@@ -51,7 +51,7 @@ impl Error {
 
     /// Adds the message of the system.
     #[must_use]
-    pub(crate) fn because(mut self, cause: impl fmt::Display) -> Self {
+    pub fn because(mut self, cause: impl fmt::Display) -> Self {
         self.cause = Some(cause.to_string());
         self
     }

@@ -40,14 +40,24 @@ const JAIL_SHELL: &[&str] = &["session", "jail", "sys", "error", "printable", "v
 /// Crates that would lengthen its start, or give it threads.
 const TOO_HEAVY: &[&str] = &["tokio", "notify", "clap", "reqwest", "object_store", "tracing_subscriber"];
 
+/// Floors of the service, which is a package of its own.
+const SERVICE_FLOORS: &[&str] = &["client", "serve", "http", "runner", "database", "store", "records", "settings"];
+
+/// Crates of the service that the pod's programs must not link.
+const SERVICE_ONLY: &[&str] = &["axum", "sqlx", "kube"];
+
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("src")
+}
+
+fn service() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("service/src")
 }
 
 /// A file of the library: the path of its module, and its text without comments and unit tests.
 type Files = BTreeMap<Vec<String>, String>;
 
-fn files() -> Files {
+fn files(root: &Path) -> Files {
     fn gather(directory: &Path, module: &[String], files: &mut Files) {
         for entry in fs::read_dir(directory).unwrap().map(Result::unwrap) {
             let path = entry.path();
@@ -62,7 +72,7 @@ fn files() -> Files {
         }
     }
     let mut files = Files::new();
-    gather(&root(), &[], &mut files);
+    gather(root, &[], &mut files);
     files
 }
 
@@ -120,29 +130,36 @@ fn paths(text: &str) -> Vec<Vec<String>> {
     members.iter().flat_map(|member| paths(member.trim())).collect()
 }
 
-fn imports() -> BTreeMap<Vec<String>, BTreeSet<Vec<String>>> {
-    let files = files();
-    files.iter().filter(|(module, _)| module[0] != "bin").map(|(m, text)| (m.clone(), named(text, m, &files))).collect()
+fn imports(root: &Path) -> BTreeMap<Vec<String>, BTreeSet<Vec<String>>> {
+    let files = files(root);
+    let programs = ["bin", "main"];
+    files
+        .iter()
+        .filter(|(module, _)| !programs.contains(&&*module[0]))
+        .map(|(m, text)| (m.clone(), named(text, m, &files)))
+        .collect()
 }
 
-fn floor(module: &[String]) -> usize {
-    let found = FLOORS.iter().position(|floor| *floor == module[0]);
+fn floor(module: &[String], floors: &[&str]) -> usize {
+    let found = floors.iter().position(|floor| *floor == module[0]);
     found.unwrap_or_else(|| panic!("src/{} has no floor: give it one in FLOORS", module[0]))
 }
 
 #[test]
 fn a_file_imports_from_floors_below_its_own() {
     let mut upwards = Vec::new();
-    for (module, imported) in imports() {
-        let above = imported.iter().filter(|i| floor(i) < floor(&module));
-        upwards.extend(above.map(|i| format!("{} imports {}", module.join("::"), i.join("::"))));
+    for (root, floors) in [(root(), FLOORS), (service(), SERVICE_FLOORS)] {
+        for (module, imported) in imports(&root) {
+            let above = imported.iter().filter(|i| floor(i, floors) < floor(&module, floors));
+            upwards.extend(above.map(|i| format!("{} imports {}", module.join("::"), i.join("::"))));
+        }
     }
     assert!(upwards.is_empty(), "{upwards:#?}");
 }
 
 #[test]
 fn no_files_import_each_other_in_a_circle() {
-    let imports = imports();
+    let imports: BTreeMap<_, _> = imports(&root());
     let reached = |from: &Vec<String>| {
         let mut reached = imports[from].clone();
         let mut left: Vec<_> = reached.iter().cloned().collect();
@@ -163,8 +180,8 @@ fn no_files_import_each_other_in_a_circle() {
 
 #[test]
 fn unsafe_code_stands_in_sys_alone() {
-    let elsewhere: Vec<_> = files()
-        .into_iter()
+    let all = files(&root()).into_iter().chain(files(&service()));
+    let elsewhere: Vec<_> = all
         .filter(|(module, text)| {
             module[0] != "sys" && text.split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == "unsafe")
         })
@@ -176,7 +193,7 @@ fn unsafe_code_stands_in_sys_alone() {
 #[test]
 fn the_sessions_program_imports_nothing_heavy() {
     let mut heavy = Vec::new();
-    for (module, text) in files() {
+    for (module, text) in files(&root()) {
         let is_of_it = JAIL_SHELL.contains(&module[0].as_str()) || module == ["bin", "ims-jail-shell"];
         if is_of_it {
             let found = TOO_HEAVY.iter().filter(|name| {
@@ -187,4 +204,17 @@ fn the_sessions_program_imports_nothing_heavy() {
         }
     }
     assert!(heavy.is_empty(), "{heavy:#?}");
+}
+
+#[test]
+fn the_pods_programs_do_not_link_the_service() {
+    let mut tree = std::process::Command::new(env!("CARGO"));
+    tree.args(["tree", "--locked", "--offline", "--package", "ims-sshd", "--edges", "normal", "--prefix", "none"]);
+    let output = tree.current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap();
+    let crates = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && crates.starts_with("ims-sshd "), "{output:?}");
+    let linked =
+        |name: &&&str| crates.lines().any(|line| line.split(' ').next().unwrap().split('-').next() == Some(**name));
+    let found: Vec<_> = SERVICE_ONLY.iter().filter(linked).collect();
+    assert!(found.is_empty(), "{found:?}");
 }

@@ -1,0 +1,285 @@
+//! Records that outlive a kill and a power failure, in SQLite or PostgreSQL by the same statements.
+//!
+//! A record is kept as the text that a GET answers. Each table has a number that each change of it raises: the first
+//! statement of a change raises it and so locks the table against other changes, also those of other replicas; readers
+//! take it for the version of a list.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::str::FromStr;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use ims_sshd::error::{Error, Result as Started};
+use sqlx::any::{AnyConnectOptions, AnyPoolOptions};
+use sqlx::{Any, AnyPool, Row, Transaction};
+use tokio::sync::OwnedMutexGuard;
+
+use crate::records::{Kind, Location, Record};
+
+mod migrations;
+
+/// Result of a statement.
+pub type Result<T> = std::result::Result<T, sqlx::Error>;
+
+/// Where the records are kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place<'a> {
+    /// A file of SQLite.
+    File(&'a Path),
+    /// A PostgreSQL server.
+    Url(&'a str),
+}
+
+/// The records.
+pub struct Database {
+    pool: AnyPool,
+    /// SQLite has one writer; waiting here is fair and has no timeout.
+    writer: Option<Arc<tokio::sync::Mutex<()>>>,
+    lists: Mutex<HashMap<Kind, List>>,
+}
+
+/// All records of a table, in order of creation.
+#[derive(Debug, Clone)]
+pub struct List {
+    /// Number of the table's last change.
+    pub version: i64,
+    /// Records as JSON.
+    pub records: Arc<Vec<String>>,
+}
+
+/// Connections to PostgreSQL, and readers of SQLite.
+const CONNECTIONS: u32 = 8;
+
+/// Time for a connection of the pool to become free or to be made.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+impl Database {
+    /// Opens the database and brings its tables to the newest version.
+    pub async fn open(place: Place<'_>) -> Started<Self> {
+        sqlx::any::install_default_drivers();
+        let (url, name) = match place {
+            Place::File(path) => (format!("sqlite://{}?mode=rwc", encoded(path)), path.display().to_string()),
+            Place::Url(url) => (url.to_owned(), "of IMS_DATABASE_URL".into()),
+        };
+        let is_file = matches!(place, Place::File(_));
+        let attempted = || Error::new(format!("open the database {name}"));
+        let options = AnyConnectOptions::from_str(&url).map_err(|e| attempted().because(e))?;
+        let pool = AnyPoolOptions::new().max_connections(CONNECTIONS).acquire_timeout(PATIENCE);
+        let pool = pool.after_connect(move |connection, _| {
+            Box::pin(async move {
+                // WAL lets readers go on during a change; FULL waits for the disk before a change is answered.
+                for pragma in ["journal_mode = WAL", "synchronous = FULL", "cache_size = -2000"] {
+                    if is_file {
+                        sqlx::query(&format!("PRAGMA {pragma}")).execute(&mut *connection).await?;
+                    }
+                }
+                Ok(())
+            })
+        });
+        let pool = pool.connect_with(options).await.map_err(|e| attempted().because(e))?;
+        migrations::run(&pool).await.map_err(|e| attempted().because(e))?;
+        Ok(Self { pool, writer: is_file.then(Arc::default), lists: Mutex::default() })
+    }
+
+    /// Returns the number of the last change of a table.
+    pub async fn version(&self, kind: Kind) -> Result<i64> {
+        let row = sqlx::query("SELECT version FROM kinds WHERE kind = $1").bind(kind.name());
+        row.fetch_one(&self.pool).await?.try_get(0)
+    }
+
+    /// Returns all records of a table.
+    pub async fn list(&self, kind: Kind) -> Result<List> {
+        let version = self.version(kind).await?;
+        if let Some(list) = self.lists.lock().expect("no panic").get(&kind).filter(|list| list.version == version) {
+            return Ok(list.clone());
+        }
+        let rows = sqlx::query("SELECT body FROM records WHERE kind = $1 ORDER BY place").bind(kind.name());
+        let rows = rows.fetch_all(&self.pool).await?;
+        let records = rows.iter().map(|row| row.try_get(0)).collect::<Result<_>>()?;
+        let list = List { version, records: Arc::new(records) };
+        self.lists.lock().expect("no panic").insert(kind, list.clone());
+        Ok(list)
+    }
+
+    /// Returns a record as JSON.
+    pub async fn text(&self, kind: Kind, id: &str) -> Result<Option<String>> {
+        let row = sqlx::query("SELECT body FROM records WHERE kind = $1 AND id = $2").bind(kind.name()).bind(id);
+        row.fetch_optional(&self.pool).await?.map(|row| row.try_get(0)).transpose()
+    }
+
+    /// Returns a record.
+    pub async fn record<R: Record>(&self, id: &str) -> Result<Option<R>> {
+        self.text(R::KIND, id).await?.map(|text| parsed(&text)).transpose()
+    }
+
+    /// Returns all records of a table, parsed.
+    pub async fn records<R: Record>(&self) -> Result<Vec<R>> {
+        self.list(R::KIND).await?.records.iter().map(|text| parsed(text)).collect()
+    }
+
+    /// Begins a change of the tables `kinds`. It is rolled back unless it is committed.
+    pub async fn change(&self, kinds: &[Kind]) -> Result<Change> {
+        let writer = match &self.writer {
+            Some(writer) => Some(writer.clone().lock_owned().await),
+            None => None,
+        };
+        let mut change = Change { transaction: self.pool.begin().await?, _writer: writer };
+        let mut kinds = kinds.to_vec();
+        // One order for all, so that two changes never wait for each other.
+        kinds.sort_unstable();
+        for kind in kinds {
+            let raise = sqlx::query("UPDATE kinds SET version = version + 1 WHERE kind = $1").bind(kind.name());
+            raise.execute(&mut *change.transaction).await?;
+        }
+        Ok(change)
+    }
+
+    /// Returns objects whose removal was due at `now` (seconds since 1970).
+    pub async fn removals(&self, now: i64) -> Result<Vec<Location>> {
+        let rows =
+            sqlx::query("SELECT bucket, object FROM removals WHERE due <= $1 ORDER BY bucket, object LIMIT 1000");
+        let rows = rows.bind(now).fetch_all(&self.pool).await?;
+        rows.iter().map(|row| Ok(Location { bucket: row.try_get(0)?, key: row.try_get(1)? })).collect()
+    }
+
+    /// Returns whether the database answers.
+    pub async fn is_there(&self) -> bool {
+        sqlx::query("SELECT 1").execute(&self.pool).await.is_ok()
+    }
+
+    /// Closes all connections, after the changes that have begun.
+    pub async fn close(&self) {
+        self.pool.close().await;
+    }
+}
+
+/// A change that has begun.
+pub struct Change {
+    transaction: Transaction<'static, Any>,
+    _writer: Option<OwnedMutexGuard<()>>,
+}
+
+impl Change {
+    /// Returns a record.
+    pub async fn record<R: Record>(&mut self, id: &str) -> Result<Option<R>> {
+        let row = sqlx::query("SELECT body FROM records WHERE kind = $1 AND id = $2").bind(R::KIND.name()).bind(id);
+        let row = row.fetch_optional(&mut *self.transaction).await?;
+        row.map(|row| parsed(row.try_get(0)?)).transpose()
+    }
+
+    /// Returns all records of a table.
+    pub async fn records<R: Record>(&mut self) -> Result<Vec<R>> {
+        let rows = sqlx::query("SELECT body FROM records WHERE kind = $1 ORDER BY place").bind(R::KIND.name());
+        let rows = rows.fetch_all(&mut *self.transaction).await?;
+        rows.iter().map(|row| parsed(row.try_get(0)?)).collect()
+    }
+
+    /// Adds a record as the last of its table; one with the same ID is replaced.
+    pub async fn insert<R: Record>(&mut self, record: &R) -> Result<()> {
+        self.insert_into(R::KIND, record).await
+    }
+
+    /// Adds a record as the last of the table `kind`.
+    pub async fn insert_into<R: Record>(&mut self, kind: Kind, record: &R) -> Result<()> {
+        self.remove(kind, record.id()).await?;
+        let statement = "INSERT INTO records (kind, id, place, link, body) \
+            SELECT $1, $2, COALESCE(MAX(place), 0) + 1, $3, $4 FROM records WHERE kind = $5";
+        let insert = sqlx::query(statement).bind(kind.name()).bind(record.id());
+        let insert = insert.bind(record.link().map_or("", |link| &link.path)).bind(text(record)).bind(kind.name());
+        insert.execute(&mut *self.transaction).await.map(drop)
+    }
+
+    /// Changes a record in its place.
+    pub async fn update<R: Record>(&mut self, record: &R) -> Result<()> {
+        let update = sqlx::query("UPDATE records SET link = $1, body = $2 WHERE kind = $3 AND id = $4");
+        let update = update.bind(record.link().map_or("", |link| &link.path)).bind(text(record));
+        update.bind(R::KIND.name()).bind(record.id()).execute(&mut *self.transaction).await.map(drop)
+    }
+
+    /// Removes a record; returns whether it was there.
+    pub async fn remove(&mut self, kind: Kind, id: &str) -> Result<bool> {
+        let delete = sqlx::query("DELETE FROM records WHERE kind = $1 AND id = $2").bind(kind.name()).bind(id);
+        Ok(delete.execute(&mut *self.transaction).await?.rows_affected() > 0)
+    }
+
+    /// Removes all records of a table.
+    pub async fn clear(&mut self, kind: Kind) -> Result<()> {
+        let delete = sqlx::query("DELETE FROM records WHERE kind = $1").bind(kind.name());
+        delete.execute(&mut *self.transaction).await.map(drop)
+    }
+
+    /// Returns whether another record of the table links to `path`.
+    pub async fn is_linked(&mut self, kind: Kind, path: &str, except: &str) -> Result<bool> {
+        let select = sqlx::query("SELECT id FROM records WHERE kind = $1 AND link = $2 AND id <> $3 LIMIT 1");
+        let select = select.bind(kind.name()).bind(path).bind(except);
+        Ok(select.fetch_optional(&mut *self.transaction).await?.is_some())
+    }
+
+    /// Plans the removal of objects at `due` (seconds since 1970).
+    pub async fn plan_removal(&mut self, objects: &[Location], due: i64) -> Result<()> {
+        for object in objects {
+            let statement = "INSERT INTO removals (bucket, object, due) VALUES ($1, $2, $3) \
+                ON CONFLICT (bucket, object) DO UPDATE SET due = excluded.due";
+            let insert = sqlx::query(statement).bind(object.bucket.as_str()).bind(object.key.as_str()).bind(due);
+            insert.execute(&mut *self.transaction).await?;
+        }
+        Ok(())
+    }
+
+    /// Cancels the removal of objects, or notes that it is done.
+    pub async fn forget_removal(&mut self, objects: &[Location]) -> Result<()> {
+        for object in objects {
+            let delete = sqlx::query("DELETE FROM removals WHERE bucket = $1 AND object = $2");
+            let delete = delete.bind(object.bucket.as_str()).bind(object.key.as_str());
+            delete.execute(&mut *self.transaction).await?;
+        }
+        Ok(())
+    }
+
+    /// Returns what is remembered of an imported file.
+    pub async fn imported(&mut self, file: &str) -> Result<Option<String>> {
+        let row = sqlx::query("SELECT state FROM imports WHERE file = $1").bind(file);
+        row.fetch_optional(&mut *self.transaction).await?.map(|row| row.try_get(0)).transpose()
+    }
+
+    /// Remembers an imported file.
+    pub async fn set_imported(&mut self, file: &str, state: &str) -> Result<()> {
+        let statement = "INSERT INTO imports (file, state) VALUES ($1, $2) \
+            ON CONFLICT (file) DO UPDATE SET state = excluded.state";
+        sqlx::query(statement).bind(file).bind(state).execute(&mut *self.transaction).await.map(drop)
+    }
+
+    /// Keeps a text that is no record, with the reason, for people.
+    pub async fn set_aside(&mut self, kind: Kind, body: &str, reason: &str) -> Result<()> {
+        let insert = sqlx::query("INSERT INTO set_aside (kind, body, reason, moved) VALUES ($1, $2, $3, $4)");
+        let insert = insert.bind(kind.name()).bind(body).bind(reason).bind(crate::records::now());
+        insert.execute(&mut *self.transaction).await.map(drop)
+    }
+
+    /// Makes the change last.
+    pub async fn commit(self) -> Result<()> {
+        self.transaction.commit().await
+    }
+}
+
+fn text(record: &impl Record) -> String {
+    crate::records::wire::compact(record)
+}
+
+fn parsed<R: Record>(text: &str) -> Result<R> {
+    serde_json::from_str(text).map_err(|e| sqlx::Error::Decode(Box::new(e)))
+}
+
+/// A path as part of a URL.
+fn encoded(path: &Path) -> String {
+    use std::fmt::Write;
+    use std::os::unix::ffi::OsStrExt;
+    path.as_os_str().as_bytes().iter().fold(String::new(), |mut url, byte| {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'/' | b'.' | b'-' | b'_' => url.push(char::from(*byte)),
+            _ => write!(url, "%{byte:02X}").expect("a string takes all"),
+        }
+        url
+    })
+}

@@ -1,0 +1,128 @@
+//! Answers of requests that fail.
+
+use std::fmt;
+
+use axum::body::Body;
+use axum::http::{HeaderValue, Response, StatusCode, header};
+use serde_json::{Value, json};
+
+use crate::records::rules::Errors;
+use crate::records::wire;
+
+/// What a failed request is told (RFC 7807).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// Status of the answer.
+    pub status: StatusCode,
+    /// Why, for people.
+    pub detail: String,
+    /// Complaints by field, or a list of failed steps.
+    pub errors: Option<Value>,
+}
+
+impl Problem {
+    /// A problem without a list of errors.
+    pub fn new(status: StatusCode, detail: impl Into<String>) -> Self {
+        Self { status, detail: detail.into(), errors: None }
+    }
+
+    /// There is no such record.
+    pub fn not_found(what: &str) -> Self {
+        Self::new(StatusCode::NOT_FOUND, format!("no such {what}: see the ids in its list"))
+    }
+
+    /// The request cannot be carried out as it is.
+    pub fn bad_request(detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, detail)
+    }
+
+    /// A value cannot be accepted.
+    pub fn unprocessable(detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::UNPROCESSABLE_ENTITY, detail)
+    }
+
+    /// The record says something else.
+    pub fn conflict(detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::CONFLICT, detail)
+    }
+
+    /// A part that the service relies on has failed.
+    pub fn failed(detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, detail)
+    }
+
+    /// Fields of the request are wrong.
+    pub fn fields(errors: &Errors) -> Self {
+        let names: Vec<_> = errors.keys().map(String::as_str).collect();
+        let detail = format!("cannot accept the request: wrong or unknown fields: {}", names.join(", "));
+        Self { errors: Some(json!(errors)), ..Self::unprocessable(detail) }
+    }
+
+    /// Steps have failed, each with a sentence.
+    pub fn steps(detail: impl Into<String>, failures: &[String]) -> Self {
+        Self { errors: Some(json!(failures)), ..Self::failed(detail) }
+    }
+
+    /// The answer: `status`, `title`, `detail`, `errors`, without a newline.
+    pub fn answer(&self) -> Response<Body> {
+        #[derive(serde::Serialize)]
+        struct Fields<'a> {
+            status: u16,
+            title: &'a str,
+            detail: &'a str,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            errors: Option<&'a Value>,
+        }
+        let fields = Fields {
+            status: self.status.as_u16(),
+            title: title(self.status),
+            detail: &self.detail,
+            errors: self.errors.as_ref(),
+        };
+        answer(self.status, "application/problem+json", wire::spaced(&fields))
+    }
+}
+
+/// Python's name of a status.
+fn title(status: StatusCode) -> &'static str {
+    status.canonical_reason().unwrap_or("Error")
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.detail)
+    }
+}
+
+/// An answer whose body is `{"message": …}`: JSON that cannot be parsed, another media type.
+pub fn message(status: StatusCode, message: &str) -> Response<Body> {
+    answer(status, "application/json", wire::in_order(&json!({ "message": message })))
+}
+
+/// The answer to a method that the URL does not have. `short` ones only have a message.
+pub fn no_such_method(allowed: &str, short: bool) -> Response<Body> {
+    #[derive(serde::Serialize)]
+    struct Fields<'a> {
+        message: &'a str,
+        status: u16,
+        title: &'a str,
+        detail: &'a str,
+    }
+    let status = StatusCode::METHOD_NOT_ALLOWED;
+    let message = "The URL does not have this method.";
+    let mut answer = if short {
+        self::message(status, message)
+    } else {
+        let fields = Fields { message, status: 405, title: title(status), detail: message };
+        answer(status, "application/json", wire::in_order(&fields))
+    };
+    answer.headers_mut().insert(header::ALLOW, HeaderValue::from_str(allowed).expect("names of methods"));
+    answer
+}
+
+fn answer(status: StatusCode, kind: &'static str, body: String) -> Response<Body> {
+    let mut answer = Response::new(Body::from(body));
+    *answer.status_mut() = status;
+    answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+    answer
+}

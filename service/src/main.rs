@@ -1,0 +1,51 @@
+//! The service and its command line.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use ims_service::settings::Settings;
+use ims_service::{client, serve};
+use ims_sshd::error::Result;
+use ims_sshd::log::format;
+use ims_sshd::printable::Printable;
+
+/// Keeps records of images, recipes, public keys and jobs, and starts the jobs that change images.
+#[derive(Parser)]
+#[command(name = "ims", version, max_term_width = 120)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Runs the service.
+    Serve(Box<Settings>),
+    #[command(flatten)]
+    Client(client::Command),
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse()) {
+        Ok(code) => code,
+        Err(error) => {
+            if tracing::dispatcher::has_been_set() {
+                tracing::error!("{error}");
+            } else {
+                eprintln!("ims: {}", Printable(error.to_string()));
+            }
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> Result<ExitCode> {
+    match arguments.command {
+        Command::Serve(settings) => {
+            format::start(None)?;
+            serve::serve(&settings)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Client(command) => client::run(&command),
+    }
+}

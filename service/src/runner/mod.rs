@@ -1,0 +1,69 @@
+//! Runners start, watch and end the steps of a job. A job is a record of the service; a runner is what it runs on.
+
+use std::collections::BTreeMap;
+
+use async_trait::async_trait;
+use tokio::sync::mpsc;
+
+use crate::records::Job;
+
+mod nothing;
+
+pub use nothing::Nothing;
+
+/// A new job, for a runner. Texts come from users: they are data, whatever characters they hold.
+#[derive(Debug, Clone)]
+pub struct NewJob {
+    /// The record as it will be stored. Its ID is final; what the runner decides is empty.
+    pub job: Job,
+    /// Presigned URL of the recipe's archive or of the image's rootfs. A secret: it is not logged.
+    pub download_url: String,
+    /// MD5 of that object in hexadecimal digits, or nothing.
+    pub download_md5sum: String,
+    /// Public key that may log in.
+    pub public_key: String,
+    /// `kiwi-ng` or `packer`; `None` for a customize job.
+    pub recipe_type: Option<String>,
+    /// Values for a recipe's templates; empty for a customize job.
+    pub template_dictionary: BTreeMap<String, String>,
+}
+
+/// A runner's answer to [`Runner::start`]: the record, with the fields that the runner decides filled in.
+pub type Started = Job;
+
+/// Failed steps, one sentence each.
+pub type Failures = Vec<String>;
+
+/// A job ended without saying so: its processes or pods died.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Death {
+    /// ID of the job.
+    pub id: String,
+    /// Reason, for the log and for people.
+    pub reason: String,
+}
+
+/// What jobs run on. All methods may be called at the same time, for several jobs too.
+#[async_trait]
+pub trait Runner: Send + Sync {
+    /// Creates everything that the job needs. When it fails, nothing of the job is left.
+    ///
+    /// The service has recorded the ID before, and calls [`Runner::remove`] with it if it is killed before the record
+    /// is stored.
+    async fn start(&self, job: &NewJob) -> Result<Started, Failures>;
+
+    /// Called when the job's record is stored: from now on its programs find it in the service.
+    async fn stored(&self, _job: &Job) {}
+
+    /// Releases what a job that has ended (`success`, `error`) holds: address, volume. Its log stays. Repeating it is
+    /// harmless.
+    async fn release(&self, job: &Job) -> Result<(), Failures>;
+
+    /// Removes everything of the job, running or not. What is absent is no failure. The record may be that of a job
+    /// whose start was cut off, with nothing but its ID and type.
+    async fn remove(&self, job: &Job) -> Result<(), Failures>;
+
+    /// Called once, at the start of the service, with all jobs that have not ended; sends each death that it sees of
+    /// these and of later jobs. Returns when `deaths` is closed, or at once if it watches nothing.
+    async fn watch(&self, running: Vec<Job>, deaths: mpsc::Sender<Death>);
+}

@@ -1,0 +1,27 @@
+//! A runner without anything to run on: the service keeps records only.
+
+use async_trait::async_trait;
+use tokio::sync::mpsc;
+
+use super::{Death, Failures, NewJob, Runner, Started};
+use crate::records::Job;
+
+/// Refuses every job.
+pub struct Nothing;
+
+#[async_trait]
+impl Runner for Nothing {
+    async fn start(&self, _job: &NewJob) -> Result<Started, Failures> {
+        Err(vec!["cannot start the job: this service has no runner; start it with one".into()])
+    }
+
+    async fn release(&self, _job: &Job) -> Result<(), Failures> {
+        Ok(())
+    }
+
+    async fn remove(&self, _job: &Job) -> Result<(), Failures> {
+        Ok(())
+    }
+
+    async fn watch(&self, _running: Vec<Job>, _deaths: mpsc::Sender<Death>) {}
+}

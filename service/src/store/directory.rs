@@ -1,0 +1,203 @@
+//! A directory that holds the objects of one machine: `DIRECTORY/<bucket>/<key>`.
+
+use std::path::{Component, Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use ims_sshd::error::{Attempt, Result as Started};
+use ring::hmac;
+use ring::rand::{SecureRandom, SystemRandom};
+
+use super::{Failure, Object, Result};
+use crate::records::Location;
+
+/// A directory with a directory for each bucket.
+pub struct Directory {
+    root: PathBuf,
+    /// Signs download paths; made anew at each start, which ends the older ones.
+    key: hmac::Key,
+}
+
+/// Directory of the URLs that the service serves itself.
+pub const DOWNLOADS: &str = "/downloads/";
+
+impl Directory {
+    /// Uses `root`, which is created if it is missing.
+    pub fn open(root: &Path) -> Started<Self> {
+        let attempted = || format!("use the directory {} as a store", root.display());
+        std::fs::create_dir_all(root).attempt(attempted)?;
+        let root = root.canonicalize().attempt(attempted)?;
+        let mut seed = [0; 32];
+        SystemRandom::new().fill(&mut seed).attempt(|| "make a key for download URLs")?;
+        Ok(Self { root, key: hmac::Key::new(hmac::HMAC_SHA256, &seed) })
+    }
+
+    /// File of an object. A key that leads out of the bucket's directory has none.
+    fn file(&self, at: &Location) -> Result<PathBuf> {
+        let path = Path::new(&at.bucket).join(&at.key);
+        let fits = !at.bucket.contains('/') && path.components().all(|part| matches!(part, Component::Normal(_)));
+        if !fits || at.key.ends_with('/') || at.key.contains('\0') {
+            return Err(Failure::Refused(format!("{at} is no name of a file")));
+        }
+        let file = self.root.join(path);
+        // Symbolic links in the store could lead out of it.
+        let inside = file.ancestors().take_while(|path| *path != self.root).all(|path| !path.is_symlink());
+        if inside { Ok(file) } else { Err(Failure::Refused(format!("{at} is a symbolic link"))) }
+    }
+
+    pub(super) async fn head(&self, at: &Location) -> Result<Object> {
+        let metadata = tokio::fs::metadata(self.file(at)?).await.map_err(|e| failure(&e))?;
+        if !metadata.is_file() {
+            return Err(Failure::Missing);
+        }
+        let changed = metadata.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+        let etag = format!("{:x}-{:x}", changed.unwrap_or_default().as_nanos(), metadata.len());
+        Ok(Object { size: metadata.len(), etag, metadata: std::collections::BTreeMap::new() })
+    }
+
+    pub(super) async fn get(&self, at: &Location, limit: u64) -> Result<Vec<u8>> {
+        if self.head(at).await?.size >= limit {
+            return Err(Failure::TooLarge);
+        }
+        tokio::fs::read(self.file(at)?).await.map_err(|e| failure(&e))
+    }
+
+    pub(super) async fn put(&self, at: &Location, content: Vec<u8>) -> Result<String> {
+        self.write(at, |new| Box::pin(async move { tokio::fs::write(new, content).await })).await
+    }
+
+    pub(super) async fn copy(&self, from: &Location, to: &Location) -> Result<String> {
+        self.head(from).await?;
+        let from = self.file(from)?;
+        // A link needs no space, and objects are never changed in place.
+        self.write(to, |new| {
+            Box::pin(async move {
+                match tokio::fs::hard_link(&from, &new).await {
+                    Ok(()) => Ok(()),
+                    Err(_) => tokio::fs::copy(&from, &new).await.map(drop),
+                }
+            })
+        })
+        .await
+    }
+
+    /// Lets `content` fill a new file, which then gets the object's name at once.
+    async fn write<C>(&self, at: &Location, content: C) -> Result<String>
+    where
+        C: FnOnce(PathBuf) -> std::pin::Pin<Box<dyn Future<Output = std::io::Result<()>> + Send>> + Send,
+    {
+        let file = self.file(at)?;
+        let directory = file.parent().expect("below the root").to_owned();
+        tokio::fs::create_dir_all(&directory).await.map_err(|e| failure(&e))?;
+        let new = directory.join(format!(".{}", crate::records::new_id()));
+        let written = async {
+            content(new.clone()).await?;
+            tokio::fs::File::open(&new).await?.sync_all().await?;
+            tokio::fs::rename(&new, &file).await?;
+            // A rename onto a link of the same file does nothing, and leaves the new name.
+            let _ = tokio::fs::remove_file(&new).await;
+            tokio::fs::File::open(&directory).await?.sync_all().await
+        };
+        if let Err(error) = written.await {
+            let _ = tokio::fs::remove_file(&new).await;
+            return Err(failure(&error));
+        }
+        Ok(self.head(at).await?.etag)
+    }
+
+    pub(super) async fn remove(&self, at: &Location) -> Result<()> {
+        let file = self.file(at)?;
+        match tokio::fs::remove_file(&file).await.map_err(|e| failure(&e)) {
+            Ok(()) | Err(Failure::Missing) => {}
+            Err(failure) => return Err(failure),
+        }
+        let buckets = self.root.join(&at.bucket);
+        for directory in file.ancestors().skip(1).take_while(|directory| *directory != buckets) {
+            if tokio::fs::remove_dir(directory).await.is_err() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn signed_path(&self, at: &Location, valid: Duration) -> String {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let expires = now.saturating_add(valid).as_secs();
+        let path = format!("{DOWNLOADS}{}/{}", at.bucket, at.key);
+        let signature = hex(hmac::sign(&self.key, format!("{path}\n{expires}").as_bytes()).as_ref());
+        format!("{}?expires={expires}&signature={signature}", super::s3::escaped_path(&path))
+    }
+
+    pub(super) fn signed_file(&self, path: &str, query: &str) -> Option<PathBuf> {
+        let value = |name: &str| query.split('&').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='));
+        let (expires, signature) = (value("expires")?, unhex(value("signature")?)?);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?.as_secs();
+        hmac::verify(&self.key, format!("{path}\n{expires}").as_bytes(), &signature).ok()?;
+        let (bucket, key) = path.strip_prefix(DOWNLOADS)?.split_once('/')?;
+        let at = Location { bucket: bucket.to_owned(), key: key.to_owned() };
+        (expires.parse::<u64>().ok()? >= now).then(|| self.file(&at).ok())?
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        write!(text, "{byte:02x}").expect("a string takes all");
+        text
+    })
+}
+
+fn unhex(text: &str) -> Option<Vec<u8>> {
+    let pairs = text.as_bytes().chunks(2);
+    pairs.map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()).collect()
+}
+
+fn failure(error: &std::io::Error) -> Failure {
+    match error.kind() {
+        std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory => Failure::Missing,
+        _ => Failure::Refused(format!("cannot use the store: {error}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn objects_are_kept_as_files_and_never_outside() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Directory::open(directory.path()).unwrap();
+        let at = |bucket: &str, key: &str| Location { bucket: bucket.into(), key: key.into() };
+        let (from, to) = (at("b", "x/y"), at("b", "deleted/x/y"));
+        store.put(&from, b"content".into()).await.unwrap();
+        store.copy(&from, &to).await.unwrap();
+        store.copy(&from, &to).await.unwrap();
+        store.remove(&from).await.unwrap();
+        store.remove(&from).await.unwrap();
+        assert_eq!(store.get(&to, 8).await.unwrap(), b"content");
+        assert_eq!(store.get(&to, 7).await, Err(Failure::TooLarge));
+        assert_eq!(store.head(&from).await, Err(Failure::Missing));
+        assert!(!directory.path().join("b/x").exists());
+        std::os::unix::fs::symlink("/etc", directory.path().join("b/link")).unwrap();
+        for (bucket, key) in [("..", "x"), ("b", "../../x"), ("b", "link/passwd"), ("a/b", "x"), ("b", "/etc/passwd")] {
+            assert!(matches!(store.head(&at(bucket, key)).await, Err(Failure::Refused(_))), "{bucket} {key}");
+        }
+        let left: Vec<_> = std::fs::read_dir(directory.path().join("b/deleted/x")).unwrap().collect();
+        assert_eq!(left.len(), 1, "{left:?}");
+    }
+
+    #[test]
+    fn a_signed_path_is_valid_for_its_time_only() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Directory::open(directory.path()).unwrap();
+        let at = Location { bucket: "b".into(), key: "k".into() };
+        let signed = store.signed_path(&at, Duration::from_mins(1));
+        let (path, query) = signed.split_once('?').unwrap();
+        assert!(store.signed_file(path, query).unwrap().ends_with("b/k"));
+        assert_eq!(store.signed_file("/downloads/b/other", query), None);
+        assert_eq!(store.signed_file(path, &query.replace("expires=", "expires=1")), None);
+        assert_eq!(store.signed_file(path, ""), None);
+        let old = store.signed_path(&at, Duration::ZERO);
+        let seconds: u64 = old.split("expires=").nth(1).unwrap().split('&').next().unwrap().parse().unwrap();
+        assert!(seconds > 0);
+    }
+}

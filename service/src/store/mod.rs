@@ -1,0 +1,130 @@
+//! Objects that links of records point to: in S3, or in a directory of one machine.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ims_sshd::error::{Error, Result as Started};
+
+use crate::records::Location;
+use crate::settings::Settings;
+
+mod directory;
+mod s3;
+
+pub use directory::Directory;
+pub use s3::S3;
+
+/// What a store knows of an object without its content.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Object {
+    /// Size in bytes.
+    pub size: u64,
+    /// ETag without quotes.
+    pub etag: String,
+    /// User metadata, with names in lower case.
+    pub metadata: std::collections::BTreeMap<String, String>,
+}
+
+/// Why a store does not do what it was asked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Failure {
+    /// There is no such object or bucket.
+    Missing,
+    /// The store answers, and refuses.
+    Refused(String),
+    /// The store does not answer.
+    Unreachable(String),
+    /// The object is larger than the limit.
+    TooLarge,
+}
+
+/// Result of a request to a store.
+pub type Result<T> = std::result::Result<T, Failure>;
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Missing => f.write_str("there is no such object"),
+            Self::Refused(why) | Self::Unreachable(why) => f.write_str(why),
+            Self::TooLarge => f.write_str("it is too large"),
+        }
+    }
+}
+
+/// A store of objects.
+pub enum Store {
+    /// An S3 server.
+    S3(Box<S3>),
+    /// A directory, with a directory for each bucket.
+    Directory(Directory),
+}
+
+impl Store {
+    /// The store that the settings name.
+    pub fn open(settings: &Settings) -> Started<Self> {
+        match (&settings.store, &settings.s3_endpoint) {
+            (Some(directory), _) => Ok(Self::Directory(Directory::open(directory)?)),
+            (None, Some(endpoint)) => Ok(Self::S3(Box::new(S3::new(endpoint, settings)?))),
+            (None, None) => {
+                Err(Error::bad_input("no store is named: expected S3_ENDPOINT, or a directory in IMS_STORE (--store)"))
+            }
+        }
+    }
+
+    /// Asks for an object's size, ETag and metadata.
+    pub async fn head(&self, at: &Location) -> Result<Object> {
+        match self {
+            Self::S3(s3) => s3.head(at).await,
+            Self::Directory(directory) => directory.head(at).await,
+        }
+    }
+
+    /// Reads an object of less than `limit` bytes.
+    pub async fn get(&self, at: &Location, limit: u64) -> Result<Vec<u8>> {
+        match self {
+            Self::S3(s3) => s3.get(at, limit).await,
+            Self::Directory(directory) => directory.get(at, limit).await,
+        }
+    }
+
+    /// Writes an object; returns its ETag.
+    pub async fn put(&self, at: &Location, content: Vec<u8>) -> Result<String> {
+        match self {
+            Self::S3(s3) => s3.put(at, content).await,
+            Self::Directory(directory) => directory.put(at, content).await,
+        }
+    }
+
+    /// Copies an object with its metadata; returns the copy's ETag.
+    pub async fn copy(&self, from: &Location, to: &Location) -> Result<String> {
+        match self {
+            Self::S3(s3) => s3.copy(from, to).await,
+            Self::Directory(directory) => directory.copy(from, to).await,
+        }
+    }
+
+    /// Removes an object; one that is missing is removed already.
+    pub async fn remove(&self, at: &Location) -> Result<()> {
+        match self {
+            Self::S3(s3) => s3.remove(at).await,
+            Self::Directory(directory) => directory.remove(at).await,
+        }
+    }
+
+    /// URL that reads an object without credentials for `valid`; a path below the service's own URL for a directory.
+    pub async fn signed_url(&self, at: &Location, valid: Duration) -> Result<String> {
+        match self {
+            Self::S3(s3) => s3.signed_url(at, valid).await,
+            Self::Directory(directory) => Ok(directory.signed_path(at, valid)),
+        }
+    }
+
+    /// Path of the object that a signed path of [`Store::signed_url`] names; `None` if it is wrong or has expired.
+    pub fn signed_file(&self, path: &str, query: &str) -> Option<PathBuf> {
+        match self {
+            Self::S3(_) => None,
+            Self::Directory(directory) => directory.signed_file(path, query),
+        }
+    }
+}
