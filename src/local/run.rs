@@ -286,7 +286,7 @@ impl Run {
             settings.packing.packer.check()?;
             let place = settings.job.parent.join(name_of(&source, &self.source));
             let resumes = holds_changes(&place, &place.join(IMAGE_ROOT));
-            self.check_store(&work, &settings, &source, resumes)?;
+            work.unless_interrupted(self.check_store(&work, &settings, &source, resumes))?;
             self.reports.changes.as_deref().map(|file| packing::check_output(file, "--changes")).transpose()?;
         }
         let place = work.unless_interrupted(self.claim(&source, &settings.job.parent))?;
@@ -582,7 +582,7 @@ impl Opened<'_> {
         }
         let boot = boot::find_if_any(&tree, &settings.boot, settings.job.arch())?;
         let archive = Archive { directory: workplace, name: "packed.sqsh" };
-        let basis = basis::of(settings, workplace, &tree, false);
+        let basis = basis::of(work, settings, workplace, &tree, false)?;
         let rootfs = packing::pack(work, &tree, &archive, &packing, &run.exclude, basis.as_ref())?.file;
         // It may hold the source open, which is below the overlay.
         drop(basis);

@@ -27,7 +27,7 @@ use crate::publish::settings::Settings;
 use crate::publish::source::Source;
 use crate::sys::named;
 use crate::sys::tree::Tree;
-use crate::transfer::Work;
+use crate::transfer::{Work, interruptible};
 use crate::verdict::Verdict;
 use crate::volume::holds;
 use crate::volume::image_root;
@@ -281,6 +281,16 @@ pub(crate) fn pack(
     exclude: &[Pattern],
     changes: Option<&Path>,
 ) -> Result<String> {
+    interruptible(&settings.network, |work| pack_place(work, settings, (named, archive), exclude, changes))
+}
+
+fn pack_place(
+    work: &Work,
+    settings: &Settings,
+    (named, archive): (Option<&Path>, Option<&Path>),
+    exclude: &[Pattern],
+    changes: Option<&Path>,
+) -> Result<String> {
     let place = Place::of(settings, named, archive)?;
     place.archive().check_place("the archive")?;
     packed::refuse_source(place.files.parent(), &place.archive(), settings)?;
@@ -299,23 +309,22 @@ pub(crate) fn pack(
     // Processes of a killed run could still write to the image while it is packed.
     end_left_over(&shown)?;
     clear_left_over(&directory::COMMANDS, &shown)?;
-    let work = Work::begin(&settings.network)?;
     let _claims = parents.iter().map(|files| files.claim_for(Step::Package)).collect::<Result<Vec<_>>>()?;
     directory::refuse_running(&shown)?;
     if let Some(file) = changes {
         // Checked now, because they are used only after packing.
         packing::check_output(file, "--changes")?;
-        prepare::take_inventory_below(&work, settings, place.files.parent())?;
+        prepare::take_inventory_below(work, settings, place.files.parent())?;
         Inventory::load(place.files.parent(), INVENTORY)?;
     }
     let parent = place.files.parent();
-    let source = basis::of(settings, parent, &place.image_root, false);
+    let source = basis::of(work, settings, parent, &place.image_root, false)?;
     let (packed, recorded) =
-        packed::pack(&work, parent, &place.image_root, &place.archive(), settings, exclude, source.as_ref())?;
+        packed::pack(work, parent, &place.image_root, &place.archive(), settings, exclude, source.as_ref())?;
     // Without its record, the next run would refuse to replace it.
     recorded.inspect_err(|_| place.remove_archive(&packed))?;
     if let Some(file) = changes {
-        write_changes(&work, place.files.parent(), &place.image_root, file)?;
+        write_changes(work, place.files.parent(), &place.image_root, file)?;
     }
     Ok(place.archive().shown())
 }
@@ -327,6 +336,15 @@ pub fn upload(
     archive: Option<&Path>,
     debug_kernel: Option<&Path>,
 ) -> Result<u8> {
+    interruptible(&settings.network, |work| upload_place(work, settings, (named, archive), debug_kernel))
+}
+
+fn upload_place(
+    work: &Work,
+    settings: &Settings,
+    (named, archive): (Option<&Path>, Option<&Path>),
+    debug_kernel: Option<&Path>,
+) -> Result<u8> {
     let place = Place::of(settings, named, archive)?;
     let _claim = place.files.claim_for(Step::Upload)?;
     let rootfs = place.archive().open_squashfs().map_err(|e| e.advise("'ims-sshd package' creates it"))?;
@@ -335,14 +353,12 @@ pub fn upload(
     packed::check_unchanged(records, &archive, &rootfs, &place.image_root)?;
     let debug_kernel = debug_kernel.map(Opened::open).transpose()?.map(Opened::into_file).transpose()?;
     let image = Image { rootfs, boot: place.boot(settings)?, debug_kernel };
-    let work = Work::begin(&settings.network)?;
-    let ims = settings.ims_client(&work);
+    let ims = settings.ims_client(work);
     // Before hours of uploading for a job that IMS does not know.
-    work.unless_interrupted(ims.job())?;
+    ims.job()?;
     let directory = JournalDirectory::new(&place.files, settings);
     let mut journal = Journal::read(&directory)?;
-    let report =
-        Publication { work: &work, settings, ims: &ims, directory: &directory }.publish(&mut journal, image)?;
+    let report = Publication { work, settings, ims: &ims, directory: &directory }.publish(&mut journal, image)?;
     say_result(&report);
     Ok(0)
 }

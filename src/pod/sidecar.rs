@@ -605,7 +605,7 @@ impl<'a> Sidecar<'a> {
             tracing::info!("publishing {TRANSFER}, which a remote job packed, as it is");
             archive.open_squashfs()?
         } else if let Some(image_root) = image_root.filter(|_| self.journal.phase < Phase::Packed) {
-            let source = basis::of(settings, parent, image_root, true);
+            let source = basis::of(self.work, settings, parent, image_root, true)?;
             let exclude = &self.places.exclude;
             let (packed, recorded) =
                 packed::pack(self.work, parent, image_root, &archive, settings, exclude, source.as_ref())?;

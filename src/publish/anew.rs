@@ -51,7 +51,7 @@ pub(crate) fn prepare(
         old.replace(&volume, &beside, settings, source, (image_root, open), archive)
     });
     drop(beside);
-    let made = made.map_err(|error| {
+    let made = work.unless_interrupted(made).map_err(|error| {
         if !image_root.exists() {
             return error;
         }

@@ -17,6 +17,7 @@ use crate::publish::authentication::Seal;
 use crate::publish::identity::{Record, is_own};
 use crate::publish::settings::Settings;
 use crate::sys::tree::Tree;
+use crate::transfer::Work;
 use crate::volume::layout::{ARCHIVE, KEPT_SOURCE, OVERLAY, UNPACKED};
 
 /// Label under which the inventory of an unpacked image root is authenticated.
@@ -30,23 +31,33 @@ const ROOM: u64 = 3;
 
 /// The source of `image_root`, whose records are in `directory`, and what is unchanged of it. `None` if the image is to
 /// be packed from scratch; the reason is logged if there could be a source. With `is_last`, a source that was kept for
-/// this is removed once the image is packed.
-pub(crate) fn of(settings: &Settings, directory: &Tree, image_root: &Tree, is_last: bool) -> Option<Source> {
+/// this is removed once the image is packed. The only error is that of a signal.
+pub(crate) fn of(
+    work: &Work,
+    settings: &Settings,
+    directory: &Tree,
+    image_root: &Tree,
+    is_last: bool,
+) -> Result<Option<Source>> {
     if settings.packing.packer != Packer::Own || settings.packing.is_from_scratch {
-        return None;
+        return Ok(None);
     }
     let found = match below_overlay(settings, directory, image_root) {
         Ok(None) => unpacked(settings, directory, image_root),
         found => found,
     };
-    let mut source = found.unwrap_or_else(|why| {
-        tracing::info!("packing everything anew: {why}");
-        None
-    });
+    let mut source = match work.unless_interrupted(found) {
+        Err(interrupted) if interrupted.is_interruption() => return Err(interrupted),
+        Err(why) => {
+            tracing::info!("packing everything anew: {why}");
+            None
+        }
+        Ok(source) => source,
+    };
     if let (true, Some(source), Ok(Some(_))) = (is_last, &mut source, directory.look(KEPT_SOURCE)) {
         source.is_dropped = directory.directory_without_links(".").ok().map(|directory| (directory, KEPT_SOURCE));
     }
-    source
+    Ok(source)
 }
 
 /// The source of an image root that is an overlay; `None` if it is none, or above a directory.
@@ -93,16 +104,29 @@ fn open_source(directory: &Tree, inventory: &Inventory) -> Result<File> {
 }
 
 /// Takes the inventory of `root`, which was just unpacked from `archive` in `directory`, and keeps a fetched squashfs
-/// if there is room for it. Nothing else needs either: an error only means that the image is packed from scratch.
-pub(crate) fn keep(settings: &Settings, is_fetched: bool, archive: &Opened, directory: &Tree, root: &Tree) {
+/// if there is room for it. Nothing else needs either: without them the image is packed from scratch. The only error is
+/// that of a signal.
+pub(crate) fn keep(
+    work: &Work,
+    settings: &Settings,
+    is_fetched: bool,
+    archive: &Opened,
+    directory: &Tree,
+    root: &Tree,
+) -> Result<()> {
     if settings.packing.packer != Packer::Own || archive.kind().ok().flatten() != Some(Kind::Squashfs) {
-        return;
+        return Ok(());
     }
-    let Some(squashfs) = archive.file() else { return };
-    if let Err(why) = try_to_keep(settings, is_fetched, (squashfs, &archive.shown), directory, root) {
+    let Some(squashfs) = archive.file() else { return Ok(()) };
+    let kept = try_to_keep(settings, is_fetched, (squashfs, &archive.shown), directory, root);
+    if let Err(why) = work.unless_interrupted(kept) {
         forget(directory);
+        if why.is_interruption() {
+            return Err(why);
+        }
         tracing::info!("the image will be packed from scratch: {why}");
     }
+    Ok(())
 }
 
 fn try_to_keep(

@@ -150,7 +150,7 @@ pub(crate) fn make(
                 Inventory::of(work, &tree)?.save(&volume, INVENTORY)?;
                 // Last, and before anybody else can reach the tree.
                 let is_fetched = !matches!(source, Source::Here(_));
-                basis::keep(settings, is_fetched, &archive, &volume, &tree);
+                basis::keep(work, settings, is_fetched, &archive, &volume, &tree)?;
                 give_name(&tree, parent, image_root)?;
                 Ok((None, Some(archive)))
             }

@@ -98,7 +98,7 @@ pub fn run(settings: &Settings, wanted: &Wanted) -> Result<u8> {
             .attempt(|| format!("open the image root parent {}", settings.job.parent.display()))?;
         let volume = open_tree(&parent)?;
         let build = Build::check(work, settings, wanted, parent, &volume)?;
-        let result = build.carry_out(work, &volume);
+        let result = work.unless_interrupted(build.carry_out(work, &volume));
         let _ = volume.remove_whole(BUILD.as_ref());
         let files = SignalFiles::open(&build.parent)?;
         match result {

@@ -233,7 +233,7 @@ fn pack(work: &Work, settings: &publishing::Settings, image_root: &Path) -> Resu
         }
     }
     let archive = Archive { directory: &results, name: Part::Image.name() };
-    let basis = basis::of(settings, &volume, &tree, false);
+    let basis = basis::of(work, settings, &volume, &tree, false)?;
     packing::pack(work, &tree, &archive, &settings.packing, &[], basis.as_ref())?;
     Ok(parts)
 }

@@ -89,6 +89,13 @@ pub(crate) struct Work {
     pub(crate) network: Network,
 }
 
+/// Carries out a command that signals interrupt. After a signal, the interruption is its error, whichever step failed
+/// because of it.
+pub(crate) fn interruptible<T>(network: &Network, carry_out: impl FnOnce(&Work) -> Result<T>) -> Result<T> {
+    let work = Work::begin(network)?;
+    work.unless_interrupted(carry_out(&work))
+}
+
 /// Why an attempt failed.
 pub(crate) enum Fault {
     /// A transient error: a retry may succeed.

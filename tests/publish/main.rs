@@ -10,6 +10,7 @@ mod ended;
 mod enter;
 mod fresh;
 mod identity;
+mod interrupted;
 mod kept;
 mod linked;
 mod package;
