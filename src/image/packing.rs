@@ -9,9 +9,10 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use rustix::fs::{FileType, OFlags, Stat};
+use rustix::fs::{FileType, FlockOperation, Mode, OFlags, Stat};
+use rustix::io::Errno;
 
 use crate::error::{Attempt, Error, Result};
 use crate::image::access_list;
@@ -102,6 +103,51 @@ impl Archive<'_> {
         }
     }
 
+    /// Creates the file that the image is written to before it gets its name, and locks it: another run may pack into
+    /// the same archive. One that a killed run has left is replaced.
+    fn create_part(&self, work: &Work) -> Result<File> {
+        let (directory, name) = (self.directory, self.part());
+        let attempted = || format!("create {}.part", self.shown());
+        let identity = |found: Stat| (found.st_dev, found.st_ino);
+        let is_named = |file: &File| -> io::Result<bool> {
+            Ok(directory.look(&name)?.map(identity) == Some(identity(rustix::fs::fstat(file)?)))
+        };
+        let began = Instant::now();
+        loop {
+            work.heed()?;
+            let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
+            let (file, is_new) = match directory.open_at(&name, flags, Mode::from_raw_mode(0o600)) {
+                Ok(file) => (file.into(), true),
+                Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e).attempt(attempted),
+                Err(_) => match directory.open_regular(&name, OFlags::RDWR | OFlags::NOFOLLOW) {
+                    Ok(file) => (file, false),
+                    Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+                    Err(_) => {
+                        // It is no regular file.
+                        directory.remove(&name).attempt(attempted)?;
+                        continue;
+                    }
+                },
+            };
+            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Err(Errno::WOULDBLOCK) if began.elapsed() < TIME_TO_UNLOCK => std::thread::sleep(LOCK_AGAIN),
+                Err(Errno::WOULDBLOCK) => {
+                    let refused = Error::new(attempted()).because("another run packs into it");
+                    return Err(refused.advise("wait until that has ended, or name another archive"));
+                }
+                // Locked, or on a file system without locks.
+                _ if !is_named(&file).attempt(attempted)? => {}
+                _ if is_new => return Ok(file),
+                _ => drop(directory.remove(&name).attempt(attempted)?),
+            }
+        }
+    }
+
+    /// Name of that file.
+    fn part(&self) -> String {
+        format!("{}.part", self.name)
+    }
+
     /// Current path, for messages.
     pub(crate) fn shown(&self) -> String {
         self.directory.shown().join(self.name).display().to_string()
@@ -165,12 +211,11 @@ pub(crate) fn pack(
     for pattern in &excluded.useless {
         tracing::warn!("--exclude '{pattern}' matches nothing in the image");
     }
-    let part = format!("{}.part", to.name);
-    let create = || to.directory.create_file(&part).attempt(|| format!("create {}.part", to.shown()));
+    let part = to.part();
     let (file, packed) = match packing.packer {
         Packer::Mksquashfs => {
             let narrowed = look_through(image_root, &excluded.paths, packing.epoch.is_none(), &attempted)?;
-            let file = create()?;
+            let file = to.create_part(work)?;
             let paths = (&*excluded.paths, &*narrowed);
             let packed = squash(work, image_root, (&file, to.directory), packing, paths, &attempted);
             let is_checked = exclude.is_empty();
@@ -180,8 +225,7 @@ pub(crate) fn pack(
         }
         Packer::Own => {
             let order = order(image_root, packing, &excluded.paths);
-            // A new file, so its name is neither a link nor a file that an earlier run still writes to.
-            let file = create()?;
+            let file = to.create_part(work)?;
             let packed = packer::pack(work, image_root, (&file, to.directory), &order, source, &attempted);
             (file, packed.map(Some))
         }
@@ -414,6 +458,10 @@ const PACKING: [&str; 2] = ["mksquashfs", "exe"];
 
 /// Time for the packer of a killed run to end: the kernel kills it with that run, which takes a while.
 const TIME_TO_END: Duration = Duration::from_secs(10);
+
+/// Time in which the lock of an archive is tried to get: the packer of a killed run drops it a moment after its end.
+const TIME_TO_UNLOCK: Duration = Duration::from_secs(1);
+const LOCK_AGAIN: Duration = Duration::from_millis(20);
 
 /// Refuses to pack while a process has its root or working directory in the image root: it may still write.
 fn no_process_is_inside(image_root: &Path, attempted: &str) -> Result<()> {

@@ -377,6 +377,37 @@ fn packer_ends_with_its_killed_parent() {
     }
 }
 
+/// Trees outside an image root parent, which have no claim in common.
+#[test]
+fn second_run_that_packs_into_one_archive_is_refused() {
+    for (packer, process) in PACKERS {
+        let dir = directory();
+        let (_, first, packing) = packing(dir.path(), (packer, process));
+        let mut first = Ended::new(first);
+        kill(packing, Signal::SIGSTOP).unwrap();
+        let (other, tree) = bootable_image();
+        let pack = |variables: &[(&str, String)]| {
+            let mut command = ims_sshd(&["package", "--archive"], variables);
+            command.arg(dir.path().join("image.sqsh")).arg(&tree).current_dir(other.path()).output().unwrap()
+        };
+        let second = pack(&[("IMAGE_PACKER", packer.to_owned())]);
+        let said = text(&second.stderr);
+        assert_eq!(second.status.code(), Some(1), "{said}");
+        let why = "image.sqsh.part: another run packs into it; wait until that has ended, or name another archive";
+        assert!(said.contains(why), "{said}");
+        kill(packing, Signal::SIGCONT).unwrap();
+        assert!(first.wait().unwrap().success());
+        succeed(Command::new("unsquashfs").arg("-s").arg(dir.path().join("image.sqsh")));
+        // What a killed run has left is replaced, whatever it is.
+        std::fs::remove_file(dir.path().join("image.sqsh")).unwrap();
+        std::os::unix::fs::symlink("/etc/passwd", dir.path().join("image.sqsh.part")).unwrap();
+        assert!(pack(&[]).status.success());
+        std::fs::write(dir.path().join("image.sqsh.part"), "left").unwrap();
+        assert!(pack(&[]).status.success());
+        assert!(!dir.path().join("image.sqsh.part").exists());
+    }
+}
+
 #[test]
 fn packing_waits_for_the_packer_of_a_killed_run() {
     let (dir, tree) = bootable_image();
@@ -386,7 +417,8 @@ fn packing_waits_for_the_packer_of_a_killed_run() {
         std::fs::copy("/bin/cat", &program).unwrap();
         let mut packer = Command::new(&program).current_dir(&tree).stdin(Stdio::piped()).spawn().unwrap();
         let mut command = ims_sshd(&["package", "--archive"], &[]);
-        let mut child = command.args([&archive, &tree]).stderr(Stdio::piped()).spawn().unwrap();
+        command.args([&archive, &tree]).current_dir(dir.path());
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
         let waiting = format!("waiting for process {} ({name}), which a killed run has left in", packer.id());
         assert!(lines.any(|line| line.contains(&waiting)), "{name}");
