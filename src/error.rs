@@ -52,7 +52,7 @@ impl Error {
     /// Adds the message of the system.
     #[must_use]
     pub fn because(mut self, cause: impl fmt::Display) -> Self {
-        self.cause = Some(cause.to_string());
+        self.cause = Some(with_file_limit(cause.to_string()));
         self
     }
 
@@ -95,6 +95,26 @@ impl Error {
             Kind::Interrupted(signal) => 128_u8.saturating_add(u8::try_from(signal as i32).unwrap_or(0)),
         }
     }
+}
+
+/// The kernel's words for EFBIG.
+const TOO_LARGE: &str = "File too large";
+
+/// Adds the limit of file sizes, if there is one, to the system's words about a file that exceeds it.
+fn with_file_limit(cause: String) -> String {
+    let limit = || rustix::process::getrlimit(rustix::process::Resource::Fsize).current;
+    match limit().filter(|_| cause.contains(TOO_LARGE) && !cause.contains("ulimit -f")) {
+        Some(bytes) => format!("{cause}: {}", over_file_limit(bytes)),
+        None => cause,
+    }
+}
+
+/// Says that a file exceeds the limit of file sizes (RLIMIT_FSIZE), in bytes, and what to do about it.
+pub(crate) fn over_file_limit(bytes: u64) -> String {
+    format!(
+        "a file would be larger than {bytes} bytes, the limit that this program was started with; raise it (ulimit -f, \
+         LimitFSIZE= of a service)"
+    )
 }
 
 impl fmt::Display for Error {

@@ -17,6 +17,7 @@ fn main() -> ExitCode {
     if let Some(code) = packer::run_as_child().or_else(sandbox::run_as_child) {
         return ExitCode::from(code);
     }
+    inherited::survive_file_limit();
     let arguments = arguments::parse();
     let awaited = run::awaited_parent(&arguments);
     match run::run(arguments) {

@@ -1,11 +1,11 @@
-//! Removes what the caller of `ims-sshd` must not decide: where programs are looked up, and whether the kernel keeps
-//! the status of a child that has ended.
+//! Removes what the caller of `ims-sshd` must not decide: where programs are looked up, whether the kernel keeps the
+//! status of a child that has ended, and whether a limit ends this program without a word.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Component, Path, PathBuf};
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal};
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
@@ -26,6 +26,16 @@ pub fn set_own() {
     }
     // The kernel reaps the children of a process that ignores SIGCHLD, and waitpid(2) fails. exec keeps it ignored.
     let _ = default_disposition(Signal::SIGCHLD);
+}
+
+/// Lets a write beyond the limit of file sizes (RLIMIT_FSIZE) fail with EFBIG instead of ending this process by SIGXFSZ
+/// without a word. exec resets a handler to the default action, which it would not do with an ignored signal.
+pub fn survive_file_limit() {
+    extern "C" fn nothing(_: libc::c_int) {}
+    let action = SigAction::new(SigHandler::Handler(nothing), SaFlags::SA_RESTART, SigSet::empty());
+    // SAFETY: the handler does nothing, so it is async-signal-safe.
+    #[allow(unsafe_code)]
+    let _ = unsafe { nix::sys::signal::sigaction(Signal::SIGXFSZ, &action) };
 }
 
 /// The elements of a search path that are the same directory in every process. The others depend on the working

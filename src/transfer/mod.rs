@@ -20,7 +20,7 @@ use nix::sys::signal::Signal;
 use rustix::event::{PollFd, PollFlags};
 use tokio::runtime::Runtime;
 
-use crate::error::{Attempt, Error, Result};
+use crate::error::{Attempt, Error, Result, over_file_limit};
 use crate::log::redaction;
 use crate::sys::poll;
 use crate::sys::process::end_with_us;
@@ -415,10 +415,7 @@ pub(crate) fn too_large(limit: Option<u64>) -> String {
     // A confined program gets the hard limit.
     let inherited = if limit.is_some() { own.maximum } else { own.current };
     match (inherited, limit) {
-        (Some(bytes), limit) if limit.is_none_or(|limit| bytes < limit) => format!(
-            "a file would be larger than {bytes} bytes, the limit that this program was started with; raise it (ulimit \
-             -f, LimitFSIZE= of a service)"
-        ),
+        (Some(bytes), limit) if limit.is_none_or(|limit| bytes < limit) => over_file_limit(bytes),
         (_, limit) => format!("a file in it is larger than {} bytes", limit.unwrap_or(u64::MAX)),
     }
 }

@@ -4,6 +4,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use testbed::file_server::FileServer;
 use testbed::job::*;
 use testbed::*;
 
@@ -459,7 +460,7 @@ open(sys.argv[2], 'wb').write(tar_of([('two', 'file', '2')]))"
 }
 
 #[test]
-fn limit_of_file_sizes_is_named_when_an_unpacker_or_packer_hits_it() {
+fn limit_of_file_sizes_is_named_whoever_hits_it() {
     let (dir, tree, _) = packed_image();
     std::fs::write(tree.join("large"), feed(Command::new("head").args(["-c", "2M", "/dev/urandom"]), b"").stdout)
         .unwrap();
@@ -469,7 +470,12 @@ fn limit_of_file_sizes_is_named_when_an_unpacker_or_packer_hits_it() {
     let parent = dir.path().join("parent").display().to_string();
     let packed = dir.path().join("packed.sqsh").display().to_string();
     let pack = ["package", "--kernel", "auto", "--archive", &packed, tree];
-    for (packer, arguments) in [("", &["prepare", &parent, archive][..]), ("mksquashfs", &pack), ("ims-sshd", &pack)] {
+    // Written by this program itself.
+    let server = FileServer::start(vec![1; 2 << 20], &[]);
+    let fetched = ["prepare", &parent, &server.url];
+    for (packer, arguments) in
+        [("", &["prepare", &parent, archive][..]), ("", &fetched), ("mksquashfs", &pack), ("ims-sshd", &pack)]
+    {
         let mut command = Command::new("prlimit");
         command.arg("--fsize=1000000").arg(&*IMS_SSHD).args(arguments).current_dir(dir.path());
         if !packer.is_empty() {

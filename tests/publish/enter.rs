@@ -1,8 +1,10 @@
 //! `ims-sshd enter`, from a source to a published image, without a person at a terminal.
 
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Output};
 
+use nix::sys::signal::Signal;
 use testbed::file_server::FileServer;
 use testbed::job::*;
 use testbed::*;
@@ -52,6 +54,16 @@ fn signature_of_a_url_is_in_no_message() {
     succeed(&mut ims_sshd(&["fail", &server.url], &[]));
     let refused = ims_sshd(&["customize", &server.url], &[]).output().unwrap();
     assert!(!text(&refused.stderr).contains(signature), "{refused:?}");
+}
+
+/// This program survives SIGXFSZ itself.
+#[test]
+fn limit_of_file_sizes_ends_a_command_in_the_image_as_elsewhere() {
+    let (dir, _, squashfs) = packed_image();
+    let command = "grep SigIgn /proc/self/status; ulimit -f 1; head -c 9999 /dev/zero > /tmp/large";
+    let output = enter(dir.path(), &squashfs.display().to_string(), &[], command);
+    assert_eq!(output.status.signal(), Some(Signal::SIGXFSZ as i32), "{output:?}");
+    assert!(text(&output.stdout).contains("SigIgn:\t0000000000000000"), "{output:?}");
 }
 
 #[test]
