@@ -60,18 +60,21 @@ fn of_dpkg(status: &str) -> BTreeMap<String, String> {
     packages
 }
 
+/// Completes "cannot …".
+const ASK: &str = "ask rpm";
+
 /// Queries a copy: even a query makes sqlite leave files beside the database.
 fn of_rpm(work: &Work, database: &Tree) -> Result<BTreeMap<String, String>> {
     let copy = Copied::of(database).attempt(|| "copy their database")?;
     let mut rpm = Command::new("rpm");
     rpm.arg("--dbpath").arg(&copy.0).args(["-qa", "--queryformat", "%{NAME}.%{ARCH} %{EVR}\\n"]);
     let directory = Tree::open(&copy.0).attempt(|| format!("open {}", copy.0.display()))?;
-    let output = work.run(&mut rpm, Some(&Confined::asking(&directory)), |_| {})?;
+    let output = work.run(ASK, &mut rpm, Some(&Confined::asking(&directory)), |_| {})?;
     let text = String::from_utf8_lossy(&output.stdout);
     // rpm reports a damaged database on standard error, and exits with 0.
     let said = String::from_utf8_lossy(&output.stderr);
     if !output.status.success() || (text.is_empty() && !said.is_empty()) {
-        return Err(crate::error::Error::new("ask rpm").because(said.lines().last().unwrap_or("it failed")));
+        return Err(crate::error::Error::new(ASK).because(said.lines().last().unwrap_or("it failed")));
     }
     Ok(text.lines().filter_map(|line| line.split_once(' ')).map(|(n, v)| (n.to_owned(), v.to_owned())).collect())
 }

@@ -102,7 +102,7 @@ pub(crate) fn pack(
             shown.of_image(Written::decode(&bytes));
         }
     };
-    let output = work.run(&mut child, Some(&confined), look)?;
+    let output = work.run(attempted, &mut child, Some(&confined), look)?;
     drop(shown);
     let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
     if output.status.signal() == Some(libc::SIGXFSZ) {

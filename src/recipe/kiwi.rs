@@ -196,12 +196,13 @@ impl<'a> Build<'a> {
         let kiwi = program_in_path("kiwi-ng").ok_or_else(|| {
             Error::new("run kiwi-ng").because("it is not installed").advise("install kiwi-ng; see docs/RECIPES.md")
         })?;
-        let output = work.run(Command::new(&kiwi).arg("--version"), None, |_| {})?;
+        let find = format!("find the version of {}", kiwi.display());
+        let output = work.run(&find, Command::new(&kiwi).arg("--version"), None, |_| {})?;
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
         let version = version_in(&said).ok_or_else(|| {
             let said = format!("{said}{}", String::from_utf8_lossy(&output.stderr));
             let said = said.trim().lines().last().unwrap_or("it says nothing").to_owned();
-            Error::new(format!("find the version of {}", kiwi.display())).because(said)
+            Error::new(&find).because(said)
         })?;
         let authority = Authority::read(settings, wanted)?;
         let keys = keys(wanted, &manager)?;
@@ -340,7 +341,7 @@ impl<'a> Build<'a> {
             return std::fs::create_dir_all(home.join(".gnupg")).attempt(attempted);
         }
         let mut rpm = Command::new("rpm");
-        let output = work.run(rpm.args(["--eval", "%_dbpath"]), None, |_| {})?;
+        let output = work.run("find rpm's database", rpm.args(["--eval", "%_dbpath"]), None, |_| {})?;
         if output.stdout.trim_ascii().ends_with(b"/.rpmdb") {
             std::fs::write(home.join(".rpmmacros"), "%_dbpath /var/lib/rpm\n").attempt(attempted)?;
         }

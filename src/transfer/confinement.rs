@@ -24,6 +24,7 @@ use crate::sys::seccomp;
 use crate::sys::signals::unblock_signals;
 use crate::sys::tree::Tree;
 use crate::sys::umask;
+use crate::transfer::progress::size_in_words;
 
 /// Capabilities of a program that writes a tree, with reasons.
 const WRITER: &[(Capability, &str)] = &[
@@ -265,10 +266,19 @@ impl<'a> Confined<'a> {
         Ok(())
     }
 
-    /// True if the volume has less free space than the reserve: an archive may unpack to more than any disk holds.
-    pub(crate) fn volume_is_full(&self) -> bool {
-        let volume = self.limits.volume.as_ref().and_then(|path| rustix::fs::statvfs(path).ok());
-        volume.is_some_and(|disk| disk.f_bavail * disk.f_frsize < reserve(disk.f_blocks * disk.f_frsize))
+    /// Says that the volume has less free space than the reserve, if so: an archive may unpack to more than any disk
+    /// holds.
+    pub(crate) fn full_volume(&self) -> Option<String> {
+        let path = self.limits.volume.as_ref()?;
+        let disk = rustix::fs::statvfs(path).ok()?;
+        let (free, whole) = (disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize);
+        let is_full = free < reserve(whole);
+        is_full.then(|| {
+            // The path is that of a descriptor.
+            let shown = std::fs::read_link(path).unwrap_or_else(|_| path.clone());
+            let [free, whole] = [free, whole].map(size_in_words);
+            format!("the file system of {} has almost no space left, {free} of {whole}", shown.display())
+        })
     }
 
     /// Landlock rules that deny all other files; `None` if the kernel lacks Landlock.

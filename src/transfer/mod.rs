@@ -282,16 +282,17 @@ impl Work {
     }
 
     /// Runs a program to its end and returns its output; calls `look` regularly. A signal kills the program. It gets no
-    /// variable but `$PATH`, and only the rights of `confined` if given.
+    /// variable but `$PATH`, and only the rights of `confined` if given. `attempted` completes "cannot …".
     pub(crate) fn run(
         &self,
+        attempted: &str,
         command: &mut Command,
         confined: Option<&Confined>,
         look: impl FnMut(&Child),
     ) -> Result<Output> {
         self.heed()?;
         let name = Path::new(command.get_program()).display().to_string();
-        let attempted = || format!("run {name}");
+        let (attempted, start) = (|| attempted, || format!("start {name}"));
         if !name.contains('/') {
             installed(&name)?;
         }
@@ -302,25 +303,25 @@ impl Work {
         let said = [&out, &err];
         let status = match confined {
             None => {
-                let child = end_with_us(unblock_signals(command)).spawn().attempt(attempted)?;
-                self.await_end(child, &name, said, None, look)?
+                let child = end_with_us(unblock_signals(command)).spawn().attempt(start).attempt(attempted)?;
+                self.await_end(attempted(), child, &name, said, None, look)?
             }
             Some(confined) => {
                 confined.prepare(command)?;
                 // The starting thread is confined as well, and must live as long as the child: PR_SET_PDEATHSIG refers
                 // to the parent thread.
                 std::thread::scope(|scope| {
-                    let (started, start) = mpsc::channel();
+                    let (started, child) = mpsc::channel();
                     let (_over, end) = mpsc::channel::<()>();
                     scope.spawn(move || {
                         let child = confined
                             .enter()
-                            .and_then(|()| end_with_us(unblock_signals(command)).spawn().attempt(|| "start it"));
+                            .and_then(|()| end_with_us(unblock_signals(command)).spawn().attempt(start));
                         let _ = started.send(child);
                         let _ = end.recv();
                     });
-                    let child = start.recv().attempt(attempted)?.map_err(|e| Error::new(attempted()).because(e))?;
-                    self.await_end(child, &name, said, Some(confined), look)
+                    let child = child.recv().attempt(attempted)?.attempt(attempted)?;
+                    self.await_end(attempted(), child, &name, said, Some(confined), look)
                 })?
             }
         };
@@ -333,13 +334,14 @@ impl Work {
 
     fn await_end(
         &self,
+        attempted: &str,
         mut child: Child,
         name: &str,
         said: [&File; 2],
         confined: Option<&Confined>,
         mut look: impl FnMut(&Child),
     ) -> Result<ExitStatus> {
-        let attempted = || format!("run {name}");
+        let attempted = || attempted;
         let began = Instant::now();
         loop {
             if let Some(status) = child.try_wait().attempt(attempted)? {
@@ -347,14 +349,12 @@ impl Work {
             }
             let too_much = || said.iter().any(|file| file.metadata().is_ok_and(|said| said.len() > MOST_SAID));
             let why = match confined {
-                _ if too_much() => Some("its output is too long".to_owned()),
+                _ if too_much() => Some(format!("the output of {name} is too long")),
                 Some(confined) if began.elapsed() > confined.limits.time => {
-                    Some(format!("it was still at work after {} s", confined.limits.time.as_secs()))
+                    Some(format!("{name} was still at work after {} s", confined.limits.time.as_secs()))
                 }
-                Some(confined) if confined.volume_is_full() => {
-                    Some("the disk that it writes to has almost no space left".to_owned())
-                }
-                _ => None,
+                Some(confined) => confined.full_volume(),
+                None => None,
             };
             let ended = why.map_or_else(|| self.heed(), |why| Err(Error::new(attempted()).because(why)));
             if let Err(e) = ended {
@@ -384,7 +384,7 @@ impl Work {
         confined: Option<&Confined>,
         look: impl FnMut(&Child),
     ) -> Result<String> {
-        let output = self.run(command, confined, look)?;
+        let output = self.run(attempted, command, confined, look)?;
         let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
         if output.status.success() {
             return Ok(said);

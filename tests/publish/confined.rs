@@ -297,7 +297,7 @@ fn programs_do_not_inherit_variables_with_secrets() {
 #[test]
 fn unpacker_with_endless_output_is_killed() {
     for (script, reason) in [
-        ("#!/bin/sh\nexec yes >&2\n", "its output is too long"),
+        ("#!/bin/sh\nexec yes >&2\n", "the output of unsquashfs is too long"),
         ("#!/bin/sh\nexec truncate -s 3T large\n", "a file in it is larger than 2199023255552 bytes"),
         ("#!/bin/sh\nexec cat /usr/bin/* /usr/bin/* /usr/bin/* > large\n", "space left"),
     ] {

@@ -412,7 +412,9 @@ fn full_disk_is_an_error_and_leaves_no_file() {
     let output = ims_sshd(&arguments, &[("IMAGE_PACKER", "ims-sshd".into())]).current_dir(dir.path()).output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     let said = text(&output.stderr);
-    assert!(said.contains("No space left") || said.contains("almost no space left"), "{said}");
+    let full =
+        format!("cannot pack {}: the file system of {} has almost no space left", tree.display(), place.display());
+    assert!(said.contains("No space left") || said.contains(&full), "{said}");
     nothing_is_left(&place);
 }
 
