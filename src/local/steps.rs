@@ -102,12 +102,13 @@ pub fn prepare(settings: &Settings, source: &Source, open: Open, is_fresh: bool)
     let parent = &settings.job.parent;
     let image_root = parent.join(settings.job.image_root());
     let work = Work::begin(&settings.network)?;
+    let is_new = !parent.exists();
     let (files, unmade) = match SignalFiles::open(parent)?.map_or_else(|| make_parent(parent), Ok) {
         Ok(files) => (Some(files), None),
         Err(error) => (None, Some(error)),
     };
     // Before IMS hears anything: the job of the open environment, or of another `prepare`, goes on.
-    let _claim = match &files {
+    let claim = match &files {
         Some(files) => {
             files.refuse_open()?;
             let claim = files.claim_for(Step::Prepare)?;
@@ -155,9 +156,14 @@ pub fn prepare(settings: &Settings, source: &Source, open: Open, is_fresh: bool)
     });
     work.unless_interrupted(result).inspect_err(|_| {
         work.finish_regardless();
-        mark_pod_error(&settings.job.parent, settings);
+        mark_pod_error(parent, settings);
         if let Err(e) = ims.set_status(Status::Error) {
             tracing::error!("{e}");
+        }
+        drop(claim);
+        if is_new {
+            // Whatever is in it, somebody needs.
+            let _ = std::fs::remove_dir(parent);
         }
     })
 }
