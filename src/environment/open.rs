@@ -78,7 +78,7 @@ impl Open {
             daemon: None,
             clients: Clients::default(),
             presence: Presence::listen(state.path())?,
-            refusals: settings.sshd.log.as_deref().map(Refusals::new),
+            refusals: settings.sshd.log.as_deref().map(|log| Refusals::new(log, settings.job.jailed)),
             watchdog: Watchdog::start(),
             script: None,
             restarts: Vec::new(),
@@ -175,6 +175,13 @@ impl Open {
         running
     }
 
+    /// Logs logins that sshd refused, or ended before their session.
+    pub(super) fn look_at_refusals(&mut self) {
+        if let Some(refusals) = &mut self.refusals {
+            refusals.look(|client, port| self.presence.has_begun(client, port));
+        }
+    }
+
     /// Interactive shells among `running`.
     pub(super) fn interactive(&self, running: Running) -> Vec<Entry> {
         let mut sessions = running.sessions;
@@ -197,10 +204,10 @@ impl Open {
             };
             cleanly &= succeeded(jail.clear(place.image_root, place.files.parent()));
         }
-        self.presence.close();
         if let Some(refusals) = self.refusals {
-            refusals.close();
+            refusals.close(|client, port| self.presence.has_begun(client, port));
         }
+        self.presence.close();
         cleanly
     }
 }

@@ -143,6 +143,12 @@ impl Presence {
         self.sessions().any(|session| session.interactive && session.pid == leader.pid.as_raw())
     }
 
+    /// Returns whether a session of this client's connection has begun.
+    pub(crate) fn has_begun(&self, client: &str, port: u16) -> bool {
+        self.clients.contains_key(&(client.to_owned(), port))
+            || self.sessions().any(|session| session.port == Some(port) && session.client == client)
+    }
+
     /// When a helper last reported the end of a session.
     pub(crate) fn last_heard(&self) -> Option<Instant> {
         self.last_heard

@@ -25,7 +25,6 @@ use crate::jail::link::Message;
 use crate::jailer::open::TIME_TO_CLOSE_FILES;
 use crate::job::Action as JobAction;
 use crate::sshd::daemon::Daemon;
-use crate::sshd::refusals::Refusals;
 use crate::sys::poll::{self, Sources};
 use crate::sys::process::reap;
 use crate::sys::signals::Signals;
@@ -286,7 +285,7 @@ impl<F: FnOnce()> Supervisor<F> {
                 Source::Sessions => self.look_at_sessions(),
                 Source::End => {}
                 Source::Interval => {
-                    self.open.iter_mut().filter_map(|open| open.refusals.as_mut()).for_each(Refusals::look);
+                    self.open.iter_mut().for_each(Open::look_at_refusals);
                     if self.machine.state() == State::Serving {
                         events.extend(self.check_limits());
                     }

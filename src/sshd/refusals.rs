@@ -3,8 +3,11 @@
 //!
 //! sshd writes several lines for a connection; the last one ends it. That one is logged, with the reason given before.
 //! Connections without a login attempt (probes, port scanners) are not logged. sshd may also end an accepted login
-//! before its session begins; the client does not see that reason either.
+//! before its session begins; the client does not see that reason either. No session is reported for such a login, and
+//! either its connection is gone without a line that names the client, or sshd gave a reason before that line.
 
+use std::collections::HashSet;
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -23,9 +26,9 @@ const PERIOD: Duration = Duration::from_mins(1);
 /// sshd's message when a client has exceeded `MaxAuthTries`.
 const TOO_MANY: &str = "Too many authentication failures";
 
-/// Prefixes of the lines with which sshd ends an accepted login or its session (OpenSSH's session.c, uidswap.c,
-/// auth-pam.c, audit-linux.c).
-const ENDS_ACCEPTED: [&str; 10] = [
+/// Prefixes of the lines with which a child of sshd ends a session that has not begun (OpenSSH's session.c, uidswap.c,
+/// auth-pam.c, audit-linux.c). Where short sessions are not reported, only these tell such an end from a session.
+const ENDS_SESSION: [&str; 10] = [
     "linux_audit_write_entry failed",
     "PAM: pam_setcred(): ",
     "PAM: pam_open_session(): ",
@@ -38,6 +41,22 @@ const ENDS_ACCEPTED: [&str; 10] = [
     "unable to set user context",
 ];
 
+/// Prefixes of lines that are no reason for the end of a login: debugging, records of logins that cannot be written,
+/// configuration that a connection reads again, and sessions at LogLevel VERBOSE.
+const NO_REASON: [&str; 8] = [
+    "debug",
+    "syslogin_perform_logout",
+    "lastlog_",
+    "rexec line ",
+    "subsystem request for ",
+    "User child is on pid ",
+    "Starting session: ",
+    "Close session: ",
+];
+
+/// Most accepted logins that are followed at once.
+const MOST_ACCEPTED: usize = 256;
+
 /// A line of sshd's log that concerns logins.
 #[derive(Debug, PartialEq, Eq)]
 enum Line<'a> {
@@ -47,8 +66,10 @@ enum Line<'a> {
     Refused(Refusal<'a>),
     /// A login was accepted, with user and client.
     Accepted(&'a str, (&'a str, u16)),
-    /// The reason why an accepted login ended.
-    Ended(&'a str),
+    /// The connection of this client has ended.
+    Disconnected((&'a str, u16)),
+    /// It may be the reason why an accepted login ended.
+    Other(&'a str),
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -61,16 +82,13 @@ struct Refusal<'a> {
 /// Parses a line. A user name comes from the client and may imitate the rest of a line, so addresses are searched from
 /// the end.
 fn parse(line: &str) -> Option<Line<'_>> {
-    let line = line.trim_end();
-    let line = line.strip_suffix(" [preauth]").unwrap_or(line);
+    let whole = line.trim_end();
+    let line = whole.strip_suffix(" [preauth]").unwrap_or(whole);
     let reason = |user, text: &str| Some(Line::Reason(user, text.to_owned()));
     let refused = |user, client, reason| Some(Line::Refused(Refusal { user, client, reason }));
     if let Some(who) = line.strip_prefix("Accepted ").and_then(|rest| rest.split_once(" for ")) {
         let (user, client) = address(who.1.split_once(" ssh2").map_or(who.1, |(who, _)| who))?;
         return Some(Line::Accepted(user.strip_suffix(" from").unwrap_or(user), client));
-    }
-    if ENDS_ACCEPTED.iter().any(|begin| line.starts_with(begin)) {
-        return Some(Line::Ended(line));
     }
     if let Some(why) = line.strip_prefix("Authentication refused: ") {
         return reason(None, why);
@@ -96,10 +114,11 @@ fn parse(line: &str) -> Option<Line<'_>> {
         return refused(None, None, Some(line));
     }
     let begin = ["Connection closed by ", "Connection reset by ", "Disconnected from ", "Disconnecting "];
-    let rest = begin.iter().find_map(|begin| line.strip_prefix(begin))?;
-    let (is_known, rest) = match rest.strip_prefix("authenticating user ") {
-        Some(rest) => (true, rest),
-        None => (false, rest.strip_prefix("invalid user ")?),
+    let rest = begin.iter().find_map(|begin| line.strip_prefix(begin)).unwrap_or_default();
+    let (is_known, rest) = match (rest.strip_prefix("authenticating user "), rest.strip_prefix("invalid user ")) {
+        (Some(rest), _) => (true, rest),
+        (None, Some(rest)) => (false, rest),
+        (None, None) => return of_accepted(whole),
     };
     let (who, why) = match rest.strip_suffix(TOO_MANY).and_then(|who| who.strip_suffix(": ")) {
         Some(who) => (who, Some(TOO_MANY)),
@@ -111,11 +130,38 @@ fn parse(line: &str) -> Option<Line<'_>> {
     }
 }
 
+/// Parses a line that is not about the authentication.
+fn of_accepted(line: &str) -> Option<Line<'_>> {
+    if NO_REASON.iter().any(|begin| line.starts_with(begin)) {
+        return None;
+    }
+    if let Some((before, after)) = line.rsplit_once(" port ") {
+        let end = after.find(|c: char| !c.is_ascii_digit()).unwrap_or(after.len());
+        let client = before.rsplit(' ').next().unwrap_or_default();
+        return Some(Line::Disconnected((client, after[..end].parse().ok()?)));
+    }
+    (!line.is_empty() && !line.ends_with(" [preauth]")).then_some(Line::Other(line))
+}
+
 /// Splits off the address at the end, as in `root 192.0.2.1 port 40000`.
 fn address(text: &str) -> Option<(&str, (&str, u16))> {
     let (before, port) = text.rsplit_once(" port ")?;
     let (user, client) = before.rsplit_once(' ').unwrap_or(("", before));
     Some((user, (client, port.parse().ok()?)))
+}
+
+/// A login that sshd accepted, and whose session has not begun.
+#[derive(Debug)]
+struct Login {
+    user: String,
+    client: String,
+    port: u16,
+    /// The last line that may be the reason of its end.
+    last: Option<String>,
+    /// True if sshd has told the end of its connection.
+    is_disconnected: bool,
+    /// True if its connection was gone before the log was read last.
+    is_gone: bool,
 }
 
 /// Follows sshd's log.
@@ -126,32 +172,63 @@ pub(crate) struct Refusals {
     position: u64,
     /// User and reason of a refusal whose connection has not ended yet.
     reason: Option<(Option<String>, String)>,
-    /// User and client of the login accepted last.
-    accepted: Option<(String, (String, u16))>,
+    accepted: Vec<Login>,
+    /// True if every session is reported, however short.
+    knows_sessions: bool,
     period: Instant,
     /// Refusals in the current period.
     count: u64,
 }
 
 impl Refusals {
-    /// Follows `log` from its current end.
-    pub(crate) fn new(log: &Path) -> Self {
+    /// Follows `log` from its current end. `knows_sessions` says that every session is reported, however short.
+    pub(crate) fn new(log: &Path, knows_sessions: bool) -> Self {
         let position = std::fs::metadata(log).map_or(0, |log| log.len());
-        Self { log: log.to_owned(), position, reason: None, accepted: None, period: Instant::now(), count: 0 }
+        let (period, accepted) = (Instant::now(), Vec::new());
+        Self { log: log.to_owned(), position, reason: None, accepted, knows_sessions, period, count: 0 }
     }
 
-    /// Logs new refusals. To be called about once a second.
-    pub(crate) fn look(&mut self) {
+    /// Logs new refusals. `has_begun` says whether a client, by address and port, had a session. To be called about once
+    /// a second.
+    pub(crate) fn look(&mut self, has_begun: impl Fn(&str, u16) -> bool) {
         self.read();
+        self.accepted.retain(|login| !has_begun(&login.client, login.port));
+        self.tell_ended();
         if self.period.elapsed() >= PERIOD {
             self.end_period();
         }
     }
 
     /// Logs the remaining refusals.
-    pub(crate) fn close(mut self) {
-        self.read();
+    pub(crate) fn close(mut self, has_begun: impl Fn(&str, u16) -> bool) {
+        for _ in 0..2 {
+            self.look(&has_begun);
+        }
         self.end_period();
+    }
+
+    /// Logs accepted logins that have ended. A connection has to be gone at the last look already: sshd's line about it
+    /// would have been read by now.
+    fn tell_ended(&mut self) {
+        let ended: Vec<_> = self.accepted.extract_if(.., |login| login.is_disconnected || login.is_gone).collect();
+        if self.accepted.iter().any(|login| login.last.is_some()) {
+            let connected = connected();
+            for login in self.accepted.iter_mut().filter(|login| login.last.is_some()) {
+                let client = login.client.parse().map(|address: IpAddr| (address, login.port));
+                login.is_gone = !client.is_ok_and(|client| connected.contains(&client));
+            }
+        }
+        for Login { user, client, port, last, is_gone, .. } in ended {
+            let Some(reason) = last else { continue };
+            let is_known = ENDS_SESSION.iter().any(|begin| reason.starts_with(begin));
+            if !is_gone && !is_known && !self.knows_sessions {
+                continue;
+            }
+            self.count += 1;
+            if self.count <= MOST_LINES {
+                tracing::warn!(client, port, user, reason, "sshd accepted a login that ended before its session began");
+            }
+        }
     }
 
     fn read(&mut self) {
@@ -190,16 +267,20 @@ impl Refusals {
             None => {}
             Some(Line::Reason(user, reason)) => self.reason = Some((user.map(str::to_owned), reason)),
             Some(Line::Accepted(user, (client, port))) => {
-                self.accepted = Some((user.to_owned(), (client.to_owned(), port)));
-            }
-            Some(Line::Ended(reason)) => {
-                self.count += 1;
-                if self.count > MOST_LINES {
-                    return;
+                if self.accepted.len() == MOST_ACCEPTED {
+                    self.accepted.remove(0);
                 }
-                let (user, client) = self.accepted.take().unzip();
-                let (client, port) = client.unzip();
-                tracing::warn!(client, port, user, reason, "sshd accepted a login that ended before its session began");
+                let (user, client) = (user.to_owned(), client.to_owned());
+                self.accepted.push(Login { user, client, port, last: None, is_disconnected: false, is_gone: false });
+            }
+            Some(Line::Disconnected((client, port))) => {
+                let is_its = |login: &&mut Login| (login.client.as_str(), login.port) == (client, port);
+                self.accepted.iter_mut().filter(is_its).for_each(|login| login.is_disconnected = true);
+            }
+            // The line does not say of which connection it is.
+            Some(Line::Other(line)) => {
+                let may_end = self.accepted.iter_mut().filter(|login| !login.is_disconnected);
+                may_end.for_each(|login| login.last = Some(line.to_owned()));
             }
             Some(Line::Refused(refusal)) => {
                 self.count += 1;
@@ -225,6 +306,27 @@ impl Refusals {
     }
 }
 
+/// Clients, by address and port, of this machine's connections that a process has open (proc_pid_net(5)).
+fn connected() -> HashSet<(IpAddr, u16)> {
+    let tables = ["tcp", "tcp6"].map(|table| std::fs::read_to_string(format!("/proc/net/{table}")).unwrap_or_default());
+    tables.iter().flat_map(|table| table.lines().filter_map(client_of)).collect()
+}
+
+/// The remote address and port of an entry; `None` for one that no process has open any more.
+fn client_of(entry: &str) -> Option<(IpAddr, u16)> {
+    let mut fields = entry.split_ascii_whitespace();
+    let (remote, inode) = (fields.nth(2)?, fields.nth(6)?);
+    let (address, port) = remote.split_once(':').filter(|_| inode != "0")?;
+    // The kernel prints words of the address in its own byte order.
+    let words = (0..address.len()).step_by(8).map(|at| u32::from_str_radix(address.get(at..at + 8)?, 16).ok());
+    let bytes: Vec<u8> = words.collect::<Option<Vec<_>>>()?.into_iter().flat_map(u32::to_ne_bytes).collect();
+    let address = match *bytes {
+        [a, b, c, d] => Ipv4Addr::new(a, b, c, d).into(),
+        _ => IpAddr::from(<[u8; 16]>::try_from(bytes).ok()?).to_canonical(),
+    };
+    Some((address, u16::from_str_radix(port, 16).ok()?))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -235,7 +337,7 @@ mod tests {
 
     #[test]
     fn refused_logins_are_recognized_by_their_last_line() {
-        let unknown = Some("there is no such user");
+        let (unknown, of) = (Some("there is no such user"), || Some(Line::Disconnected(("192.0.2.1", 7))));
         for (line, means) in [
             (
                 "Connection closed by authenticating user root 192.0.2.1 port 7 [preauth]\r",
@@ -257,20 +359,23 @@ mod tests {
                 Some(refused("x 198.51.100.9 port 1", 7, unknown)),
             ),
             // Probes, scanners, and ends of accepted logins.
-            ("Connection closed by 192.0.2.1 port 7 [preauth]", None),
-            ("kex_exchange_identification: Connection closed by remote host", None),
-            ("banner exchange: Connection from 192.0.2.1 port 7: invalid format", None),
-            ("Invalid user x from 192.0.2.1 port 7", None),
+            ("Connection closed by 192.0.2.1 port 7 [preauth]", of()),
+            ("kex_exchange_identification: Connection closed by remote host [preauth]", None),
+            ("Connection closed by 192.0.2.1 port 7", of()),
+            ("Received disconnect from 192.0.2.1 port 7:11: disconnected by user", of()),
+            ("banner exchange: Connection from 192.0.2.1 port 7: invalid format", of()),
+            ("Invalid user x from 192.0.2.1 port 7", of()),
             (
                 "Accepted publickey for root from 192.0.2.1 port 7 ssh2: ED25519 SHA256:x",
                 Some(Line::Accepted("root", ("192.0.2.1", 7))),
             ),
             (
                 "linux_audit_write_entry failed: Operation not permitted",
-                Some(Line::Ended("linux_audit_write_entry failed: Operation not permitted")),
+                Some(Line::Other("linux_audit_write_entry failed: Operation not permitted")),
             ),
             ("syslogin_perform_logout: logout() returned an error", None),
-            ("Disconnected from user root 192.0.2.1 port 7", None),
+            ("Disconnected from user root 192.0.2.1 port 7", of()),
+            ("debug1: server_init_dispatch", None),
             ("", None),
         ] {
             assert_eq!(parse(line), means, "{line}");
@@ -282,6 +387,46 @@ mod tests {
         };
         assert_eq!(refusal.client, Some(("192.0.2.1", 7)));
         assert_eq!(refusal.reason, Some("no matching host key type found. Their offer: x"));
+    }
+
+    #[test]
+    fn connections_that_a_process_has_open_are_read_from_the_kernels_tables() {
+        let v4 = "   1: 0100007F:0016 {}:C350 01 00000000:00000000 00:00000000 00000000     0        0 {}  1 x";
+        let entry = |remote: &str, inode: &str| v4.replacen("{}", remote, 1).replacen("{}", inode, 1);
+        let local = Some((IpAddr::from([127, 0, 0, 1]), 50000));
+        assert_eq!(client_of(&entry("0100007F", "4711")), local);
+        assert_eq!(client_of(&entry("0000000000000000FFFF00000100007F", "4711")), local);
+        assert_eq!(client_of(&entry("0100007F", "0")), None);
+        assert_eq!(client_of("  sl  local_address rem_address   st tx_queue rx_queue"), None);
+    }
+
+    #[test]
+    fn login_that_sshd_ends_is_told_from_one_that_its_client_ends() {
+        for (reason, disconnected, knows_sessions, told) in [
+            (Some("chown(/dev/pts/0, 0, 5) failed: Operation not permitted"), false, false, true),
+            (Some("linux_audit_write_entry failed: Operation not permitted"), true, false, true),
+            (Some("something else"), true, true, true),
+            // It may have had a short session.
+            (Some("something else"), true, false, false),
+            (None, true, true, false),
+            (None, false, true, false),
+        ] {
+            let mut log = Refusals::new(Path::new("/nonexistent"), knows_sessions);
+            for port in [7, 8] {
+                log.handle(&format!("Accepted publickey for root from 192.0.2.1 port {port} ssh2: ED25519 SHA256:x"));
+            }
+            if let Some(line) = reason {
+                log.handle(line);
+            }
+            if disconnected {
+                log.handle("Disconnected from user root 192.0.2.1 port 7");
+            }
+            for _ in 0..2 {
+                log.look(|_, port| port == 8);
+            }
+            assert_eq!(log.count, u64::from(told), "{reason:?} {disconnected} {knows_sessions}");
+            assert_eq!(log.accepted.len(), usize::from(reason.is_none() && !disconnected), "{reason:?}");
+        }
     }
 
     #[test]
@@ -316,7 +461,7 @@ mod tests {
             use std::io::Write;
             std::fs::File::options().append(true).open(&file).unwrap().write_all(text.as_bytes()).unwrap();
         };
-        let mut log = Refusals::new(&file);
+        let mut log = Refusals::new(&file, true);
         append("one\ntw");
         assert_eq!(log.added().unwrap(), "one\n");
         append("o\n");
