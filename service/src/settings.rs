@@ -5,24 +5,29 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-/// Settings of `ims serve`.
+/// Where the records are kept.
 #[derive(Debug, Clone, Args)]
-pub struct Settings {
-    /// Address to listen on
-    #[arg(long, env = "IMS_LISTEN", default_value = "127.0.0.1:9000", value_name = "ADDRESS:PORT")]
-    pub listen: SocketAddr,
+pub struct Records {
     /// Directory of the database, and of upstream's JSON files, which are imported
     #[arg(long, env = "IMS_DATA_DIR", default_value = "/var/ims/data", value_name = "DIRECTORY")]
     pub data: PathBuf,
     /// PostgreSQL to keep the records in (`postgres://…`), for several replicas; without it a file in the data directory
     #[arg(long, env = "IMS_DATABASE_URL", hide_env_values = true, value_name = "URL")]
     pub database: Option<String>,
-    /// Directory that holds the objects in place of S3, with a directory for each bucket
-    #[arg(long, env = "IMS_STORE", value_name = "DIRECTORY")]
-    pub store: Option<PathBuf>,
-    /// S3 server
+}
+
+/// Settings of `ims serve`.
+#[derive(Debug, Clone, Args)]
+pub struct Settings {
+    /// Address to listen on
+    #[arg(long, env = "IMS_LISTEN", default_value = "127.0.0.1:9000", value_name = "ADDRESS:PORT")]
+    pub listen: SocketAddr,
+    #[command(flatten)]
+    #[allow(missing_docs)] // clap would take it for the description of the command
+    pub records: Records,
+    /// S3 server; `file:///DIRECTORY` for a directory with a directory for each bucket
     #[arg(long, env = "S3_ENDPOINT", value_name = "URL")]
-    pub s3_endpoint: Option<String>,
+    pub s3_endpoint: String,
     /// Access key of the S3 server
     #[arg(long, env = "S3_ACCESS_KEY", hide_env_values = true, value_name = "KEY", default_value = "")]
     pub s3_access_key: String,

@@ -5,6 +5,9 @@ use sqlx::{AnyPool, Row};
 use super::Result;
 use crate::records::Kind;
 
+/// Row of `imports` with the name of this database, which no file has.
+const IDENTITY: &str = "";
+
 /// Statements that lead from each version to the next.
 const VERSIONS: &[&[&str]] = &[&[
     "CREATE TABLE kinds (kind TEXT PRIMARY KEY, version BIGINT NOT NULL)",
@@ -18,8 +21,8 @@ const VERSIONS: &[&[&str]] = &[&[
     "CREATE TABLE set_aside (kind TEXT NOT NULL, body TEXT NOT NULL, reason TEXT NOT NULL, moved TEXT NOT NULL)",
 ]];
 
-/// Brings the tables to the newest version. Several replicas may do so at once.
-pub(super) async fn run(pool: &AnyPool) -> Result<()> {
+/// Brings the tables to the newest version; returns the name of this database. Several replicas may do so at once.
+pub(super) async fn run(pool: &AnyPool) -> Result<String> {
     let mut transaction = pool.begin().await?;
     if transaction.backend_name() == "PostgreSQL" {
         // Replicas wait for each other: CREATE TABLE IF NOT EXISTS alone fails when two do it at once.
@@ -46,5 +49,11 @@ pub(super) async fn run(pool: &AnyPool) -> Result<()> {
         let statement = "INSERT INTO kinds (kind, version) VALUES ($1, 0) ON CONFLICT (kind) DO NOTHING";
         sqlx::query(statement).bind(kind.name()).execute(&mut *transaction).await?;
     }
-    transaction.commit().await
+    // A list's version means nothing in another database.
+    let statement = "INSERT INTO imports (file, state) VALUES ($1, $2) ON CONFLICT (file) DO NOTHING";
+    sqlx::query(statement).bind(IDENTITY).bind(crate::records::new_id()).execute(&mut *transaction).await?;
+    let row = sqlx::query("SELECT state FROM imports WHERE file = $1").bind(IDENTITY);
+    let identity = row.fetch_one(&mut *transaction).await?.try_get(0)?;
+    transaction.commit().await?;
+    Ok(identity)
 }

@@ -17,6 +17,7 @@ use tokio::sync::OwnedMutexGuard;
 
 use crate::records::{Kind, Location, Record};
 
+pub mod files;
 mod migrations;
 
 /// Result of a statement.
@@ -37,6 +38,7 @@ pub struct Database {
     /// SQLite has one writer; waiting here is fair and has no timeout.
     writer: Option<Arc<tokio::sync::Mutex<()>>>,
     lists: Mutex<HashMap<Kind, List>>,
+    identity: String,
 }
 
 /// All records of a table, in order of creation.
@@ -78,8 +80,8 @@ impl Database {
             })
         });
         let pool = pool.connect_with(options).await.map_err(|e| attempted().because(e))?;
-        migrations::run(&pool).await.map_err(|e| attempted().because(e))?;
-        Ok(Self { pool, writer: is_file.then(Arc::default), lists: Mutex::default() })
+        let identity = migrations::run(&pool).await.map_err(|e| attempted().because(e))?;
+        Ok(Self { pool, writer: is_file.then(Arc::default), lists: Mutex::default(), identity })
     }
 
     /// Returns the number of the last change of a table.
@@ -118,6 +120,50 @@ impl Database {
         self.list(R::KIND).await?.records.iter().map(|text| parsed(text)).collect()
     }
 
+    /// Returns the IDs of a table, in order of creation.
+    pub async fn ids(&self, kind: Kind) -> Result<Vec<String>> {
+        let rows = sqlx::query("SELECT id FROM records WHERE kind = $1 ORDER BY place").bind(kind.name());
+        rows.fetch_all(&self.pool).await?.iter().map(|row| row.try_get(0)).collect()
+    }
+
+    /// Returns all records of the table `kind`, which holds records of another one.
+    pub async fn all_in<R: Record>(&self, kind: Kind) -> Result<Vec<R>> {
+        self.list(kind).await?.records.iter().map(|text| parsed(text)).collect()
+    }
+
+    /// Name of this database, in ETags.
+    pub fn identity(&self) -> &str {
+        &self.identity
+    }
+
+    /// Returns whether other replicas may use this database.
+    pub fn is_shared(&self) -> bool {
+        self.writer.is_none()
+    }
+
+    /// Makes all removals due that a database of one process has left: nobody else works on them.
+    pub async fn free_removals(&self) -> Result<()> {
+        if !self.is_shared() {
+            sqlx::query("UPDATE removals SET due = 0").execute(&self.pool).await?;
+        }
+        Ok(())
+    }
+
+    /// Returns whether a removal is due. In a shared database it is locked until the returned change ends; otherwise
+    /// the change is to be begun when the object is removed.
+    pub async fn lock_removal(&self, at: &Location, now: i64) -> Result<(bool, Option<Change>)> {
+        let statement = "SELECT due FROM removals WHERE bucket = $1 AND object = $2 AND due <= $3";
+        if self.is_shared() {
+            let mut change = self.change(&[]).await?;
+            let statement = format!("{statement} FOR UPDATE SKIP LOCKED");
+            let select = sqlx::query(&statement).bind(at.bucket.as_str()).bind(at.key.as_str()).bind(now);
+            let row = select.fetch_optional(&mut *change.transaction).await?;
+            return Ok((row.is_some(), Some(change)));
+        }
+        let select = sqlx::query(statement).bind(at.bucket.as_str()).bind(at.key.as_str()).bind(now);
+        Ok((select.fetch_optional(&self.pool).await?.is_some(), None))
+    }
+
     /// Begins a change of the tables `kinds`. It is rolled back unless it is committed.
     pub async fn change(&self, kinds: &[Kind]) -> Result<Change> {
         let writer = match &self.writer {
@@ -141,11 +187,6 @@ impl Database {
             sqlx::query("SELECT bucket, object FROM removals WHERE due <= $1 ORDER BY bucket, object LIMIT 1000");
         let rows = rows.bind(now).fetch_all(&self.pool).await?;
         rows.iter().map(|row| Ok(Location { bucket: row.try_get(0)?, key: row.try_get(1)? })).collect()
-    }
-
-    /// Returns whether the database answers.
-    pub async fn is_there(&self) -> bool {
-        sqlx::query("SELECT 1").execute(&self.pool).await.is_ok()
     }
 
     /// Closes all connections, after the changes that have begun.
@@ -225,6 +266,14 @@ impl Change {
             insert.execute(&mut *self.transaction).await?;
         }
         Ok(())
+    }
+
+    /// Plans the removal of an object that is about to be made; returns whether nobody else works on it.
+    pub async fn claim(&mut self, at: &Location, now: i64, due: i64) -> Result<bool> {
+        let statement = "INSERT INTO removals (bucket, object, due) VALUES ($1, $2, $3) \
+            ON CONFLICT (bucket, object) DO UPDATE SET due = excluded.due WHERE removals.due <= $4";
+        let insert = sqlx::query(statement).bind(at.bucket.as_str()).bind(at.key.as_str()).bind(due).bind(now);
+        Ok(insert.execute(&mut *self.transaction).await?.rows_affected() > 0)
     }
 
     /// Cancels the removal of objects, or notes that it is done.

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 mod kind;
 mod link;
+pub mod manifest;
 pub mod rules;
 pub mod wire;
 

@@ -1,0 +1,131 @@
+//! Upstream's files: one JSON array for each table. They are imported at the first start and again when they have been
+//! replaced, and written by `ims export`, so that one can go back.
+
+use std::io::Write;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use ims_sshd::error::{Attempt, Error, Result as Started};
+use serde_json::{Value, json};
+
+use super::{Change, Database, Result};
+use crate::records::{Deleted, Image, Job, Kind, Node, PublicKey, Recipe, Record, new_id, now, wire};
+
+/// Calls a generic function with the record type of each table.
+macro_rules! for_each_table {
+    ($function:ident($($argument:expr),*)) => {
+        $function::<PublicKey>($($argument),*).await?;
+        $function::<Recipe>($($argument),*).await?;
+        $function::<Image>($($argument),*).await?;
+        $function::<Job>($($argument),*).await?;
+        $function::<Node>($($argument),*).await?;
+        $function::<Deleted<PublicKey>>($($argument),*).await?;
+        $function::<Deleted<Recipe>>($($argument),*).await?;
+        $function::<Deleted<Image>>($($argument),*).await?;
+    };
+}
+
+/// Imports the files in `directory` that are new or have been replaced since the last import or export.
+pub async fn import(database: &Database, directory: &Path) -> Started<()> {
+    for_each_table!(import_table(database, directory));
+    Ok(())
+}
+
+/// Writes all tables as files into `directory`.
+pub async fn export(database: &Database, directory: &Path) -> Started<()> {
+    for_each_table!(export_table(database, directory));
+    Ok(())
+}
+
+async fn import_table<R: Record>(database: &Database, directory: &Path) -> Started<()> {
+    let Some(name) = R::KIND.file() else { return Ok(()) };
+    let path = directory.join(name);
+    let attempted = || format!("import {}", path.display());
+    let Some(state) = state(&path) else { return Ok(()) };
+    let text = std::fs::read(&path).attempt(attempted)?;
+    import_text::<R>(database, name, &state, &text).await.attempt(attempted)
+}
+
+async fn import_text<R: Record>(database: &Database, name: &str, state: &str, text: &[u8]) -> Result<()> {
+    let mut change = database.change(&[R::KIND]).await?;
+    if change.imported(name).await?.as_deref() == Some(state) {
+        return Ok(());
+    }
+    match serde_json::from_slice::<Vec<Value>>(text) {
+        Ok(items) => replace::<R>(&mut change, name, items).await?,
+        Err(error) => {
+            let reason = format!("{name} is no JSON array: {error}");
+            set_aside(&mut change, R::KIND, &String::from_utf8_lossy(text), &reason).await?;
+        }
+    }
+    change.set_imported(name, state).await?;
+    change.commit().await
+}
+
+/// Makes a table what a file says. Records that the file does not have are set aside.
+async fn replace<R: Record>(change: &mut Change, name: &str, items: Vec<Value>) -> Result<()> {
+    let before: Vec<R> = change.records().await?;
+    change.clear(R::KIND).await?;
+    let mut count = 0;
+    let mut ids = std::collections::BTreeSet::new();
+    for item in items {
+        let text = item.to_string();
+        match record::<R>(item) {
+            Ok(record) => {
+                change.insert(&record).await?;
+                ids.insert(record.id().to_owned());
+                count += 1;
+            }
+            Err(reason) => set_aside(change, R::KIND, &text, &format!("a record in {name} is wrong: {reason}")).await?,
+        }
+    }
+    for record in before.iter().filter(|record| !ids.contains(record.id())) {
+        let reason = format!("{name} was replaced by a file without this record");
+        set_aside(change, R::KIND, &wire::compact(record), &reason).await?;
+    }
+    tracing::info!("imported {count} records from {name}");
+    Ok(())
+}
+
+/// Reads a record as upstream does: unknown fields are dropped, missing ones get their defaults.
+fn record<R: Record>(mut item: Value) -> std::result::Result<R, String> {
+    let fields = item.as_object_mut().ok_or("it is no object")?;
+    if R::KIND != Kind::Nodes {
+        fields.entry("id").or_insert_with(|| json!(new_id()));
+        for time in ["created", "deleted"] {
+            let time = fields.entry(time).or_insert_with(|| json!(now()));
+            // Upstream reads the zone and writes it in its own way.
+            if let Some(text) = time.as_str().and_then(|text| text.strip_suffix('Z')) {
+                *time = json!(format!("{text}+00:00"));
+            }
+        }
+    }
+    serde_json::from_value(item).map_err(|e| e.to_string())
+}
+
+async fn set_aside(change: &mut Change, kind: Kind, text: &str, reason: &str) -> Result<()> {
+    tracing::warn!("set aside what is no {}: {reason}; see the table set_aside of the database", kind.noun());
+    change.set_aside(kind, text, reason).await
+}
+
+async fn export_table<R: Record>(database: &Database, directory: &Path) -> Started<()> {
+    let Some(name) = R::KIND.file() else { return Ok(()) };
+    let path = directory.join(name);
+    let attempted = || format!("write {}", path.display());
+    let mut change = database.change(&[R::KIND]).await.attempt(attempted)?;
+    let records: Vec<R> = change.records().await.attempt(attempted)?;
+    let mut file = tempfile::NamedTempFile::new_in(directory).attempt(attempted)?;
+    file.write_all(wire::spaced(&records).as_bytes()).attempt(attempted)?;
+    file.as_file().sync_all().attempt(attempted)?;
+    file.persist(&path).map_err(|e| Error::new(attempted()).because(e.error))?;
+    // The next start must not take it for a file that somebody has replaced.
+    let state = state(&path).ok_or_else(|| Error::new(attempted()).because("it is gone already"))?;
+    change.set_imported(name, &state).await.attempt(attempted)?;
+    change.commit().await.attempt(attempted)
+}
+
+/// What tells a file from one that has replaced it.
+fn state(path: &Path) -> Option<String> {
+    let metadata = path.metadata().ok().filter(std::fs::Metadata::is_file)?;
+    Some(format!("{}.{:09} {}", metadata.mtime(), metadata.mtime_nsec(), metadata.len()))
+}
