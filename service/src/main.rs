@@ -1,9 +1,11 @@
 //! The service and its command line.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use ims_service::settings::Settings;
+use ims_service::http::openapi;
+use ims_service::settings::{Records, Settings};
 use ims_service::{client, serve};
 use ims_sshd::error::Result;
 use ims_sshd::log::format;
@@ -19,8 +21,17 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Runs the service.
+    /// Runs the service
     Serve(Box<Settings>),
+    /// Writes the records as the files of upstream's service
+    Export {
+        #[command(flatten)]
+        records: Records,
+        /// Directory of the files, which are replaced
+        directory: PathBuf,
+    },
+    /// Prints the OpenAPI document
+    Openapi,
     #[command(flatten)]
     Client(client::Command),
 }
@@ -43,7 +54,15 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
     match arguments.command {
         Command::Serve(settings) => {
             format::start(None)?;
-            serve::serve(&settings)?;
+            serve::serve(*settings)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Export { records, directory } => {
+            serve::export(&records, &directory)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Openapi => {
+            print!("{}", openapi::document());
             Ok(ExitCode::SUCCESS)
         }
         Command::Client(command) => client::run(&command),

@@ -1,10 +1,104 @@
 //! Starts the service and stops it in order.
 
-use ims_sshd::error::Result;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
 
-use crate::settings::Settings;
+use ims_sshd::error::{Attempt, Error, Result};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+
+use crate::database::{Database, Place, files};
+use crate::http::{self, Service};
+use crate::records::Job;
+use crate::runner::Nothing;
+use crate::settings::{Records, Settings};
+use crate::store::Store;
+
+/// Name of the database in the data directory.
+const FILE: &str = "ims.sqlite";
 
 /// Runs the service until SIGTERM or SIGINT.
-pub fn serve(_settings: &Settings) -> Result<()> {
+pub fn serve(settings: Settings) -> Result<()> {
+    runtime()?.block_on(run(settings))
+}
+
+/// Writes the records as upstream's files into `directory`.
+pub fn export(records: &Records, directory: &Path) -> Result<()> {
+    runtime()?.block_on(async {
+        let database = open(records).await?;
+        files::export(&database, directory).await?;
+        database.close().await;
+        Ok(())
+    })
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build().attempt(|| "start threads")
+}
+
+async fn open(records: &Records) -> Result<Database> {
+    if let Some(url) = &records.database {
+        return Database::open(Place::Url(url)).await;
+    }
+    let attempted = || format!("use the data directory {}", records.data.display());
+    std::fs::create_dir_all(&records.data).attempt(attempted)?;
+    Database::open(Place::File(&records.data.join(FILE))).await
+}
+
+async fn run(settings: Settings) -> Result<()> {
+    let database = open(&settings.records).await?;
+    files::import(&database, &settings.records.data).await?;
+    database.free_removals().await.attempt(|| "look for objects to remove")?;
+    let store = Store::open(&settings)?;
+    let listen = settings.listen;
+    let listener = TcpListener::bind(listen).await.attempt(|| format!("listen on {listen}"))?;
+    let address = listener.local_addr().attempt(|| format!("listen on {listen}"))?;
+    let settings = Settings { listen: address, ..settings };
+    let service = Arc::new(Service::new(settings, database, store, Arc::new(Nothing)));
+    service.clear_starts().await;
+    let sweeping = service.clone();
+    let sweep = tokio::spawn(async move { sweeping.sweep().await });
+    let watch = tokio::spawn(watch(service.clone()));
+    tracing::info!("listening on {address}");
+    let router = http::router(service.clone()).into_make_service_with_connect_info::<SocketAddr>();
+    let ended = axum::serve(listener, router).with_graceful_shutdown(asked_to_stop()?).await;
+    sweep.abort();
+    watch.abort();
+    service.database.close().await;
+    ended.map_err(|e| Error::new("serve").because(e))?;
+    tracing::info!("stopped: all requests are answered");
     Ok(())
+}
+
+/// Records the deaths of jobs, until the runner stops watching.
+async fn watch(service: Arc<Service>) {
+    let running = match service.database.records::<Job>().await {
+        Ok(jobs) => jobs.into_iter().filter(|job| !job.has_ended()).collect(),
+        Err(error) => {
+            tracing::error!("cannot watch the running jobs: {error}; start the service again");
+            return;
+        }
+    };
+    let (sender, mut deaths) = mpsc::channel(64);
+    let runner = service.runner.clone();
+    let watching = tokio::spawn(async move { runner.watch(running, sender).await });
+    while let Some(death) = deaths.recv().await {
+        service.job_died(death).await;
+    }
+    watching.abort();
+}
+
+/// Waits for SIGTERM or SIGINT.
+fn asked_to_stop() -> Result<impl Future<Output = ()> + Send> {
+    let listen = |kind| signal(kind).attempt(|| "listen for signals");
+    let (mut term, mut int) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
+    Ok(async move {
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = int.recv() => {}
+        }
+        tracing::info!("stopping: requests that have begun are answered");
+    })
 }

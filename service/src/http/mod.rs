@@ -1,3 +1,241 @@
-//! The API over HTTP.
+//! The API over HTTP: what each request does, and what it is answered.
 
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::extract::{ConnectInfo, State};
+use axum::http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header};
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::database::Database;
+use crate::records::{Kind, manifest, rules, wire};
+use crate::runner::Runner;
+use crate::settings::Settings;
+use crate::store::Store;
+use metrics::Metrics;
+use problem::Problem;
+use routes::{Target, Version};
+
+mod create;
+mod delete;
+mod health;
+mod jobs;
+mod links;
+mod lists;
+mod metrics;
+mod moves;
+mod nodes;
+pub mod openapi;
 pub mod problem;
+pub mod routes;
+
+/// Size from which on a body is refused.
+const LONGEST_BODY: usize = 16 << 20;
+
+/// Everything that requests need.
+pub struct Service {
+    /// Settings.
+    pub settings: Settings,
+    /// Records.
+    pub database: Database,
+    /// Objects.
+    pub store: Store,
+    /// What jobs run on.
+    pub runner: Arc<dyn Runner>,
+    metrics: Metrics,
+    /// Held while an object is removed whose removal was left over.
+    sweeping: tokio::sync::Mutex<()>,
+}
+
+impl Service {
+    /// A service without a request yet.
+    pub fn new(settings: Settings, database: Database, store: Store, runner: Arc<dyn Runner>) -> Self {
+        Self { settings, database, store, runner, metrics: Metrics::default(), sweeping: tokio::sync::Mutex::default() }
+    }
+}
+
+/// A request with a body.
+pub struct Request {
+    kind: String,
+    body: Bytes,
+}
+
+impl Request {
+    /// The body as JSON: 415, 400 for what cannot be parsed, 400 for what Python takes for false.
+    fn json(&self) -> Result<Value, Problem> {
+        let kind = self.kind.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+        if kind != "application/json" && !(kind.starts_with("application/") && kind.ends_with("+json")) {
+            let message = format!("the Content-Type is '{kind}': expected application/json");
+            return Err(Problem::message(StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
+        }
+        let value: Value = serde_json::from_slice(&self.body)
+            .map_err(|e| Problem::message(StatusCode::BAD_REQUEST, format!("the body is no JSON: {e}")))?;
+        if manifest::is_empty(&value) {
+            return Err(Problem::bad_request("the body is empty JSON: expected an object with fields"));
+        }
+        Ok(value)
+    }
+}
+
+/// The API.
+pub fn router(service: Arc<Service>) -> Router {
+    Router::new().fallback(answer).with_state(service)
+}
+
+async fn answer(
+    State(service): State<Arc<Service>>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    request: axum::extract::Request,
+) -> Response<Body> {
+    let began = Instant::now();
+    let (method, uri, version) = (request.method().clone(), request.uri().clone(), request.version());
+    let name = routes::target(uri.path()).map_or("none", |target| target.name());
+    let shared = service.clone();
+    // A client that goes away must not stop half-way what it began.
+    let answer = tokio::spawn(async move { handle(&shared, request).await }).await;
+    let answer = answer.unwrap_or_else(|error| {
+        tracing::error!("a request has failed: {error}; this is a bug of ims: report it with this line");
+        Problem::message(StatusCode::INTERNAL_SERVER_ERROR, "Internal Server Error").answer()
+    });
+    let (status, took) = (answer.status().as_u16(), began.elapsed());
+    // The query of a download is its signature.
+    let shown = if name == "downloads" { uri.path() } else { uri.path_and_query().map_or("", |shown| shown.as_str()) };
+    tracing::info!("{} \"{method} {shown} {version:?}\" {status} {} ms", peer.ip(), took.as_millis());
+    service.metrics.answered(name, method.as_str(), status, took);
+    answer
+}
+
+async fn handle(service: &Service, request: axum::extract::Request) -> Response<Body> {
+    let (head, body) = request.into_parts();
+    let path = head.uri.path().to_owned();
+    let Some(target) = routes::target(&path) else { return Problem::not_found("URL").answer() };
+    let allowed = target.allowed();
+    let method = if head.method == Method::HEAD { Method::GET } else { head.method.clone() };
+    if method == Method::OPTIONS {
+        let mut answer = Response::new(Body::empty());
+        answer.headers_mut().insert(header::ALLOW, HeaderValue::from_static(allowed));
+        return answer;
+    }
+    if !allowed.split(", ").any(|name| name == method.as_str()) {
+        return problem::no_such_method(allowed, matches!(target, Target::Health | Target::Release));
+    }
+    let Ok(body) = axum::body::to_bytes(body, LONGEST_BODY).await else {
+        return Problem::new(StatusCode::PAYLOAD_TOO_LARGE, format!("the body has {LONGEST_BODY} bytes or more"))
+            .answer();
+    };
+    let kind = head.headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+    let request = Request { kind: kind.to_owned(), body };
+    let query = head.uri.query().unwrap_or_default();
+    let done = dispatch(service, &method, target, &path, query, &head.headers, &request).await;
+    done.unwrap_or_else(|problem| {
+        if problem.status.is_server_error() {
+            tracing::error!("{} {path}: {problem}", head.method);
+        }
+        problem.answer()
+    })
+}
+
+async fn dispatch(
+    service: &Service,
+    method: &Method,
+    target: Target<'_>,
+    path: &str,
+    query: &str,
+    headers: &HeaderMap,
+    request: &Request,
+) -> Result<Response<Body>, Problem> {
+    match (method.as_str(), target) {
+        ("GET", Target::All(kind, _) | Target::AllDeleted(kind)) => service.list(kind, path, query, headers).await,
+        ("GET", Target::One(kind, _, id) | Target::OneDeleted(kind, id)) => service.one(kind, &decoded(id)).await,
+        ("GET", Target::NodeStatuses) => service.node_statuses().await,
+        ("GET", Target::NodeStatus(xname)) => service.node_status(&decoded(xname)).await,
+        ("GET", Target::Health) => Ok(Service::health()),
+        ("GET", Target::Release) => Ok(Service::release()),
+        ("GET", Target::Metrics) => service.metrics_text().await,
+        ("GET", Target::OpenApi) => Ok(Service::openapi()),
+        ("GET", Target::Download) => service.download(path, query, headers).await,
+        ("POST", Target::All(Kind::PublicKeys, _)) => service.create_public_key(request).await,
+        ("POST", Target::All(Kind::Recipes, _)) => service.create_recipe(request).await,
+        ("POST", Target::All(Kind::Images, _)) => service.create_image(request).await,
+        ("POST", Target::All(Kind::Nodes, _)) => service.create_node(request).await,
+        ("POST", Target::All(Kind::Jobs, _)) => service.create_job(request).await,
+        ("PATCH", Target::One(Kind::Recipes, _, id)) => service.patch_recipe(id, request).await,
+        ("PATCH", Target::One(Kind::Images, _, id)) => service.patch_image(id, request).await,
+        ("PATCH", Target::One(Kind::Jobs, _, id)) => service.patch_job(id, request).await,
+        ("PATCH", Target::OneDeleted(kind, id)) => {
+            service.database.text(kind, id).await?.ok_or_else(|| Problem::not_found(kind.noun()))?;
+            create::checked(request, rules::UNDELETE)?;
+            service.undelete(kind, id).await
+        }
+        ("PATCH", Target::AllDeleted(kind)) => {
+            create::checked(request, rules::UNDELETE)?;
+            service.undelete_all(kind).await
+        }
+        ("DELETE", Target::All(Kind::Jobs, _)) => service.delete_jobs(query).await,
+        ("DELETE", Target::One(Kind::Jobs, _, id)) => service.delete_job(id).await,
+        ("DELETE", Target::All(kind, version)) => service.delete_all(kind, version, query).await,
+        ("DELETE", Target::One(kind, version, id)) => service.delete(kind, version, &decoded(id), query).await,
+        ("DELETE", Target::AllDeleted(kind)) => service.delete_all(kind, Version::V3, query).await,
+        ("DELETE", Target::OneDeleted(kind, id)) => service.delete(kind, Version::V3, id, query).await,
+        _ => Err(Problem::not_found("URL")),
+    }
+}
+
+impl From<sqlx::Error> for Problem {
+    fn from(error: sqlx::Error) -> Self {
+        // 503 is what clients try again.
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, format!("cannot use the database: {error}"))
+    }
+}
+
+/// An answer of JSON.
+fn json(status: StatusCode, text: String) -> Response<Body> {
+    let mut answer = Response::new(Body::from(text));
+    *answer.status_mut() = status;
+    answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    answer
+}
+
+/// The answer to a POST.
+fn created(record: &impl Serialize) -> Response<Body> {
+    json(StatusCode::CREATED, wire::in_order(record))
+}
+
+/// An answer without a body, which has a media type nevertheless.
+fn no_content() -> Response<Body> {
+    let mut answer = Response::new(Body::empty());
+    *answer.status_mut() = StatusCode::NO_CONTENT;
+    answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    answer
+}
+
+/// Parameters of a query, decoded.
+fn pairs(query: &str) -> Vec<(String, String)> {
+    let mut url = reqwest::Url::parse("http://x/").expect("a URL");
+    url.set_query(Some(query));
+    url.query_pairs().filter(|(name, _)| !name.is_empty()).map(|(name, value)| (name.into(), value.into())).collect()
+}
+
+/// Decodes a segment of a path; what is not UTF-8 then names nothing.
+fn decoded(segment: &str) -> String {
+    let mut bytes = Vec::with_capacity(segment.len());
+    let mut rest = segment.as_bytes();
+    while let Some((first, after)) = rest.split_first() {
+        let digits = after.get(..2).filter(|_| *first == b'%').and_then(|digits| std::str::from_utf8(digits).ok());
+        match digits.and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
+            Some(byte) => {
+                bytes.push(byte);
+                rest = &after[2..];
+            }
+            None => {
+                bytes.push(*first);
+                rest = after;
+            }
+        }
+    }
+    String::from_utf8(bytes).unwrap_or_default()
+}

@@ -18,12 +18,25 @@ pub struct Problem {
     pub detail: String,
     /// Complaints by field, or a list of failed steps.
     pub errors: Option<Value>,
+    /// Whether a part that the service relies on does not answer.
+    pub is_outage: bool,
+    shape: Shape,
+}
+
+/// Shape of the answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Shape {
+    Problem,
+    /// The sentence is the title, and there is no detail: a bad filter.
+    Title,
+    /// `{"message": …}` alone: a body that cannot be read.
+    Message,
 }
 
 impl Problem {
     /// A problem without a list of errors.
     pub fn new(status: StatusCode, detail: impl Into<String>) -> Self {
-        Self { status, detail: detail.into(), errors: None }
+        Self { status, detail: detail.into(), errors: None, is_outage: false, shape: Shape::Problem }
     }
 
     /// There is no such record.
@@ -51,11 +64,28 @@ impl Problem {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, detail)
     }
 
+    /// A filter of the query is wrong.
+    pub fn filter(sentence: impl Into<String>) -> Self {
+        Self { shape: Shape::Title, ..Self::bad_request(sentence) }
+    }
+
+    /// The body of the request cannot be read.
+    pub fn message(status: StatusCode, message: impl Into<String>) -> Self {
+        Self { shape: Shape::Message, ..Self::new(status, message) }
+    }
+
     /// Fields of the request are wrong.
     pub fn fields(errors: &Errors) -> Self {
         let names: Vec<_> = errors.keys().map(String::as_str).collect();
         let detail = format!("cannot accept the request: wrong or unknown fields: {}", names.join(", "));
         Self { errors: Some(json!(errors)), ..Self::unprocessable(detail) }
+    }
+
+    /// Says whether a part that the service relies on does not answer.
+    #[must_use]
+    pub fn outage(mut self, outage: bool) -> Self {
+        self.is_outage = outage;
+        self
     }
 
     /// Steps have failed, each with a sentence.
@@ -69,16 +99,17 @@ impl Problem {
         struct Fields<'a> {
             status: u16,
             title: &'a str,
-            detail: &'a str,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            detail: Option<&'a str>,
             #[serde(skip_serializing_if = "Option::is_none")]
             errors: Option<&'a Value>,
         }
-        let fields = Fields {
-            status: self.status.as_u16(),
-            title: title(self.status),
-            detail: &self.detail,
-            errors: self.errors.as_ref(),
+        let (title, detail) = match self.shape {
+            Shape::Problem => (title(self.status), Some(&*self.detail)),
+            Shape::Title => (&*self.detail, None),
+            Shape::Message => return message(self.status, &self.detail),
         };
+        let fields = Fields { status: self.status.as_u16(), title, detail, errors: self.errors.as_ref() };
         answer(self.status, "application/problem+json", wire::spaced(&fields))
     }
 }
@@ -95,7 +126,7 @@ impl fmt::Display for Problem {
 }
 
 /// An answer whose body is `{"message": …}`: JSON that cannot be parsed, another media type.
-pub fn message(status: StatusCode, message: &str) -> Response<Body> {
+fn message(status: StatusCode, message: &str) -> Response<Body> {
     answer(status, "application/json", wire::in_order(&json!({ "message": message })))
 }
 

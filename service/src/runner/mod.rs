@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use async_trait::async_trait;
+use serde::Serialize;
 use tokio::sync::mpsc;
 
 use crate::records::Job;
@@ -43,6 +44,36 @@ pub struct Death {
     pub reason: String,
 }
 
+/// Whether a remote build node can run jobs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct NodeStatus {
+    /// Host name.
+    pub xname: String,
+    /// `x86_64`, `aarch64`, or `Unknown`.
+    #[serde(rename = "nodeArch")]
+    pub arch: String,
+    /// What is known of podman there.
+    #[serde(rename = "podmanStatus")]
+    pub podman: String,
+    /// What is known of the connection.
+    #[serde(rename = "sshStatus")]
+    pub ssh: String,
+    /// Whether jobs can run there.
+    #[serde(rename = "ableToRunJobs")]
+    pub is_able: bool,
+    /// Number of jobs there; -1 if it is not known.
+    #[serde(rename = "numCurrentJobs")]
+    pub jobs: i64,
+}
+
+impl NodeStatus {
+    /// The status of a node that nothing is known about.
+    pub fn unknown(xname: &str) -> Self {
+        let unknown = || "Unknown".to_owned();
+        Self { xname: xname.to_owned(), arch: unknown(), podman: unknown(), ssh: unknown(), is_able: false, jobs: -1 }
+    }
+}
+
 /// What jobs run on. All methods may be called at the same time, for several jobs too.
 #[async_trait]
 pub trait Runner: Send + Sync {
@@ -62,6 +93,11 @@ pub trait Runner: Send + Sync {
     /// Removes everything of the job, running or not. What is absent is no failure. The record may be that of a job
     /// whose start was cut off, with nothing but its ID and type.
     async fn remove(&self, job: &Job) -> Result<(), Failures>;
+
+    /// Asks whether a remote build node can run jobs. A node that does not answer is an answer, after some seconds.
+    async fn probe(&self, xname: &str) -> NodeStatus {
+        NodeStatus::unknown(xname)
+    }
 
     /// Called once, at the start of the service, with all jobs that have not ended; sends each death that it sees of
     /// these and of later jobs. Returns when `deaths` is closed, or at once if it watches nothing.

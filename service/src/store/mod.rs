@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use ims_sshd::error::{Error, Result as Started};
+use ims_sshd::error::Result as Started;
 
 use crate::records::Location;
 use crate::settings::Settings;
@@ -63,12 +63,9 @@ pub enum Store {
 impl Store {
     /// The store that the settings name.
     pub fn open(settings: &Settings) -> Started<Self> {
-        match (&settings.store, &settings.s3_endpoint) {
-            (Some(directory), _) => Ok(Self::Directory(Directory::open(directory)?)),
-            (None, Some(endpoint)) => Ok(Self::S3(Box::new(S3::new(endpoint, settings)?))),
-            (None, None) => {
-                Err(Error::bad_input("no store is named: expected S3_ENDPOINT, or a directory in IMS_STORE (--store)"))
-            }
+        match settings.s3_endpoint.strip_prefix("file://") {
+            Some(directory) if directory.starts_with('/') => Ok(Self::Directory(Directory::open(directory.as_ref())?)),
+            _ => Ok(Self::S3(Box::new(S3::new(&settings.s3_endpoint, settings)?))),
         }
     }
 

@@ -70,7 +70,9 @@ impl S3 {
         let sts = settings.s3_sts_access_key.as_deref().zip(settings.s3_sts_secret_key.as_deref());
         let endpoint = endpoint.trim_end_matches('/').to_owned();
         if !endpoint.starts_with("http://") && !endpoint.starts_with("https://") {
-            return Err(Error::bad_input(format!("S3_ENDPOINT is '{endpoint}': expected http://… or https://…")));
+            return Err(Error::bad_input(format!(
+                "S3_ENDPOINT is '{endpoint}': expected http://…, https://… or file:///DIRECTORY"
+            )));
         }
         Ok(Self {
             client: client.build().attempt(|| "set up TLS")?,

@@ -1,0 +1,154 @@
+//! POST and PATCH of keys, recipes, images and nodes.
+
+use axum::body::Body;
+use axum::http::{Response, StatusCode};
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value, json};
+
+use super::problem::Problem;
+use super::{Request, Service, created, json as answer};
+use crate::records::rules::{self, Field};
+use crate::records::{Image, Kind, Link, Node, PublicKey, Recipe, Record, new_id, now, wire};
+
+impl Service {
+    /// POST of a public key.
+    pub async fn create_public_key(&self, request: &Request) -> Result<Response<Body>, Problem> {
+        self.insert(&new::<PublicKey>(request, rules::NEW_PUBLIC_KEY)?).await
+    }
+
+    /// POST of a recipe.
+    pub async fn create_recipe(&self, request: &Request) -> Result<Response<Body>, Problem> {
+        let recipe = new::<Recipe>(request, rules::NEW_RECIPE)?;
+        if let Some(link) = &recipe.link {
+            self.object(link).await?;
+        }
+        self.insert(&recipe).await
+    }
+
+    /// POST of an image.
+    pub async fn create_image(&self, request: &Request) -> Result<Response<Body>, Problem> {
+        let image = new::<Image>(request, rules::NEW_IMAGE)?;
+        if let Some(link) = &image.link {
+            self.check_image(link).await?;
+        }
+        self.insert(&image).await
+    }
+
+    /// POST of a remote build node; one that is there stays as it is.
+    pub async fn create_node(&self, request: &Request) -> Result<Response<Body>, Problem> {
+        let node: Node = record(checked(request, rules::NEW_NODE)?);
+        let mut change = self.database.change(&[Kind::Nodes]).await?;
+        if change.record::<Node>(&node.xname).await?.is_none() {
+            change.insert(&node).await?;
+        }
+        change.commit().await?;
+        Ok(created(&node))
+    }
+
+    /// PATCH of a recipe.
+    pub async fn patch_recipe(&self, id: &str, request: &Request) -> Result<Response<Body>, Problem> {
+        let found = self.found::<Recipe>(id).await?;
+        let patch = checked(request, rules::PATCH_RECIPE)?;
+        if let Some(link) = new_link(&found, &patch)? {
+            self.object(&link).await?;
+        }
+        self.patch::<Recipe>(id, &patch, |recipe, patch| {
+            let mut fields = json!(recipe);
+            fields.as_object_mut().expect("a record").extend(patch);
+            *recipe = serde_json::from_value(fields).expect("checked fields");
+        })
+        .await
+    }
+
+    /// PATCH of an image.
+    pub async fn patch_image(&self, id: &str, request: &Request) -> Result<Response<Body>, Problem> {
+        let found = self.found::<Image>(id).await?;
+        let patch = checked(request, rules::PATCH_IMAGE)?;
+        if let Some(link) = new_link(&found, &patch)? {
+            self.check_image(&link).await?;
+        }
+        self.patch::<Image>(id, &patch, |image, mut patch| {
+            if let Some(change) = patch.remove("metadata") {
+                let text = |name: &str| change.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
+                if text("operation") == "set" {
+                    image.metadata.insert(text("key"), text("value"));
+                } else {
+                    image.metadata.remove(&text("key"));
+                }
+            }
+            let mut fields = json!(image);
+            fields.as_object_mut().expect("a record").extend(patch);
+            *image = serde_json::from_value(fields).expect("checked fields");
+        })
+        .await
+    }
+
+    /// Returns a record, or says that there is none.
+    pub async fn found<R: Record>(&self, id: &str) -> Result<R, Problem> {
+        self.database.record(id).await?.ok_or_else(|| Problem::not_found(R::KIND.noun()))
+    }
+
+    async fn insert<R: Record>(&self, record: &R) -> Result<Response<Body>, Problem> {
+        let mut change = self.database.change(&[R::KIND]).await?;
+        if let Some(link) = record.link() {
+            taken(&mut change, R::KIND, link, record.id()).await?;
+        }
+        change.insert(record).await?;
+        change.commit().await?;
+        Ok(created(record))
+    }
+
+    /// Applies a checked patch to the record as it is by now.
+    async fn patch<R: Record>(
+        &self,
+        id: &str,
+        patch: &Map<String, Value>,
+        apply: impl FnOnce(&mut R, Map<String, Value>) + Send,
+    ) -> Result<Response<Body>, Problem> {
+        let mut change = self.database.change(&[R::KIND]).await?;
+        let mut record = change.record::<R>(id).await?.ok_or_else(|| Problem::not_found(R::KIND.noun()))?;
+        if let Some(link) = new_link(&record, patch)? {
+            taken(&mut change, R::KIND, &link, id).await?;
+        }
+        apply(&mut record, patch.clone());
+        change.update(&record).await?;
+        change.commit().await?;
+        Ok(answer(StatusCode::OK, wire::sorted(&record)))
+    }
+}
+
+/// Refuses a link that another record has.
+async fn taken(change: &mut crate::database::Change, kind: Kind, link: &Link, id: &str) -> Result<(), Problem> {
+    if change.is_linked(kind, &link.path, id).await? {
+        let detail = format!("cannot use the link {}: another {} has it", link.path, kind.noun());
+        return Err(Problem::unprocessable(detail));
+    }
+    Ok(())
+}
+
+/// The link that a patch gives a record; `None` if it gives none, or the one that it has.
+fn new_link(record: &impl Record, patch: &Map<String, Value>) -> Result<Option<Link>, Problem> {
+    let Some(link) = patch.get("link") else { return Ok(None) };
+    let link: Link = serde_json::from_value(link.clone()).expect("a checked link");
+    match record.link() {
+        Some(own) if *own == link => Ok(None),
+        Some(own) => Err(Problem::conflict(format!("cannot change the link: it is {} already", own.path))),
+        None => Ok(Some(link)),
+    }
+}
+
+/// Checks a request's fields.
+pub fn checked(request: &Request, fields: &[Field]) -> Result<Map<String, Value>, Problem> {
+    rules::check(&request.json()?, fields).map_err(|errors| Problem::fields(&errors))
+}
+
+fn record<R: DeserializeOwned>(fields: Map<String, Value>) -> R {
+    serde_json::from_value(Value::Object(fields)).expect("checked fields")
+}
+
+fn new<R: DeserializeOwned>(request: &Request, fields: &[Field]) -> Result<R, Problem> {
+    let mut fields = checked(request, fields)?;
+    fields.insert("id".into(), json!(new_id()));
+    fields.insert("created".into(), json!(now()));
+    Ok(record(fields))
+}

@@ -1,0 +1,340 @@
+//! Deletions for good and soft ones, and undeletes.
+
+use axum::body::Body;
+use axum::http::Response;
+use chrono::Local;
+
+use super::moves::Copy;
+use super::problem::Problem;
+use super::routes::Version;
+use super::{Service, no_content};
+use crate::records::manifest::{self, Artifact, MANIFEST};
+use crate::records::{Deleted, Image, Kind, Link, Location, PublicKey, Recipe, Record, now};
+use crate::store::Failure;
+
+/// Name of the manifest of a deleted image, below its ID.
+const DELETED_MANIFEST: &str = "deleted_manifest.json";
+
+/// Size from which on a manifest is not read at all.
+const LARGEST_MANIFEST: u64 = 64 << 20;
+
+impl Service {
+    /// DELETE of one record.
+    pub async fn delete(&self, kind: Kind, version: Version, id: &str, query: &str) -> Result<Response<Body>, Problem> {
+        self.delete_record(kind, version, id, cascades(query)).await?;
+        Ok(no_content())
+    }
+
+    /// DELETE of all records of a table, each as one. What fails stays, and is listed.
+    pub async fn delete_all(&self, kind: Kind, version: Version, query: &str) -> Result<Response<Body>, Problem> {
+        let cascade = cascades(query);
+        let ids = self.ids(kind).await?;
+        let mut failures = Vec::new();
+        for id in ids {
+            match self.delete_record(kind, version, &id, cascade).await {
+                Ok(()) => {}
+                // Somebody else has deleted it meanwhile.
+                Err(problem) if problem.status == axum::http::StatusCode::NOT_FOUND => {}
+                Err(problem) => failures.push(format!("{} {id}: {problem}", kind.noun())),
+            }
+        }
+        if failures.is_empty() { Ok(no_content()) } else { Err(Problem::steps("cannot delete all records", &failures)) }
+    }
+
+    async fn delete_record(&self, kind: Kind, version: Version, id: &str, cascade: bool) -> Result<(), Problem> {
+        match (kind, version) {
+            (Kind::PublicKeys, Version::V3) => self.move_record::<PublicKey>(id).await,
+            (Kind::Recipes, Version::V3) => self.soft_delete_recipe(id).await,
+            (Kind::Images, Version::V3) => self.soft_delete_image(id).await,
+            (Kind::Recipes, Version::V2) => {
+                let recipe = self.found::<Recipe>(id).await?;
+                let object = recipe.link.as_ref().filter(|_| cascade).and_then(Link::location);
+                self.remove_record::<Recipe>(&recipe, object.into_iter().collect()).await
+            }
+            (Kind::Images, Version::V2) => {
+                let image = self.found::<Image>(id).await?;
+                let objects = match &image.link {
+                    Some(link) if cascade => self.objects(link).await?,
+                    _ => Vec::new(),
+                };
+                self.remove_record::<Image>(&image, objects).await
+            }
+            (Kind::DeletedRecipes, _) => {
+                let deleted = self.found::<Deleted<Recipe>>(id).await?;
+                let objects = match deleted.record.link.as_ref() {
+                    Some(link) if !self.is_in_use(Kind::Recipes, &link.path).await? => link.location(),
+                    _ => None,
+                };
+                self.remove_record(&deleted, objects.into_iter().collect()).await
+            }
+            (Kind::DeletedImages, _) => {
+                let deleted = self.found::<Deleted<Image>>(id).await?;
+                let objects = match deleted.record.link.as_ref() {
+                    Some(link) if !self.is_in_use(Kind::Images, &link.path).await? => {
+                        match self.objects(link).await {
+                            Ok(objects) => objects,
+                            // Nothing says where they are.
+                            Err(problem) if !problem.is_outage => Vec::new(),
+                            Err(problem) => return Err(problem),
+                        }
+                    }
+                    _ => Vec::new(),
+                };
+                self.remove_record(&deleted, objects).await
+            }
+            (kind, _) => self.remove_plain(kind, id).await,
+        }
+    }
+
+    /// Objects of an image: the artifacts, then the manifest. Those of a manifest that is too large stay.
+    async fn objects(&self, link: &Link) -> Result<Vec<Location>, Problem> {
+        let at = super::links::location(link).map_err(|problem| Problem::failed(problem.detail))?;
+        let text = match self.store.get(&at, self.settings.max_manifest_size).await {
+            Ok(text) => text,
+            Err(Failure::TooLarge) => return Ok(Vec::new()),
+            Err(failure) => {
+                let why =
+                    format!("cannot read the manifest {at}: {failure}; delete with cascade=false to leave objects");
+                return Err(self.told(Problem::failed(why).outage(failure != Failure::Missing)));
+            }
+        };
+        let artifacts = manifest::artifacts(&text).ok_or_else(|| {
+            Problem::failed(format!("cannot use the manifest {at}: it lists no artifacts; see cascade=false"))
+        })?;
+        // The original manifest is listed in that of a deleted image.
+        Ok(artifacts.into_iter().map(|artifact| artifact.location).chain([at]).collect())
+    }
+
+    /// Removes a record for good, then its objects.
+    async fn remove_record<R: Record>(&self, record: &R, objects: Vec<Location>) -> Result<(), Problem> {
+        let mut change = self.database.change(&[R::KIND]).await?;
+        if !change.remove(R::KIND, record.id()).await? {
+            return Err(Problem::not_found(R::KIND.noun()));
+        }
+        self.plan(&mut change, &objects).await?;
+        change.commit().await?;
+        self.remove_planned(&objects).await;
+        Ok(())
+    }
+
+    async fn remove_plain(&self, kind: Kind, id: &str) -> Result<(), Problem> {
+        let mut change = self.database.change(&[kind]).await?;
+        if !change.remove(kind, id).await? {
+            return Err(Problem::not_found(kind.noun()));
+        }
+        Ok(change.commit().await?)
+    }
+
+    /// Moves a record without objects to its deleted table.
+    async fn move_record<R: Record>(&self, id: &str) -> Result<(), Problem>
+    where
+        Deleted<R>: Record,
+    {
+        let mut change = self.database.change(&[R::KIND, Deleted::<R>::KIND]).await?;
+        let record = change.record::<R>(id).await?.ok_or_else(|| Problem::not_found(R::KIND.noun()))?;
+        change.remove(R::KIND, id).await?;
+        change.insert(&Deleted { record, deleted: now() }).await?;
+        Ok(change.commit().await?)
+    }
+
+    async fn soft_delete_recipe(&self, id: &str) -> Result<(), Problem> {
+        let recipe = self.found::<Recipe>(id).await?;
+        let Some(from) = recipe.link.as_ref().and_then(Link::location) else {
+            return self.move_record::<Recipe>(id).await;
+        };
+        let to = from.when_deleted();
+        let copies = self.copy(&[Copy { from: from.clone(), to: to.clone() }], true, true).await?;
+        let moved = copies.etags[0].clone();
+        let link = moved.as_ref().map_or_else(|| recipe.link.clone(), |etag| Some(Link::new(&to, etag)));
+        let gone: Vec<_> = moved.iter().map(|_| from.clone()).collect();
+        self.exchange(&recipe, copies, &gone, |recipe| Deleted { record: Recipe { link, ..recipe }, deleted: now() })
+            .await
+    }
+
+    async fn soft_delete_image(&self, id: &str) -> Result<(), Problem> {
+        let image = self.found::<Image>(id).await?;
+        let Some(from) = image.link.as_ref().and_then(Link::location) else {
+            return self.move_record::<Image>(id).await;
+        };
+        let text = match self.store.get(&from, LARGEST_MANIFEST).await {
+            Ok(text) => Some(text),
+            Err(Failure::Missing) => None,
+            Err(failure) => {
+                return Err(self.told(Problem::failed(format!("cannot read the manifest {from}: {failure}"))));
+            }
+        };
+        let Some(artifacts) = text.as_deref().and_then(manifest::artifacts) else {
+            tracing::warn!("image {id} has no readable manifest at {from}: its objects stay where they are");
+            return self.move_record::<Image>(id).await;
+        };
+        let own = Artifact { location: from.clone(), kind: MANIFEST.into(), md5: None };
+        let all: Vec<_> = artifacts.iter().chain([&own]).collect();
+        let copies: Vec<_> = all
+            .iter()
+            .map(|artifact| Copy { from: artifact.location.clone(), to: artifact.location.when_deleted() })
+            .collect();
+        let mut made = self.copy(&copies, true, true).await?;
+        let moved: Vec<_> = all.iter().zip(&copies).zip(&made.etags).collect();
+        let gone: Vec<_> =
+            moved.iter().filter(|(_, etag)| etag.is_some()).map(|((_, copy), _)| copy.from.clone()).collect();
+        let listed = moved.iter().filter(|((artifact, _), _)| artifact.kind != MANIFEST);
+        let listed: Vec<_> = listed
+            .filter_map(|((artifact, copy), etag)| {
+                let location = copy.to.clone();
+                Some((Artifact { location, ..(**artifact).clone() }, etag.as_ref()?.clone()))
+            })
+            .collect();
+        let manifest_link = Link::new(&from.when_deleted(), made.etags.last().cloned().flatten().unwrap_or_default());
+        let created = Local::now().format("%Y-%m-%d %H:%M:%S").to_string();
+        let text = manifest::of_deleted(&listed, &manifest_link, &created);
+        let at = Location {
+            bucket: self.settings.boot_images_bucket.clone(),
+            key: format!("deleted/{id}/{DELETED_MANIFEST}"),
+        };
+        if let Err(problem) = self.put_beside(&mut made, &at, text).await {
+            self.undo(made).await;
+            return Err(problem);
+        }
+        let link = Some(Link::new(&at, ""));
+        self.exchange(&image, made, &gone, |image| Deleted { record: Image { link, ..image }, deleted: now() }).await
+    }
+
+    /// Moves a record to another table, together with objects that were copied for it.
+    async fn exchange<R: Record + PartialEq, S: Record>(
+        &self,
+        record: &R,
+        copies: super::moves::Copies,
+        gone: &[Location],
+        turn: impl FnOnce(R) -> S + Send,
+    ) -> Result<(), Problem> {
+        let changed = async {
+            let mut change = self.database.change(&[R::KIND, S::KIND]).await?;
+            let now = change.record::<R>(record.id()).await?.ok_or_else(|| Problem::not_found(R::KIND.noun()))?;
+            if now.link() != record.link() {
+                let detail = format!("cannot move the {}: its link was changed meanwhile", R::KIND.noun());
+                return Err(Problem::conflict(detail));
+            }
+            change.remove(R::KIND, record.id()).await?;
+            change.insert(&turn(now)).await?;
+            self.keep(&mut change, &copies).await?;
+            self.plan(&mut change, gone).await?;
+            change.commit().await?;
+            Ok(())
+        };
+        if let Err(problem) = changed.await {
+            // A commit whose answer was lost may have happened: then the copies are in use.
+            if self.database.record::<S>(record.id()).await.is_ok_and(|moved| moved.is_none()) {
+                self.undo(copies).await;
+            }
+            return Err(problem);
+        }
+        self.remove_planned(gone).await;
+        Ok(())
+    }
+
+    /// PATCH of one deleted record: `undelete`.
+    pub async fn undelete(&self, kind: Kind, id: &str) -> Result<Response<Body>, Problem> {
+        self.undelete_record(kind, id).await?;
+        Ok(no_content())
+    }
+
+    /// PATCH of all deleted records of a table, each as one. What fails stays, and is listed.
+    pub async fn undelete_all(&self, kind: Kind) -> Result<Response<Body>, Problem> {
+        let mut failures = Vec::new();
+        for id in self.ids(kind).await? {
+            match self.undelete_record(kind, &id).await {
+                Ok(()) => {}
+                Err(problem) if problem.status == axum::http::StatusCode::NOT_FOUND => {}
+                Err(problem) => failures.push(format!("{} {id}: {problem}", kind.noun())),
+            }
+        }
+        if failures.is_empty() {
+            Ok(no_content())
+        } else {
+            Err(Problem::steps("cannot undelete all records", &failures))
+        }
+    }
+
+    async fn undelete_record(&self, kind: Kind, id: &str) -> Result<(), Problem> {
+        match kind {
+            Kind::DeletedPublicKeys => self.move_back::<PublicKey>(id).await,
+            Kind::DeletedRecipes => self.undelete_recipe(id).await,
+            Kind::DeletedImages => self.undelete_image(id).await,
+            _ => Err(Problem::not_found(kind.noun())),
+        }
+    }
+
+    /// Moves a record without objects back.
+    async fn move_back<R: Record>(&self, id: &str) -> Result<(), Problem>
+    where
+        Deleted<R>: Record,
+    {
+        let kinds = [R::KIND, Deleted::<R>::KIND];
+        let mut change = self.database.change(&kinds).await?;
+        let deleted = change.record::<Deleted<R>>(id).await?;
+        let deleted = deleted.ok_or_else(|| Problem::not_found(kinds[1].noun()))?;
+        change.remove(kinds[1], id).await?;
+        change.insert(&deleted.record).await?;
+        Ok(change.commit().await?)
+    }
+
+    async fn undelete_recipe(&self, id: &str) -> Result<(), Problem> {
+        let deleted = self.found::<Deleted<Recipe>>(id).await?;
+        let from = deleted.record.link.as_ref().and_then(Link::location);
+        let Some((from, to)) = from.and_then(|from| Some((from.clone(), from.when_undeleted()?))) else {
+            return self.move_back::<Recipe>(id).await;
+        };
+        let copies = self.copy(&[Copy { from: from.clone(), to: to.clone() }], false, false).await?;
+        let link = Some(Link::new(&to, copies.etags[0].clone().unwrap_or_default()));
+        self.exchange(&deleted, copies, &[from], |deleted| Recipe { link, ..deleted.record }).await
+    }
+
+    async fn undelete_image(&self, id: &str) -> Result<(), Problem> {
+        let deleted = self.found::<Deleted<Image>>(id).await?;
+        let at = deleted.record.link.as_ref().and_then(Link::location);
+        let Some(at) = at.filter(|at| at.when_undeleted().is_some()) else {
+            return self.move_back::<Image>(id).await;
+        };
+        let text = self.store.get(&at, LARGEST_MANIFEST).await;
+        let text = text.map_err(|failure| self.told(super::links::problem(&at, &failure)))?;
+        let refused = |why: &str| Problem::unprocessable(format!("cannot undelete the image by {at}: {why}"));
+        let artifacts = manifest::artifacts(&text).ok_or_else(|| refused("it lists no artifacts"))?;
+        let copies = artifacts.iter().map(|artifact| {
+            let to = artifact.location.when_undeleted();
+            let to = to.ok_or_else(|| refused(&format!("{} is not below deleted/", artifact.location)))?;
+            Ok(Copy { from: artifact.location.clone(), to })
+        });
+        let copies: Vec<_> = copies.collect::<Result<_, Problem>>()?;
+        let own = artifacts.iter().position(|artifact| artifact.kind == MANIFEST);
+        let own = own.ok_or_else(|| refused("it does not list the image's manifest"))?;
+        let made = self.copy(&copies, false, false).await?;
+        let link = Some(Link::new(&copies[own].to, made.etags[own].clone().unwrap_or_default()));
+        let gone: Vec<_> = copies.iter().map(|copy| copy.from.clone()).chain([at]).collect();
+        self.exchange(&deleted, made, &gone, |deleted| Image { link, ..deleted.record }).await
+    }
+
+    async fn ids(&self, kind: Kind) -> Result<Vec<String>, Problem> {
+        Ok(self.database.ids(kind).await?)
+    }
+}
+
+/// Whether a deletion removes objects too: by upstream's words.
+fn cascades(query: &str) -> bool {
+    let cascade = super::pairs(query).into_iter().find(|(name, _)| name == "cascade");
+    cascade.is_none_or(|(_, value)| matches!(value.to_ascii_lowercase().as_str(), "true" | "yes" | "t" | "1"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn objects_are_removed_on_upstreams_words() {
+        for query in ["", "x=1", "cascade=true", "cascade=True", "cascade=YES", "cascade=t", "cascade=1"] {
+            assert!(cascades(query), "{query}");
+        }
+        for query in ["cascade=", "cascade=false", "cascade=False", "cascade=on", "cascade=y"] {
+            assert!(!cascades(query), "{query}");
+        }
+    }
+}
