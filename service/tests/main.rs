@@ -1,1 +1,12 @@
-//! The service over HTTP.
+//! The service over HTTP: the real program, a real S3 server, a real PostgreSQL.
+
+// json!(…) as an argument reads better without a reference.
+#![allow(clippy::needless_pass_by_value)]
+
+mod endpoints;
+mod images;
+mod jobs;
+mod lasting;
+mod postgres;
+mod server;
+mod wire;
