@@ -1,6 +1,6 @@
 //! Starts the service and stops it in order.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -12,8 +12,8 @@ use tokio::sync::mpsc;
 use crate::database::{Database, Place, files};
 use crate::http::{self, Service};
 use crate::records::Job;
-use crate::runner::Nothing;
-use crate::settings::{Records, Settings};
+use crate::runner::{Machine, Nothing, Runner};
+use crate::settings::{On, Records, Settings};
 use crate::store::Store;
 
 /// Name of the database in the data directory.
@@ -56,7 +56,14 @@ async fn run(settings: Settings) -> Result<()> {
     let listener = TcpListener::bind(listen).await.attempt(|| format!("listen on {listen}"))?;
     let address = listener.local_addr().attempt(|| format!("listen on {listen}"))?;
     let settings = Settings { listen: address, ..settings };
-    let service = Arc::new(Service::new(settings, database, store, Arc::new(Nothing)));
+    let runner: Arc<dyn Runner> = match settings.runs_on() {
+        On::None => Arc::new(Nothing),
+        On::Machine => {
+            let program = std::env::current_exe().attempt(|| "find this program")?;
+            Arc::new(Machine::new(&settings, format!("http://{}", reached_here(address)), program)?)
+        }
+    };
+    let service = Arc::new(Service::new(settings, database, store, runner));
     service.clear_starts().await;
     let sweeping = service.clone();
     let sweep = tokio::spawn(async move { sweeping.sweep().await });
@@ -70,6 +77,16 @@ async fn run(settings: Settings) -> Result<()> {
     ended.map_err(|e| Error::new("serve").because(e))?;
     tracing::info!("stopped: all requests are answered");
     Ok(())
+}
+
+/// Address at which programs of this machine reach a service that listens on `address`.
+fn reached_here(address: SocketAddr) -> SocketAddr {
+    let ip = match address.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    SocketAddr::new(ip, address.port())
 }
 
 /// Records the deaths of jobs, until the runner stops watching.

@@ -7,6 +7,7 @@ mod endpoints;
 mod images;
 mod jobs;
 mod lasting;
+mod machine;
 mod postgres;
 mod server;
 mod wire;

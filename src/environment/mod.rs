@@ -4,7 +4,7 @@ pub(crate) mod groundwork;
 pub(crate) mod hang_up;
 pub(crate) mod machine;
 pub(crate) mod open;
-pub(crate) mod own_sshd;
+pub mod own_sshd;
 pub(crate) mod presence;
 pub(crate) mod processes;
 pub(crate) mod recovery;

@@ -40,7 +40,7 @@ pub(crate) fn free_port(listen: IpAddr) -> Result<u16> {
 
 /// Writes a host key and sshd's configuration into the directory `run`, for logins by one of `keys`. Returns the path of
 /// the configuration.
-pub(crate) fn configure(run: &Path, address: SocketAddr, keys: &Path, comment: &str) -> Result<PathBuf> {
+pub fn configure(run: &Path, address: SocketAddr, keys: &Path, comment: &str) -> Result<PathBuf> {
     let host_key = make_key(run, HOST_KEY, comment)?;
     let config = run.join("sshd_config");
     let text = format!(

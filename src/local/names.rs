@@ -38,7 +38,7 @@ fn without_endings(mut name: &str) -> &str {
 }
 
 /// Turns `name` into a label of a host name: lower-case letters, digits and hyphens.
-pub(crate) fn host_label(name: &str) -> String {
+pub fn host_label(name: &str) -> String {
     let words = name.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty());
     let mut label = words.collect::<Vec<_>>().join("-").to_ascii_lowercase();
     label.truncate(LONGEST);

@@ -132,7 +132,7 @@ pub struct Identity {
 impl Identity {
     /// Identity of process `pid`, which must not be reaped meanwhile: this process, or a child not yet
     /// waited for.
-    pub(crate) fn of(pid: Pid) -> Option<Self> {
+    pub fn of(pid: Pid) -> Option<Self> {
         Entry::read(pid).map(|entry| Self { pid: pid.as_raw(), start: entry.start })
     }
 
@@ -173,7 +173,7 @@ pub struct Handle {
 
 impl Handle {
     /// Opens the process. ESRCH if it has ended.
-    pub(crate) fn open(process: Identity) -> io::Result<Self> {
+    pub fn open(process: Identity) -> io::Result<Self> {
         let raw = rustix::process::Pid::from_raw(process.pid).ok_or(io::ErrorKind::InvalidInput)?;
         let fd = rustix::process::pidfd_open(raw, PidfdFlags::empty())?;
         let pid = Pid::from_raw(process.pid);
@@ -185,13 +185,13 @@ impl Handle {
     }
 
     /// Returns whether it has ended or ends within `limit`.
-    pub(crate) fn ends_within(&self, limit: Duration) -> bool {
+    pub fn ends_within(&self, limit: Duration) -> bool {
         use rustix::event::{PollFd, PollFlags};
         poll::wait(&mut [PollFd::new(&self.fd, PollFlags::IN)], limit).is_ok_and(|ready| ready > 0)
     }
 
     /// Sends it a signal, and never to a later process with the same ID; ESRCH if it has ended.
-    pub(crate) fn signal(&self, signal: Signal) -> io::Result<()> {
+    pub fn signal(&self, signal: Signal) -> io::Result<()> {
         let signal = rustix::process::Signal::from_named_raw(signal as i32).ok_or(io::ErrorKind::InvalidInput)?;
         rustix::process::pidfd_send_signal(&self.fd, signal).map_err(Into::into)
     }

@@ -2,7 +2,7 @@
 
 pub(crate) mod image_root;
 pub(crate) mod layout;
-pub(crate) mod mounts_below;
+pub mod mounts_below;
 pub(crate) mod signal_files;
 pub mod state_directory;
 

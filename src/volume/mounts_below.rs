@@ -15,7 +15,7 @@ pub(crate) fn mounts_below(path: &Path) -> Result<Vec<PathBuf>> {
 
 /// Refuses mounts below the directory `path`: `reader` would walk into them, and never finish reading a /proc. `attempted`
 /// completes "cannot …".
-pub(crate) fn refuse_mounts_below(path: &Path, attempted: &str, reader: &str) -> Result<()> {
+pub fn refuse_mounts_below(path: &Path, attempted: &str, reader: &str) -> Result<()> {
     match mounts_below(path)?.first() {
         Some(mount) => Err(Error::new(attempted)
             .because(format!("something is mounted on {}", mount.display()))

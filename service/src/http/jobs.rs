@@ -12,7 +12,7 @@ use super::create::checked;
 use super::problem::Problem;
 use super::{Request, Service, created, json as answer, no_content};
 use crate::records::manifest;
-use crate::records::{Container, Image, Job, Kind, PublicKey, Recipe, STATUSES, new_id, now, rules, wire};
+use crate::records::{Container, Image, Job, Kind, Location, PublicKey, Recipe, STATUSES, new_id, now, rules, wire};
 use crate::runner::{Death, NewJob};
 use crate::store::Failure;
 
@@ -23,6 +23,7 @@ const MD5: &str = "md5sum";
 struct Source {
     arch: String,
     require_dkms: bool,
+    object: Location,
     download_url: String,
     md5: String,
     recipe_type: Option<String>,
@@ -62,6 +63,7 @@ impl Service {
         let job: Job = serde_json::from_value(Value::Object(fields)).expect("checked fields");
         self.start(NewJob {
             job,
+            object: source.object,
             download_url: source.download_url,
             download_md5sum: source.md5,
             public_key: key.public_key,
@@ -152,6 +154,7 @@ impl Service {
             arch: recipe.arch,
             require_dkms: recipe.require_dkms,
             download_url: self.download_url(&at).await?,
+            object: at,
             md5: object.metadata.get(MD5).cloned().unwrap_or_default(),
             recipe_type: Some(recipe.recipe_type),
             dictionary: pairs.into_iter().map(|pair| (pair.key, pair.value)).collect(),
@@ -176,13 +179,14 @@ impl Service {
             arch: image.arch,
             require_dkms: self.settings.dkms_by_default(),
             download_url: self.download_url(&at).await?,
+            object: at,
             md5: object.metadata.get(MD5).cloned().or(rootfs.md5).unwrap_or_default(),
             recipe_type: None,
             dictionary: BTreeMap::new(),
         })
     }
 
-    async fn download_url(&self, at: &crate::records::Location) -> Result<String, Problem> {
+    async fn download_url(&self, at: &Location) -> Result<String, Problem> {
         let valid = Duration::from_secs(self.settings.s3_url_expiration);
         let url = self.store.signed_url(at, valid).await;
         let url = url.map_err(|failure: Failure| Problem::failed(format!("cannot sign a URL of {at}: {failure}")))?;

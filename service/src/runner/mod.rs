@@ -1,15 +1,20 @@
 //! Runners start, watch and end the steps of a job. A job is a record of the service; a runner is what it runs on.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use async_trait::async_trait;
 use serde::Serialize;
 use tokio::sync::mpsc;
 
-use crate::records::Job;
+use crate::records::{Job, Location};
 
+mod machine;
 mod nothing;
+pub mod pod;
+pub mod programs;
 
+pub use machine::Machine;
 pub use nothing::Nothing;
 
 /// A new job, for a runner. Texts come from users: they are data, whatever characters they hold.
@@ -17,6 +22,8 @@ pub use nothing::Nothing;
 pub struct NewJob {
     /// The record as it will be stored. Its ID is final; what the runner decides is empty.
     pub job: Job,
+    /// Where the recipe's archive or the image's rootfs is.
+    pub object: Location,
     /// Presigned URL of the recipe's archive or of the image's rootfs. A secret: it is not logged.
     pub download_url: String,
     /// MD5 of that object in hexadecimal digits, or nothing.
@@ -85,6 +92,11 @@ pub trait Runner: Send + Sync {
 
     /// Called when the job's record is stored: from now on its programs find it in the service.
     async fn stored(&self, _job: &Job) {}
+
+    /// File of what the job's programs have written, if this runner keeps one.
+    fn log(&self, _job: &str) -> Option<PathBuf> {
+        None
+    }
 
     /// Releases what a job that has ended (`success`, `error`) holds: address, volume. Its log stays. Repeating it is
     /// harmless.

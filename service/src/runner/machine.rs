@@ -1,0 +1,419 @@
+//! Runs jobs on this machine: the programs of a pod, each job in a directory of its own and with a port of its own.
+//!
+//! Sessions always begin inside the image, in a jail without kernel modules: outside it they would be root on this
+//! machine.
+
+use std::collections::BTreeMap;
+use std::fs::DirBuilder;
+use std::net::{SocketAddr, TcpListener};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use ims_sshd::environment::own_sshd;
+use ims_sshd::error::{Attempt, Error, Result};
+use ims_sshd::job::variables::{Program as Reader, VARIABLES};
+use ims_sshd::local::names;
+use ims_sshd::volume::mounts_below::refuse_mounts_below;
+use tokio::sync::mpsc;
+
+use super::pod::{self, Pod, Program, State};
+use super::{Death, Failures, NewJob, Runner, Started, programs};
+use crate::records::{Address, Job};
+use crate::settings::{MachineSettings, Settings};
+
+/// Runs jobs on this machine.
+pub struct Machine {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    settings: MachineSettings,
+    /// `ims`, which runs the programs of a job.
+    program: PathBuf,
+    /// URL at which the programs reach the service.
+    url: String,
+    /// Variables that name the store.
+    store: BTreeMap<String, String>,
+    /// Directory of the objects, unless they are in S3.
+    objects: Option<PathBuf>,
+    /// Ports of jobs, by the jobs' IDs.
+    ports: Mutex<BTreeMap<String, u16>>,
+    deaths: Mutex<Option<mpsc::Sender<Death>>>,
+}
+
+/// Files in a job's directory, besides those of its pod.
+const VOLUME: &str = "volume";
+const AUTHORIZED_KEYS: &str = "authorized_keys";
+const VALUES: &str = "values.json";
+/// Directory that the environment's sshd reads.
+const SSHD: &str = "sshd";
+/// Exists once the job is to be removed.
+const REMOVED: &str = "removed";
+
+/// Time that the programs of a job get to end by themselves once its record says that it has ended.
+const LAST_STEPS: Duration = Duration::from_mins(1);
+
+/// Poll interval for the end of a job's programs, which raises no event in this process.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// Programs of a machine, if this process has no `PATH`.
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Variables besides those of `ims-sshd` that its steps may need: where things are, and the way to servers.
+const KEPT: [&str; 9] =
+    ["PATH", "HOME", "TZ", "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"];
+
+impl Machine {
+    /// A runner whose programs reach the service at `url`, and the store of these settings. `program` is `ims`.
+    pub fn new(settings: &Settings, url: String, program: PathBuf) -> Result<Self> {
+        let store = programs::store_variables(settings).into_iter().collect();
+        let objects = settings.directory().map(Path::to_owned);
+        let settings = settings.machine.clone();
+        if !rustix::process::geteuid().is_root() {
+            let advice = "run 'ims serve' as root; --runner none only keeps records";
+            return Err(Error::new("run jobs on this machine").because("they need root").advise(advice));
+        }
+        let jobs = std::path::absolute(&settings.jobs).attempt(|| format!("find {}", settings.jobs.display()))?;
+        // sshd's options and configuration are words separated by blanks.
+        let is_word = |path: &str| path.chars().all(|c| c.is_alphanumeric() || "/._-+".contains(c));
+        if !jobs.to_str().is_some_and(is_word) {
+            let complaint =
+                format!("the directory of the jobs is '{}': expected a path without blanks", jobs.display());
+            return Err(Error::bad_input(complaint));
+        }
+        let settings = MachineSettings { jobs, ..settings };
+        make(&settings.jobs, true)?;
+        let (ports, deaths) = Default::default();
+        Ok(Self { shared: Arc::new(Shared { settings, program, url, store, objects, ports, deaths }) })
+    }
+}
+
+/// Creates a directory that others cannot reach: image roots have setuid programs.
+fn make(path: &Path, may_exist: bool) -> Result<()> {
+    DirBuilder::new().recursive(may_exist).mode(0o700).create(path).attempt(|| format!("create {}", path.display()))
+}
+
+impl Shared {
+    fn directory(&self, job: &str) -> PathBuf {
+        self.settings.jobs.join(job)
+    }
+
+    /// Takes a free port for the job.
+    fn take_port(&self, job: &str) -> Result<u16> {
+        let address = self.settings.job_address;
+        let mut taken = self.ports.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_free = |port: &u16| !taken.values().any(|other| other == port);
+        let can_listen = |port: &u16| TcpListener::bind((address, *port)).is_ok();
+        let range = &self.settings.job_ports;
+        let free = range.clone().find(|port| is_free(port) && can_listen(port));
+        let port = free.ok_or_else(|| {
+            Error::new("start the job")
+                .because(format!("no port of {}-{} is free on {address}", range.start(), range.end()))
+                .advise("delete jobs that have no use, or name more ports with --job-ports")
+        })?;
+        taken.insert(job.to_owned(), port);
+        Ok(port)
+    }
+
+    fn free_port(&self, job: &str) {
+        self.ports.lock().unwrap_or_else(PoisonError::into_inner).remove(job);
+    }
+
+    /// Lays out the directory of a job, whose programs are not started yet.
+    fn lay_out(&self, new: &NewJob) -> Result<Job> {
+        let job = &new.job;
+        if !job.remote_build_node.is_empty() {
+            return Err(Error::new("start the job").because("jobs of this service run on this machine"));
+        }
+        let directory = self.directory(&job.id);
+        make(&directory, false)?;
+        let volume = directory.join(VOLUME);
+        make(&volume, false)?;
+        let written = |name: &str, text: &str| {
+            let path = directory.join(name);
+            std::fs::write(&path, text).attempt(|| format!("write {}", path.display()))
+        };
+        written(AUTHORIZED_KEYS, &new.public_key)?;
+        let port = self.take_port(&job.id)?;
+        let address = SocketAddr::new(self.settings.job_address, port);
+        let sshd = directory.join(SSHD);
+        let config = own_sshd::configure(&directory, address, &sshd.join(AUTHORIZED_KEYS), &job.id)?;
+        let pod = Pod {
+            port,
+            before: match new.recipe_type {
+                None => vec![self.prepare(new, &volume)],
+                Some(_) => {
+                    let values = serde_json::to_string(&new.template_dictionary);
+                    written(VALUES, &values.attempt(|| "write the values of the recipe")?)?;
+                    self.build(new, &directory, &volume)
+                }
+            },
+            environment: self.environment(job, &directory, &sshd.join("sshd_config"), &volume),
+            sidecar: self.sidecar(job, &directory, &config, &sshd, &volume),
+        };
+        pod.write(&directory)?;
+        let mut started = job.clone();
+        let host = self.settings.job_address.to_string();
+        let address = Address { host, port };
+        for container in started.ssh_containers.iter_mut().flatten() {
+            let networks = ["customer_access", "cluster.local"];
+            container.connection_info = Some(networks.map(|name| (name.to_owned(), address.clone())).into());
+            container.jail = true;
+        }
+        Ok(started)
+    }
+
+    /// Variables of a step: those of this service that the step reads, then those of the job.
+    fn variables(&self, job: &Job, volume: &Path, readers: &[Reader]) -> BTreeMap<String, String> {
+        let is_read = |name: &&str| {
+            VARIABLES.iter().any(|variable| {
+                variable.name == *name && variable.readers.iter().any(|reader| readers.contains(reader))
+            })
+        };
+        let names = VARIABLES.iter().map(|variable| variable.name).filter(is_read).chain(KEPT);
+        let mut variables: BTreeMap<_, _> =
+            names.filter_map(|name| Some((name.to_owned(), std::env::var(name).ok()?))).collect();
+        variables.entry("PATH".into()).or_insert_with(|| PATH.into());
+        // These name another service and its store, or another job's log in the formats of this service.
+        for other in ["OAUTH_CONFIG_DIR", "IMAGE_STORE", "LOG_FORMAT", "LOG_LEVEL", "CUSTOMIZATION_SCRIPT"] {
+            variables.remove(other);
+        }
+        let truth = |is: bool| if is { "True" } else { "False" }.to_owned();
+        variables.extend([
+            ("IMS_ACTION".to_owned(), job.job_type.clone()),
+            ("IMS_JOB_ID".to_owned(), job.id.clone()),
+            ("IMS_URL".to_owned(), self.url.clone()),
+            ("IMAGE_ROOT_PARENT".to_owned(), volume.display().to_string()),
+            ("IMAGE_ROOT_ARCHIVE_NAME".to_owned(), job.image_root_archive_name.clone()),
+            ("KERNEL_FILENAME".to_owned(), job.kernel_file_name.clone()),
+            ("INITRD_FILENAME".to_owned(), job.initrd_file_name.clone()),
+            ("KERNEL_PARAMETERS_FILENAME".to_owned(), job.kernel_parameters_file_name.clone()),
+            ("BUILD_ARCH".to_owned(), job.arch.clone()),
+            ("ENABLE_DEBUG".to_owned(), truth(job.enable_debug)),
+            ("SSH_JAIL".to_owned(), truth(true)),
+            ("JOB_ENABLE_DKMS".to_owned(), truth(false)),
+            ("REMOTE_BUILD_NODE".to_owned(), String::new()),
+        ]);
+        variables
+    }
+
+    fn prepare(&self, new: &NewJob, volume: &Path) -> Program {
+        let mut variables = self.variables(&new.job, volume, &[Reader::Publishing]);
+        variables.insert("DOWNLOAD_MD5SUM".into(), new.download_md5sum.clone());
+        variables.extend(self.store.clone());
+        Program { arguments: words(&[&"prepare", &volume.display(), &self.source(new)]), variables }
+    }
+
+    /// Source of an image or a recipe. A presigned URL would be a secret that `ps` shows to each user of the machine.
+    fn source(&self, new: &NewJob) -> String {
+        match &self.objects {
+            Some(objects) => objects.join(&new.object.bucket).join(&new.object.key).display().to_string(),
+            None => new.object.to_string(),
+        }
+    }
+
+    fn build(&self, new: &NewJob, directory: &Path, volume: &Path) -> Vec<Program> {
+        let recipe = volume.join("recipe");
+        let mut variables = self.variables(&new.job, volume, &[Reader::Publishing, Reader::Recipe]);
+        variables.insert("DOWNLOAD_MD5SUM".into(), new.download_md5sum.clone());
+        variables.extend(self.store.clone());
+        variables.insert("RECIPE_ROOT_PARENT".into(), recipe.display().to_string());
+        let values = directory.join(VALUES);
+        let fetch: [&dyn std::fmt::Display; 5] =
+            [&"fetch-recipe", &recipe.display(), &self.source(new), &"--values", &values.display()];
+        let steps = [words(&fetch), words(&[&"wait-for-repos"]), words(&[&"build"])];
+        steps.map(|arguments| Program { arguments, variables: variables.clone() }).into()
+    }
+
+    fn environment(&self, job: &Job, directory: &Path, config: &Path, volume: &Path) -> Program {
+        let mut variables = self.variables(job, volume, &[Reader::Environment]);
+        let log = directory.join("sshd.log");
+        variables.insert("SSHD_OPTIONS".into(), format!("-E {} -f {}", log.display(), config.display()));
+        variables.insert("SSHD_CONFIG_FILE".into(), config.display().to_string());
+        variables.insert("IMS_JAIL_HOSTNAME".into(), names::host_label(&job.image_root_archive_name));
+        Program { arguments: words(&[&"entrypoint", &volume.display()]), variables }
+    }
+
+    fn sidecar(&self, job: &Job, directory: &Path, config: &Path, sshd: &Path, volume: &Path) -> Program {
+        let mut variables = self.variables(job, volume, &[Reader::Publishing, Reader::Sidecar]);
+        variables.extend(self.store.clone());
+        let keys = directory.join(AUTHORIZED_KEYS);
+        let arguments = words(&[
+            &"sidecar",
+            &volume.display(),
+            &"--authorized-keys",
+            &keys.display(),
+            &"--sshd-config",
+            &config.display(),
+            &"--sshd-directory",
+            &sshd.display(),
+        ]);
+        Program { arguments, variables }
+    }
+
+    /// Starts the programs of a job, and watches them.
+    fn run(self: &Arc<Self>, job: &str) {
+        match pod::start(&self.program, &self.directory(job)) {
+            Ok(()) => self.follow(job),
+            Err(error) => self.report(job, error.to_string()),
+        }
+    }
+
+    /// Reports the death of the job's programs, once they have ended.
+    fn follow(self: &Arc<Self>, job: &str) {
+        let (shared, job) = (self.clone(), job.to_owned());
+        tokio::spawn(async move {
+            let directory = shared.directory(&job);
+            let is_removed = || !directory.exists() || directory.join(REMOVED).exists();
+            let failure = loop {
+                if is_removed() {
+                    return;
+                }
+                match pod::state(&directory) {
+                    Ok(State::New | State::Running) => tokio::time::sleep(LOOK_EVERY).await,
+                    Ok(State::Ended(failure)) => break failure,
+                    Ok(State::Killed) => {
+                        let stopped = directory.clone();
+                        let _ = tokio::task::spawn_blocking(move || pod::stop(&stopped)).await;
+                        break Some("the parent process of its programs was killed, or the machine was".into());
+                    }
+                    Err(error) => break Some(error.to_string()),
+                }
+            };
+            if let Some(failure) = failure.filter(|_| !is_removed()) {
+                shared.report(&job, failure);
+            }
+        });
+    }
+
+    fn report(&self, job: &str, reason: String) {
+        let deaths = self.deaths.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let death = Death { id: job.to_owned(), reason };
+        if let Some(deaths) = deaths {
+            tokio::spawn(async move { deaths.send(death).await });
+        }
+    }
+
+    /// Removes what a job that has ended holds, once its last program has ended.
+    fn clear(self: &Arc<Self>, job: &str) {
+        let (shared, job) = (self.clone(), job.to_owned());
+        tokio::spawn(async move {
+            let directory = shared.directory(&job);
+            let until = tokio::time::Instant::now() + LAST_STEPS;
+            while matches!(pod::state(&directory), Ok(State::Running)) && tokio::time::Instant::now() < until {
+                tokio::time::sleep(LOOK_EVERY).await;
+            }
+            let cleared = tokio::task::spawn_blocking({
+                let shared = shared.clone();
+                let job = job.clone();
+                move || shared.clear_now(&job)
+            });
+            if let Ok(Err(error)) = cleared.await {
+                tracing::error!("{error}; job {job} still takes space");
+            }
+        });
+    }
+
+    /// Ends what runs of a job, and removes its volume; everything if the job is to be removed.
+    fn clear_now(&self, job: &str) -> Result<()> {
+        let directory = self.directory(job);
+        pod::stop(&directory);
+        pod::end_sshd(&directory.join(SSHD).join("sshd_config"));
+        let is_removed = directory.join(REMOVED).exists();
+        let place = if is_removed { directory } else { directory.join(VOLUME) };
+        if place.exists() {
+            let attempted = format!("remove {}", place.display());
+            refuse_mounts_below(&place, &attempted, "removal")?;
+            std::fs::remove_dir_all(&place).attempt(|| attempted)?;
+        }
+        self.free_port(job);
+        Ok(())
+    }
+
+    /// Clears jobs that an earlier run of the service could not.
+    fn clear_left_over(self: &Arc<Self>, running: &[Job]) -> Result<()> {
+        let attempted = || format!("look for jobs in {}", self.settings.jobs.display());
+        for entry in std::fs::read_dir(&self.settings.jobs).attempt(attempted)? {
+            let entry = entry.attempt(attempted)?;
+            let Ok(job) = entry.file_name().into_string() else { continue };
+            if uuid::Uuid::try_parse(&job).is_err() || running.iter().any(|running| running.id == job) {
+                continue;
+            }
+            if entry.path().join(REMOVED).exists() || entry.path().join(VOLUME).exists() {
+                self.clear(&job);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn words(words: &[&dyn std::fmt::Display]) -> Vec<String> {
+    words.iter().map(ToString::to_string).collect()
+}
+
+#[async_trait]
+impl Runner for Machine {
+    async fn start(&self, job: &NewJob) -> std::result::Result<Started, Failures> {
+        let (shared, job) = (self.shared.clone(), job.clone());
+        let laid_out = tokio::task::spawn_blocking(move || {
+            shared.lay_out(&job).inspect_err(|_| {
+                shared.free_port(&job.job.id);
+                let _ = std::fs::remove_dir_all(shared.directory(&job.job.id));
+            })
+        });
+        let laid_out = laid_out.await.map_err(|e| vec![e.to_string()])?;
+        laid_out.map_err(|error| vec![error.to_string()])
+    }
+
+    async fn stored(&self, job: &Job) {
+        self.shared.run(&job.id);
+    }
+
+    fn log(&self, job: &str) -> Option<PathBuf> {
+        Some(self.shared.directory(job).join(pod::LOG))
+    }
+
+    async fn release(&self, job: &Job) -> std::result::Result<(), Failures> {
+        // The sidecar that reports the end of its job waits for the answer.
+        self.shared.clear(&job.id);
+        Ok(())
+    }
+
+    async fn remove(&self, job: &Job) -> std::result::Result<(), Failures> {
+        let directory = self.shared.directory(&job.id);
+        let marked = std::fs::File::create(directory.join(REMOVED));
+        match marked {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            other => other.attempt(|| format!("remove {}", directory.display())).map_err(|e| vec![e.to_string()])?,
+        };
+        let (shared, job) = (self.shared.clone(), job.id.clone());
+        tokio::task::spawn_blocking(move || {
+            if let Err(error) = shared.clear_now(&job) {
+                tracing::error!("{error}; remove it by hand");
+            }
+        });
+        Ok(())
+    }
+
+    async fn watch(&self, running: Vec<Job>, deaths: mpsc::Sender<Death>) {
+        *self.shared.deaths.lock().unwrap_or_else(PoisonError::into_inner) = Some(deaths.clone());
+        for job in &running {
+            let directory = self.shared.directory(&job.id);
+            match (Pod::read(&directory), pod::state(&directory)) {
+                (Ok(pod), Ok(state)) => {
+                    self.shared.ports.lock().unwrap_or_else(PoisonError::into_inner).insert(job.id.clone(), pod.port);
+                    // The service was killed before it started the programs.
+                    if state == State::New { self.shared.run(&job.id) } else { self.shared.follow(&job.id) }
+                }
+                (Err(error), _) | (_, Err(error)) => self.shared.report(&job.id, error.to_string()),
+            }
+        }
+        if let Err(error) = self.shared.clear_left_over(&running) {
+            tracing::error!("{error}");
+        }
+        deaths.closed().await;
+    }
+}

@@ -1,0 +1,330 @@
+//! A job's programs on this machine, as a pod's containers: some run one after another, then the build environment and
+//! the sidecar beside each other. `ims pod` is their parent, a process of its own: a service that restarts finds the
+//! job running. What a pod is, and how it ended, are files in the job's directory, which only root reaches.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{ExitCode, ExitStatus, Stdio};
+use std::time::Duration;
+
+use ims_sshd::error::{Attempt, Error, Result};
+use ims_sshd::sys::process::{Entry, Handle, Identity, descendants};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use rustix::fs::FlockOperation;
+use serde::{Deserialize, Serialize};
+use tokio::process::{Child, Command};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::{Instant, sleep_until};
+
+use super::programs;
+
+/// Programs of a job.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Pod {
+    /// Port of the build environment's sshd.
+    pub port: u16,
+    /// Programs that run one after another, until one fails.
+    pub before: Vec<Program>,
+    /// Opens the image root, and ends with the users' verdict.
+    pub environment: Program,
+    /// Publishes the image; with its end the pod ends.
+    pub sidecar: Program,
+}
+
+/// A command of `ims-sshd`.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Program {
+    /// Command and arguments.
+    pub arguments: Vec<String>,
+    /// All its variables.
+    pub variables: BTreeMap<String, String>,
+}
+
+/// How a pod ended.
+#[derive(Debug, Serialize, Deserialize)]
+struct End {
+    /// Why it failed, for people; `None` if it did not.
+    failure: Option<String>,
+}
+
+/// Files in a job's directory: the description of its pod, the log of all its programs, the processes (locked while the
+/// pod runs), and how the pod ended.
+const POD: &str = "pod.json";
+pub(super) const LOG: &str = "log";
+const PROCESSES: &str = "processes";
+const END: &str = "end.json";
+
+/// Time for programs to end in order once they were asked to: the environment lets running commands finish.
+const CLOSE_TIME: Duration = Duration::from_mins(1);
+
+/// Longest end of the log that is searched for an error.
+const LOG_END: u64 = 16 << 10;
+
+impl Pod {
+    /// Writes the description into the job's directory.
+    pub(super) fn write(&self, directory: &Path) -> Result<()> {
+        let path = directory.join(POD);
+        let text = serde_json::to_vec(self).attempt(|| format!("describe the job in {}", path.display()))?;
+        std::fs::write(&path, text).attempt(|| format!("write {}", path.display()))
+    }
+
+    /// Reads the description of the job in `directory`.
+    pub(super) fn read(directory: &Path) -> Result<Self> {
+        let path = directory.join(POD);
+        let attempted = || format!("read {}", path.display());
+        serde_json::from_slice(&std::fs::read(&path).attempt(attempted)?).attempt(attempted)
+    }
+}
+
+/// State of the pod in a job's directory.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum State {
+    /// Not started yet.
+    New,
+    /// Its parent process is there.
+    Running,
+    /// Ended; with the reason if it failed.
+    Ended(Option<String>),
+    /// Its parent process was killed.
+    Killed,
+}
+
+/// Starts the pod in `directory`, by a process of `program` that survives this one.
+pub(super) fn start(program: &Path, directory: &Path) -> Result<()> {
+    let attempted = || format!("start the programs of the job in {}", directory.display());
+    let log = log(directory).attempt(attempted)?;
+    let mut command = Command::new(program);
+    command.arg("pod").arg(directory).current_dir("/").stdin(Stdio::null());
+    command.stdout(log.try_clone().attempt(attempted)?).stderr(log);
+    // The terminal's signals are for the service alone. Tokio reaps the process whenever it ends.
+    command.process_group(0).spawn().attempt(attempted).map(drop)
+}
+
+fn log(directory: &Path) -> std::io::Result<File> {
+    File::options().create(true).append(true).open(directory.join(LOG))
+}
+
+/// State of the pod in `directory`.
+pub(super) fn state(directory: &Path) -> Result<State> {
+    let attempted = || format!("see whether the job in {} runs", directory.display());
+    let file = match File::open(directory.join(PROCESSES)) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(State::New),
+        other => other.attempt(attempted)?,
+    };
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared) {
+        Err(rustix::io::Errno::WOULDBLOCK) => return Ok(State::Running),
+        other => other.attempt(attempted)?,
+    }
+    let Ok(text) = std::fs::read(directory.join(END)) else { return Ok(State::Killed) };
+    let end: End = serde_json::from_slice(&text).attempt(attempted)?;
+    Ok(State::Ended(end.failure))
+}
+
+/// Asks the pod's parent process to end, or its programs if it was killed; kills what is left after a while.
+pub(super) fn stop(directory: &Path) {
+    let Ok(text) = std::fs::read_to_string(directory.join(PROCESSES)) else { return };
+    let processes: Vec<_> = text.lines().filter_map(Identity::parse).collect();
+    // The first is the parent, and passes the signal on.
+    for process in processes {
+        let Ok(process) = Handle::open(process) else { continue };
+        let _ = process.signal(Signal::SIGTERM);
+        if !process.ends_within(CLOSE_TIME + Duration::from_secs(5)) {
+            let _ = process.signal(Signal::SIGKILL);
+            process.ends_within(Duration::from_secs(5));
+        }
+    }
+}
+
+/// Kills an sshd with the configuration `config`, and all that it has started: an environment that was killed cannot
+/// end it, and it would keep its port.
+pub(super) fn end_sshd(config: &Path) {
+    let config = config.display().to_string();
+    let all = Entry::all();
+    // sshd's title has its command line.
+    let is_ours = |entry: &&Entry| entry.name == "sshd" && entry.command_line().split(' ').any(|word| word == config);
+    for sshd in all.iter().filter(is_ours) {
+        for process in std::iter::once(sshd).chain(&descendants(&all, sshd.pid)) {
+            process.signal(Signal::SIGKILL);
+        }
+    }
+}
+
+/// `ims pod`: runs the programs of the job in `directory`.
+pub fn run(directory: &Path) -> Result<ExitCode> {
+    let pod = Pod::read(directory)?;
+    let attempted = || format!("run the job in {}", directory.display());
+    let path = directory.join(PROCESSES);
+    let mut processes = File::options().create(true).append(true).open(&path).attempt(attempted)?;
+    rustix::fs::flock(&processes, FlockOperation::NonBlockingLockExclusive).attempt(attempted)?;
+    if processes.metadata().attempt(attempted)?.len() > 0 {
+        return Err(Error::new(attempted()).because("it was run before"));
+    }
+    let us = Identity::of(Pid::this()).ok_or_else(|| Error::new(attempted()).because("/proc is missing"))?;
+    writeln!(processes, "{us}").attempt(attempted)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().attempt(attempted)?;
+    let failure = runtime.block_on(Run { directory, processes }.live(&pod)).err();
+    if let Some(config) = pod.environment.variables.get("SSHD_CONFIG_FILE") {
+        end_sshd(Path::new(config));
+    }
+    if let Some(failure) = &failure {
+        println!("ims: the job failed: {failure}");
+    }
+    let text = serde_json::to_vec(&End { failure }).attempt(attempted)?;
+    // Renamed, since a reader must find all of it.
+    let (new, end) = (directory.join("end.new"), directory.join(END));
+    std::fs::write(&new, text).and_then(|()| std::fs::rename(&new, &end)).attempt(attempted)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+struct Run<'a> {
+    directory: &'a Path,
+    /// File of the processes, locked.
+    processes: File,
+}
+
+impl Run<'_> {
+    /// Runs the programs; fails with the reason, for people.
+    async fn live(mut self, pod: &Pod) -> std::result::Result<(), String> {
+        let asked = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(signal);
+        let [Ok(mut terminate), Ok(mut interrupt), Ok(mut hangup)] = asked else {
+            return Err("cannot receive signals".into());
+        };
+        let mut asked = async || {
+            tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {}, _ = hangup.recv() => {} }
+        };
+        for program in &pod.before {
+            let mut running = self.start(program)?;
+            let mut is_asked = false;
+            while running.status.is_none() {
+                tokio::select! {
+                    () = running.end() => {}
+                    () = asked() => {
+                        is_asked = true;
+                        running.ask_to_end();
+                    }
+                }
+            }
+            if is_asked {
+                return Err("it was asked to end".into());
+            }
+            running.outcome(self.directory)?;
+        }
+        let mut environment = self.start(&pod.environment)?;
+        let mut sidecar = match self.start(&pod.sidecar) {
+            Ok(sidecar) => sidecar,
+            Err(failure) => {
+                environment.ask_to_end();
+                while environment.status.is_none() {
+                    environment.end().await;
+                }
+                return Err(failure);
+            }
+        };
+        while sidecar.status.is_none() || environment.status.is_none() {
+            tokio::select! {
+                () = sidecar.end(), if sidecar.status.is_none() => {
+                    if environment.status.is_none() {
+                        environment.ask_to_end();
+                    }
+                }
+                () = environment.end(), if environment.status.is_none() => {}
+                () = asked() => {
+                    environment.ask_to_end();
+                    sidecar.ask_to_end();
+                }
+            }
+        }
+        sidecar.outcome(self.directory)
+    }
+
+    fn start(&mut self, program: &Program) -> std::result::Result<Running, String> {
+        let name = format!("ims-sshd {}", program.arguments.first().map_or("", String::as_str));
+        let failed = |e: &dyn std::fmt::Display| format!("cannot start '{name}': {e}");
+        let log = log(self.directory).map_err(|e| failed(&e))?;
+        let begins = log.metadata().map_or(0, |log| log.len());
+        let mut command = Command::new(programs::ims_sshd());
+        command.args(&program.arguments).env_clear().envs(&program.variables).current_dir("/").stdin(Stdio::null());
+        command.stdout(log.try_clone().map_err(|e| failed(&e))?).stderr(log);
+        let child = command.spawn().map_err(|e| failed(&e))?;
+        let running = Running { child, name, begins, status: None, deadline: None };
+        // For whoever finds this process killed.
+        if let Some(child) = running.pid().and_then(Identity::of) {
+            writeln!(self.processes, "{child}").map_err(|e| format!("cannot record a process: {e}"))?;
+        }
+        Ok(running)
+    }
+}
+
+/// A program that was started.
+struct Running {
+    child: Child,
+    name: String,
+    /// Length of the log when it started.
+    begins: u64,
+    status: Option<ExitStatus>,
+    /// When it is killed.
+    deadline: Option<Instant>,
+}
+
+impl Running {
+    fn pid(&self) -> Option<Pid> {
+        self.child.id().and_then(|pid| i32::try_from(pid).ok()).map(Pid::from_raw)
+    }
+
+    /// Waits for its end; kills it if its time is over.
+    async fn end(&mut self) {
+        let status = if let Some(deadline) = self.deadline {
+            tokio::select! {
+                status = self.child.wait() => status,
+                () = sleep_until(deadline) => {
+                    let _ = self.child.start_kill();
+                    self.child.wait().await
+                }
+            }
+        } else {
+            self.child.wait().await
+        };
+        // Nobody else waits for it, so this does not fail.
+        self.status = Some(status.unwrap_or_default());
+    }
+
+    fn ask_to_end(&mut self) {
+        if self.status.is_none()
+            && let Some(pid) = self.pid()
+        {
+            let _ = kill(pid, Signal::SIGTERM);
+            self.deadline.get_or_insert_with(|| Instant::now() + CLOSE_TIME);
+        }
+    }
+
+    /// Fails with the reason if the program failed.
+    fn outcome(&self, directory: &Path) -> std::result::Result<(), String> {
+        let status = self.status.unwrap_or_default();
+        if status.success() {
+            return Ok(());
+        }
+        let end = match (status.code(), status.signal().and_then(|signal| Signal::try_from(signal).ok())) {
+            (Some(code), _) => format!("ended with exit code {code}"),
+            (None, Some(signal)) => format!("was killed by {signal}"),
+            (None, None) => "was killed".into(),
+        };
+        let why = last_error(&directory.join(LOG), self.begins).map_or_else(String::new, |error| format!(": {error}"));
+        Err(format!("'{}' {end}{why}", self.name))
+    }
+}
+
+/// The last error in a log, of which `begins` bytes are older.
+fn last_error(log: &PathBuf, begins: u64) -> Option<String> {
+    let mut file = File::open(log).ok()?;
+    let length = file.metadata().ok()?.len();
+    file.seek(SeekFrom::Start(begins.max(length.saturating_sub(LOG_END)))).ok()?;
+    let mut text = Vec::new();
+    file.read_to_end(&mut text).ok()?;
+    let text = String::from_utf8_lossy(&text);
+    let error = text.lines().rev().find_map(|line| line.split_once("ERROR ").map(|(_, error)| error.trim().to_owned()));
+    error.filter(|error| !error.is_empty())
+}
