@@ -30,7 +30,7 @@ pub(crate) fn listed(entries: &[impl AsRef<str>]) -> String {
 
 /// [`Printable`] for JSON text, preserving its meaning: such characters occur only in strings, and newlines only
 /// between values.
-pub(crate) fn json(text: &str) -> String {
+pub fn json(text: &str) -> String {
     text.chars().fold(String::with_capacity(text.len()), |mut shown, c| {
         if c == '\n' || is_printable(c) {
             shown.push(c);

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use ims_service::http::openapi;
+use ims_service::runner::pod;
 use ims_service::settings::{Records, Settings};
 use ims_service::{client, serve};
 use ims_sshd::error::Result;
@@ -32,6 +33,12 @@ enum Command {
     },
     /// Prints the OpenAPI document
     Openapi,
+    /// Runs the programs of a job; started by the service
+    #[command(hide = true)]
+    Pod {
+        /// Directory of the job
+        directory: PathBuf,
+    },
     #[command(flatten)]
     Client(client::Command),
 }
@@ -65,6 +72,7 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
             print!("{}", openapi::document());
             Ok(ExitCode::SUCCESS)
         }
-        Command::Client(command) => client::run(&command),
+        Command::Pod { directory } => pod::run(&directory),
+        Command::Client(command) => client::run(command),
     }
 }

@@ -91,7 +91,8 @@ impl Server {
         let log = std::fs::File::options().create(true).append(true).open(data.join("log")).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_ims"));
         command.arg("serve").env("IMS_LISTEN", address.to_string()).env("IMS_DATA_DIR", data);
-        command.env_remove("IMS_DATABASE_URL").envs(variables.iter().copied());
+        command.env_remove("IMS_DATABASE_URL");
+        command.env("IMS_RUNNER", "none").envs(variables.iter().copied());
         let program = Ended::killed(command.stdin(Stdio::null()).stderr(log).spawn().unwrap());
         let mut server = Self { address, program, data: None };
         wait_until("the service to listen", || {

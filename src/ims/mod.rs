@@ -3,5 +3,5 @@
 pub(crate) mod client;
 pub mod id;
 pub(crate) mod place;
-pub(crate) mod problem;
+pub mod problem;
 pub mod records;

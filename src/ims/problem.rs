@@ -18,7 +18,7 @@ struct Problem {
 }
 
 /// Says why a request failed: the details of the error, otherwise the first line of the response unless it is HTML.
-pub(crate) fn reason(status: StatusCode, text: &str) -> String {
+pub fn reason(status: StatusCode, text: &str) -> String {
     let Problem { detail, error_description, title, error, errors } = serde_json::from_str(text).unwrap_or_default();
     let said = [detail, error_description, title, error].into_iter().flatten().find(|said| !said.is_empty());
     let mut said = said.unwrap_or_default();

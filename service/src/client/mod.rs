@@ -1,15 +1,175 @@
 //! Commands that ask a running service, in the words of `cray ims`.
 
+mod arguments;
+mod connection;
+mod import;
+mod requests;
+mod session;
+mod shown;
+mod value;
+
+use std::io::{Read, Write};
+use std::path::Path;
 use std::process::ExitCode;
 
-use clap::Subcommand;
-use ims_sshd::error::Result;
+use ims_sshd::error::{Attempt, Error, Result};
+use uuid::Uuid;
 
-/// A command of the client.
-#[derive(Debug, Subcommand)]
-pub enum Command {}
+pub use arguments::Command;
+use arguments::{Common, Deleted, DeletedVerb, Group, Images, JobType, Jobs, NodeStatus, Nodes, PublicKeys, Recipes};
+use connection::Service;
+use requests::Kind;
+use serde_json::json;
+use value::Value;
 
 /// Carries out `command`; returns the program's exit code.
-pub fn run(command: &Command) -> Result<ExitCode> {
-    match *command {}
+pub fn run(command: Command) -> Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().attempt(|| "start")?;
+    runtime.block_on(carry_out(command))
+}
+
+async fn carry_out(command: Command) -> Result<ExitCode> {
+    let (answer, format) = match command {
+        Command::PublicKeys(Group { place, verb }) => (public_keys(&Service::at(&place)?, verb).await?, place.format),
+        Command::Recipes(group) => (recipes(&Service::at(&group.place)?, group.verb).await?, group.place.format),
+        Command::Images(group) => (images(&Service::at(&group.place)?, group.verb).await?, group.place.format),
+        Command::Jobs(group) => (jobs(&Service::at(&group.place)?, group.verb).await?, group.place.format),
+        Command::Deleted(Group { place, verb }) => (deleted(&Service::at(&place)?, verb).await?, place.format),
+        Command::RemoteBuildNodes(Group { place, verb }) => (nodes(&Service::at(&place)?, verb).await?, place.format),
+    };
+    let text = shown::text(&answer, format);
+    std::io::stdout().write_all(text.as_bytes()).attempt(|| "write to standard output")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn public_keys(service: &Service, verb: PublicKeys) -> Result<Value> {
+    match verb {
+        PublicKeys::Create { name, public_key } => service.ask(&requests::new_key(&name, &read(&public_key)?)).await,
+        PublicKeys::Common(verb) => common(service, requests::PUBLIC_KEYS, verb).await,
+    }
+}
+
+async fn recipes(service: &Service, verb: Recipes) -> Result<Value> {
+    match verb {
+        Recipes::Create { name, recipe_type, linux_distribution, fields } => {
+            let (link, build) = (Some(&fields.link), &fields.build);
+            service.ask(&requests::new_recipe(&name, recipe_type, linux_distribution, link, build)?).await
+        }
+        Recipes::Update { one, fields } => {
+            let id = find(service, requests::RECIPES, &one.id).await?;
+            service.ask(&requests::changed_recipe(&id, &fields)?).await
+        }
+        Recipes::Import(wanted) => import::recipe(service, &wanted).await,
+        Recipes::Common(verb) => common(service, requests::RECIPES, verb).await,
+    }
+}
+
+async fn images(service: &Service, verb: Images) -> Result<Value> {
+    match verb {
+        Images::Create { name, fields } => service.ask(&requests::new_image(&name, &fields)).await,
+        Images::Update { one, metadata_operation, fields } => {
+            let id = find(service, requests::IMAGES, &one.id).await?;
+            service.ask(&requests::changed_image(&id, metadata_operation, &fields)).await
+        }
+        Images::Import(wanted) => import::image(service, &wanted).await,
+        Images::Common(verb) => common(service, requests::IMAGES, verb).await,
+    }
+}
+
+async fn jobs(service: &Service, verb: Jobs) -> Result<Value> {
+    let kind = requests::JOBS;
+    match verb {
+        Jobs::Create(job) => {
+            let artifacts = match job.job_type {
+                JobType::Create => requests::RECIPES,
+                JobType::Customize => requests::IMAGES,
+            };
+            let artifact = find(service, artifacts, &job.artifact_id).await?;
+            let key = find(service, requests::PUBLIC_KEYS, &job.public_key_id).await?;
+            service.ask(&requests::new_job(&job, &artifact, &key)?).await
+        }
+        Jobs::List => common(service, kind, Common::List).await,
+        Jobs::Describe(one) => common(service, kind, Common::Describe(one)).await,
+        Jobs::Delete(one) => common(service, kind, Common::Delete(one)).await,
+        Jobs::Deleteall(filters) => service.ask(&requests::delete_jobs(&filters)).await,
+        Jobs::Logs { follow, one } => {
+            let id = find(service, kind, &one.id).await?;
+            service.copy(&requests::log(&id, follow), &mut std::io::stdout()).await?;
+            Ok(Value::Null)
+        }
+        Jobs::Ssh { identity, one, command } => {
+            let id = find(service, kind, &one.id).await?;
+            match session::log_in(service, &id, identity.as_deref(), &command).await? {}
+        }
+    }
+}
+
+async fn deleted(service: &Service, verb: Deleted) -> Result<Value> {
+    let (kind, verb) = match verb {
+        Deleted::PublicKeys { verb } => (requests::DELETED_KEYS, verb),
+        Deleted::Recipes { verb } => (requests::DELETED_RECIPES, verb),
+        Deleted::Images { verb } => (requests::DELETED_IMAGES, verb),
+    };
+    match verb {
+        DeletedVerb::Update { one, operation } => {
+            let id = find(service, kind, &one.id).await?;
+            service.ask(&kind.update(&id, json!({ "operation": operation }))).await
+        }
+        DeletedVerb::Common(verb) => common(service, kind, verb).await,
+    }
+}
+
+/// The name of a node is its ID.
+async fn nodes(service: &Service, verb: Nodes) -> Result<Value> {
+    let request = match verb {
+        Nodes::Create { xname } => requests::NODES.create(&xname, json!({ "xname": xname })),
+        Nodes::Status { verb: NodeStatus::List } => requests::STATUSES.list(),
+        Nodes::Status { verb: NodeStatus::Describe(one) } => requests::STATUSES.describe(&one.id),
+        Nodes::Common(Common::List) => requests::NODES.list(),
+        Nodes::Common(Common::Describe(one)) => requests::NODES.describe(&one.id),
+        Nodes::Common(Common::Delete(one)) => requests::NODES.delete(&one.id),
+        Nodes::Common(Common::Deleteall) => requests::NODES.delete_all(),
+    };
+    service.ask(&request).await
+}
+
+async fn common(service: &Service, kind: Kind, verb: Common) -> Result<Value> {
+    let request = match verb {
+        Common::List => kind.list(),
+        Common::Describe(one) => kind.describe(&find(service, kind, &one.id).await?),
+        Common::Delete(one) => kind.delete(&find(service, kind, &one.id).await?),
+        Common::Deleteall => kind.delete_all(),
+    };
+    service.ask(&request).await
+}
+
+/// The ID of a record that is named by its ID or its name.
+async fn find(service: &Service, kind: Kind, named: &str) -> Result<String> {
+    if Uuid::try_parse(named).is_ok() {
+        return Ok(named.to_owned());
+    }
+    let records = service.ask(&kind.list()).await?;
+    let found: Vec<_> = records.rows().iter().filter(|record| record.text(kind.name) == Some(named)).collect();
+    let attempted = || Error::new(format!("find the {} '{named}'", kind.noun));
+    match found.as_slice() {
+        [record] => {
+            let id = record.text("id").ok_or_else(|| attempted().because("the service answers a record without ID"))?;
+            Ok(id.to_owned())
+        }
+        [] => Err(attempted().because("no record has this ID or name")),
+        several => Err(attempted()
+            .because(format!("{} records have this name", several.len()))
+            .advise("name one by its ID, which 'list' shows")),
+    }
+}
+
+/// Content of a file; `-` is standard input.
+fn read(file: &Path) -> Result<String> {
+    let attempted = || format!("read {}", file.display());
+    if file == Path::new("-") {
+        let mut text = String::new();
+        std::io::stdin().read_to_string(&mut text).attempt(attempted)?;
+        return Ok(text);
+    }
+    std::fs::read_to_string(file).attempt(attempted)
 }

@@ -26,6 +26,7 @@ mod health;
 mod jobs;
 mod links;
 mod lists;
+mod log;
 mod metrics;
 mod moves;
 mod nodes;
@@ -109,7 +110,7 @@ async fn answer(
     answer
 }
 
-async fn handle(service: &Service, request: axum::extract::Request) -> Response<Body> {
+async fn handle(service: &Arc<Service>, request: axum::extract::Request) -> Response<Body> {
     let (head, body) = request.into_parts();
     let path = head.uri.path().to_owned();
     let Some(target) = routes::target(&path) else { return Problem::not_found("URL").answer() };
@@ -140,7 +141,7 @@ async fn handle(service: &Service, request: axum::extract::Request) -> Response<
 }
 
 async fn dispatch(
-    service: &Service,
+    service: &Arc<Service>,
     method: &Method,
     target: Target<'_>,
     path: &str,
@@ -151,6 +152,7 @@ async fn dispatch(
     match (method.as_str(), target) {
         ("GET", Target::All(kind, _) | Target::AllDeleted(kind)) => service.list(kind, path, query, headers).await,
         ("GET", Target::One(kind, _, id) | Target::OneDeleted(kind, id)) => service.one(kind, &decoded(id)).await,
+        ("GET", Target::Log(id)) => service.log(&decoded(id), query).await,
         ("GET", Target::NodeStatuses) => service.node_statuses().await,
         ("GET", Target::NodeStatus(xname)) => service.node_status(&decoded(xname)).await,
         ("GET", Target::Health) => Ok(Service::health()),

@@ -18,6 +18,8 @@ pub enum Target<'a> {
     All(Kind, Version),
     /// One record.
     One(Kind, Version, &'a str),
+    /// What the programs of a job have written.
+    Log(&'a str),
     /// All deleted records of a table.
     AllDeleted(Kind),
     /// One deleted record.
@@ -69,6 +71,7 @@ pub fn target(path: &str) -> Option<Target<'_>> {
         ["images", id] => Target::One(Kind::Images, version, id),
         ["jobs"] => Target::All(Kind::Jobs, version),
         ["jobs", id] => Target::One(Kind::Jobs, version, id),
+        ["jobs", id, "logs"] if is_v3 => Target::Log(id),
         ["remote-build-nodes"] if is_v3 => Target::All(Kind::Nodes, version),
         ["remote-build-nodes", "status"] if is_v3 => Target::NodeStatuses,
         ["remote-build-nodes", "status", xname] if is_v3 => Target::NodeStatus(xname),
@@ -105,6 +108,7 @@ impl Target<'_> {
             Self::All(kind, _) | Self::One(kind, ..) | Self::AllDeleted(kind) | Self::OneDeleted(kind, _) => {
                 kind.name()
             }
+            Self::Log(_) => "logs",
             Self::NodeStatuses | Self::NodeStatus(_) => "remote_build_nodes_status",
             Self::Health => "healthz",
             Self::Release => "version",
@@ -127,6 +131,8 @@ mod tests {
             ("/v2/images/x", Some(Target::One(Kind::Images, V2, "x"))),
             ("//v3/images", Some(Target::All(Kind::Images, V3))),
             ("/v3/jobs/x", Some(Target::One(Kind::Jobs, V3, "x"))),
+            ("/v3/jobs/x/logs", Some(Target::Log("x"))),
+            ("/v2/jobs/x/logs", None),
             ("/v3/remote-build-nodes/status", Some(Target::NodeStatuses)),
             ("/v3/remote-build-nodes/status/x", Some(Target::NodeStatus("x"))),
             ("/v3/remote-build-nodes/x", Some(Target::One(Kind::Nodes, V3, "x"))),

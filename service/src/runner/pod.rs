@@ -166,6 +166,8 @@ pub fn run(directory: &Path) -> Result<ExitCode> {
     let us = Identity::of(Pid::this()).ok_or_else(|| Error::new(attempted()).because("/proc is missing"))?;
     writeln!(processes, "{us}").attempt(attempted)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().attempt(attempted)?;
+    // The lock holds until it stands how the pod ended: without that, it would count as killed.
+    let _lock = processes.try_clone().attempt(attempted)?;
     let failure = runtime.block_on(Run { directory, processes }.live(&pod)).err();
     if let Some(config) = pod.environment.variables.get("SSHD_CONFIG_FILE") {
         end_sshd(Path::new(config));

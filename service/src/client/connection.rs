@@ -1,0 +1,149 @@
+//! Requests to the service, and what it answers.
+
+use std::io::Write;
+use std::path::Path;
+use std::time::Duration;
+
+use ims_sshd::error::{Attempt, Error, Result};
+use ims_sshd::ims::problem::reason;
+use ims_sshd::printable::Printable;
+use reqwest::{Method, Response, StatusCode, Url};
+use serde::Deserialize;
+
+use super::arguments::Place;
+use super::value::Value;
+
+/// Limit for a connection to be made.
+const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+
+/// Limit of a request: the service may move the objects of a large image.
+const LIMIT: Duration = Duration::from_hours(1);
+
+/// A request.
+#[derive(Debug)]
+pub(super) struct Request {
+    /// Completes "cannot …".
+    pub(super) attempted: String,
+    pub(super) method: Method,
+    /// Segments of the path below the version.
+    pub(super) path: Vec<String>,
+    pub(super) query: Vec<(&'static str, String)>,
+    pub(super) body: Option<serde_json::Value>,
+}
+
+/// A running service.
+pub(super) struct Service {
+    client: reqwest::Client,
+    url: Url,
+    token: Option<String>,
+    /// Its URL, as it was given.
+    pub(super) shown: String,
+}
+
+impl Service {
+    pub(super) fn at(place: &Place) -> Result<Self> {
+        let attempted = || format!("reach the service at {}", place.url);
+        let builder = reqwest::Client::builder().connect_timeout(CONNECT_LIMIT).user_agent("ims");
+        let (builder, url) = match place.url.strip_prefix("unix:") {
+            Some(socket) => (builder.unix_socket(Path::new(socket.trim_start_matches("//"))), "http://localhost"),
+            None => (builder, place.url.trim_end_matches('/')),
+        };
+        let url = Url::parse(url).attempt(attempted)?;
+        if !["http", "https"].contains(&url.scheme()) {
+            let expected = "expected http://HOST:PORT, https://… or unix:PATH";
+            return Err(Error::bad_input(format!("the service's URL is '{}': {expected}", place.url)));
+        }
+        let is_here = matches!(url.host_str(), Some("localhost" | "127.0.0.1" | "[::1]"));
+        // A proxy cannot reach this machine's loopback address.
+        let builder = if is_here { builder.no_proxy() } else { builder };
+        let client = builder.build().attempt(attempted)?;
+        let token = place.token.as_deref().map(token).transpose()?;
+        Ok(Self { client, url, token, shown: place.url.clone() })
+    }
+
+    /// The URL for programs that only speak HTTP.
+    pub(super) fn url_for_programs(&self) -> Option<&str> {
+        (!self.shown.starts_with("unix:")).then_some(self.shown.as_str())
+    }
+
+    /// Sends a request, and returns what the service answers; [`Value::Null`] if that has no content.
+    pub(super) async fn ask(&self, request: &Request) -> Result<Value> {
+        let response = self.send(request, Some(LIMIT)).await?;
+        let text = response.bytes().await.map_err(|e| failed(request, &e))?;
+        if text.is_empty() {
+            return Ok(Value::Null);
+        }
+        serde_json::from_slice(&text).attempt(|| format!("{}: read the answer as JSON", request.attempted))
+    }
+
+    /// Sends a request, and writes the answer to `to` as it comes.
+    pub(super) async fn copy(&self, request: &Request, to: &mut impl Write) -> Result<()> {
+        let mut response = self.send(request, None).await?;
+        while let Some(bytes) = response.chunk().await.map_err(|e| failed(request, &e))? {
+            to.write_all(&bytes).and_then(|()| to.flush()).attempt(|| "write to standard output")?;
+        }
+        Ok(())
+    }
+
+    async fn send(&self, request: &Request, limit: Option<Duration>) -> Result<Response> {
+        let mut url = self.url.clone();
+        url.path_segments_mut()
+            .map_err(|()| Error::bad_input(format!("the service's URL is '{}': expected a host", self.shown)))?
+            .pop_if_empty()
+            .push("v3")
+            .extend(&request.path);
+        if !request.query.is_empty() {
+            url.query_pairs_mut().extend_pairs(&request.query);
+        }
+        let mut sent = self.client.request(request.method.clone(), url);
+        if let Some(limit) = limit {
+            sent = sent.timeout(limit);
+        }
+        if let Some(token) = &self.token {
+            sent = sent.bearer_auth(token);
+        }
+        if let Some(body) = &request.body {
+            sent = sent.header("content-type", "application/json").body(body.to_string());
+        }
+        let response = sent.send().await.map_err(|e| {
+            let error = failed(request, &e);
+            let advice = format!("is there a service at {}? 'ims serve' starts one, --url names another", self.shown);
+            if e.is_connect() { error.advise(advice) } else { error }
+        })?;
+        let status = response.status();
+        if status.is_success() {
+            return Ok(response);
+        }
+        let text = response.text().await.unwrap_or_default();
+        let refused = Error::new(&request.attempted).because(Printable(reason(status, &text)));
+        Err(match status {
+            StatusCode::UNAUTHORIZED => refused.advise("--token names the file of the service's token"),
+            _ => refused,
+        })
+    }
+}
+
+fn failed(request: &Request, error: &reqwest::Error) -> Error {
+    // The outer errors only name the URL.
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    Error::new(&request.attempted).because(cause)
+}
+
+/// Token in a file: the text itself, or JSON with `access_token`, as `cray auth login` leaves it.
+fn token(file: &Path) -> Result<String> {
+    #[derive(Deserialize)]
+    struct Login {
+        access_token: String,
+    }
+    let attempted = || format!("read the token in {}", file.display());
+    let text = std::fs::read_to_string(file).attempt(attempted)?;
+    if text.trim_start().starts_with('{') {
+        return Ok(serde_json::from_str::<Login>(&text).attempt(attempted)?.access_token);
+    }
+    let text = text.trim();
+    let is_word = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic());
+    if is_word { Ok(text.to_owned()) } else { Err(Error::new(attempted()).because("it holds no token")) }
+}

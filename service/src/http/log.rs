@@ -1,0 +1,73 @@
+//! What the programs of a job have written: upstream's clients do not ask for it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::http::{HeaderValue, Response, header};
+use tokio::fs::File;
+use tokio::io::AsyncReadExt;
+
+use super::problem::Problem;
+use super::{Service, pairs};
+use crate::records::Job;
+
+/// Bytes of a log that are in memory.
+const CHUNK: usize = 64 << 10;
+
+/// Poll interval for new lines, which other programs write.
+const LOOK_EVERY: Duration = Duration::from_millis(300);
+
+impl Service {
+    /// GET of a job's log; with `follow=true` the answer goes on until the job ends.
+    pub async fn log(self: &Arc<Self>, id: &str, query: &str) -> Result<Response<Body>, Problem> {
+        self.found::<Job>(id).await?;
+        let path = self.runner.log(id).ok_or_else(|| Problem::not_found("log"))?;
+        // A job that has not begun has written nothing.
+        let file = File::open(&path).await.ok();
+        let is_followed = pairs(query).iter().any(|(name, value)| name == "follow" && value == "true");
+        let log = Log { service: self.clone(), id: id.to_owned(), path, file, is_followed };
+        let chunks = futures_util::stream::try_unfold(log, |mut log| async move {
+            Ok::<_, std::io::Error>(log.next().await?.map(|chunk| (chunk, log)))
+        });
+        let mut answer = Response::new(Body::from_stream(chunks));
+        answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+        Ok(answer)
+    }
+}
+
+/// A log that is being read.
+struct Log {
+    service: Arc<Service>,
+    id: String,
+    path: PathBuf,
+    file: Option<File>,
+    is_followed: bool,
+}
+
+impl Log {
+    /// The next part, once there is one; `None` at the end.
+    async fn next(&mut self) -> std::io::Result<Option<Vec<u8>>> {
+        loop {
+            // Looked at first: what was written before the end is read after it.
+            let goes_on =
+                self.is_followed && self.service.found::<Job>(&self.id).await.is_ok_and(|job| !job.has_ended());
+            if self.file.is_none() {
+                self.file = File::open(&self.path).await.ok();
+            }
+            if let Some(file) = &mut self.file {
+                let mut chunk = vec![0; CHUNK];
+                let length = file.read(&mut chunk).await?;
+                if length > 0 {
+                    chunk.truncate(length);
+                    return Ok(Some(chunk));
+                }
+            }
+            if !goes_on {
+                return Ok(None);
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+}
