@@ -150,6 +150,9 @@ pub(super) struct BuildArguments {
     /// Certificate of the site's authority, in PEM [default: /etc/cray/ca/certificate_authority.crt, if it exists]
     #[arg(long, value_name = "FILE")]
     authority: Option<PathBuf>,
+    /// Build a job's image without an authority if there is none
+    #[arg(long)]
+    authority_if_any: bool,
     #[command(flatten)]
     keys: KeyOptions,
 }
@@ -163,11 +166,13 @@ pub(super) struct KeyOptions {
 }
 
 pub(super) fn build(arguments: BuildArguments, log: Result<()>) -> Result<u8> {
-    let BuildArguments { recipe, image_root_parent, profiles, ca_rpm, authority, keys } = arguments;
+    let BuildArguments { recipe, image_root_parent, profiles, ca_rpm, authority, authority_if_any, keys } = arguments;
     let variables = variables([]);
     let settings = log.and_then(|()| Settings::read(image_root_parent, variables.clone()));
     let settings = settings.inspect_err(|_| outcome::report_refusal(variables))?;
     let recipe = recipe.unwrap_or_else(recipe_directory);
     let profiles = profiles.profile;
-    kiwi::run(&settings, &kiwi::Wanted { recipe, profiles, ca_rpm, authority, signing_keys: keys.signing_key })
+    let (is_authority_optional, signing_keys) = (authority_if_any, keys.signing_key);
+    let wanted = kiwi::Wanted { recipe, profiles, ca_rpm, authority, is_authority_optional, signing_keys };
+    kiwi::run(&settings, &wanted)
 }

@@ -71,6 +71,7 @@ pub fn run(creation: &Creation) -> Result<u8> {
         profiles: creation.profiles.clone(),
         ca_rpm: None,
         authority: creation.authority.clone(),
+        is_authority_optional: true,
         signing_keys: creation.signing_keys.clone(),
     };
     kiwi::run(settings, &wanted)?;

@@ -84,6 +84,8 @@ pub struct Wanted {
     pub ca_rpm: Option<PathBuf>,
     /// The certificate of the site's authority, if it is not the pod's.
     pub authority: Option<PathBuf>,
+    /// True if a job may lack an authority: on one machine, a site need not have one.
+    pub is_authority_optional: bool,
     /// Further keys of repositories.
     pub signing_keys: Vec<PathBuf>,
 }
@@ -420,11 +422,11 @@ struct Authority {
 }
 
 impl Authority {
-    /// Reads what there is. A job has to have both; elsewhere the package is made of the certificate.
+    /// Reads what there is. A job in a pod has to have both; elsewhere the package is made of the certificate.
     fn read(settings: &Settings, wanted: &Wanted) -> Result<Self> {
         let place = wanted.authority.clone().unwrap_or_else(|| ca_rpm::DEFAULT_CERTIFICATE.into());
         let file = wanted.ca_rpm.clone().unwrap_or_else(|| Path::new(ca_rpm::DEFAULT_OUTPUT).join(ca_rpm::FILE));
-        let is_job = settings.job.id.is_some();
+        let is_job = settings.job.id.is_some() && !wanted.is_authority_optional;
         let is_named = is_job || wanted.authority.is_some() || place.exists();
         let certificate = is_named.then(|| ca_rpm::read_certificate(&place)).transpose()?;
         let package = if file.exists() || is_job || wanted.ca_rpm.is_some() {

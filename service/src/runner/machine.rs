@@ -224,7 +224,7 @@ impl Shared {
         let values = directory.join(VALUES);
         let fetch: [&dyn std::fmt::Display; 5] =
             [&"fetch-recipe", &recipe.display(), &self.source(new), &"--values", &values.display()];
-        let steps = [words(&fetch), words(&[&"wait-for-repos"]), words(&[&"build"])];
+        let steps = [words(&fetch), words(&[&"wait-for-repos"]), words(&[&"build", &"--authority-if-any"])];
         steps.map(|arguments| Program { arguments, variables: variables.clone() }).into()
     }
 
