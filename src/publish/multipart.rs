@@ -1,7 +1,7 @@
 //! Multipart upload of a large file. Uploaded parts are recorded, so that after a crash only the missing ones are sent.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use tokio::task::JoinSet;
 
@@ -9,11 +9,13 @@ use crate::error::{Attempt, Error, Result};
 use crate::publish::journal::{JournalDirectory, MOST_PARTS, Upload};
 use crate::store::error::cause;
 use crate::store::place::Place;
+use crate::store::requests::Slice;
 use crate::store::{Description, Store};
+use crate::transfer::checksum::Sha256;
 use crate::transfer::progress::Progress;
 use crate::transfer::{AT_A_TIME, Fault, Outage, Work, retry};
 
-/// Size of a part, in bytes. Parts are held in memory while they are sent.
+/// Size of a part, in bytes.
 pub(crate) const PART: u64 = 16 << 20;
 
 /// Sends files to a store.
@@ -33,11 +35,13 @@ pub(crate) struct Large<'a> {
     /// Key of the object.
     pub(crate) place: &'a str,
     /// Content of the object.
-    pub(crate) content: &'a File,
+    pub(crate) content: &'a Arc<File>,
     /// Size, in bytes.
     pub(crate) size: u64,
     /// MD5, in hexadecimal digits.
     pub(crate) md5: &'a str,
+    /// SHA-256 of each part, if the store wants them to be signed.
+    pub(crate) parts: &'a [Sha256],
     /// Media type and metadata of the object.
     pub(crate) description: &'a Description,
 }
@@ -137,10 +141,9 @@ impl Sender<'_> {
             {
                 let at = number as u64 * part;
                 let length = part.min(object.size - at);
-                let read = || format!("read what is uploaded to {}", self.store.url_of(object.place));
-                let mut bytes = vec![0; usize::try_from(length).attempt(read)?];
-                object.content.read_exact_at(&mut bytes, at).attempt(read)?;
-                let sent = self.store.put_part(object.place, &upload.id, (number, at), bytes);
+                let content = Slice { file: object.content.clone(), at, length };
+                let sha256 = object.parts.get(number).copied();
+                let sent = self.store.put_part(object.place, &upload.id, number, content, sha256);
                 sending.spawn(async move { (number, length, sent.await) });
             } else if let Some(ended) = sending.join_next().await {
                 let (number, length, etag) = ended.attempt(|| "send a part")?;
@@ -161,6 +164,6 @@ impl Sender<'_> {
 }
 
 /// Size of a part of an object of `size` bytes.
-fn part_of(size: u64) -> u64 {
+pub(crate) fn part_of(size: u64) -> u64 {
     PART.max(size.div_ceil(MOST_PARTS as u64))
 }

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::future::Future;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use md5::{Digest, Md5};
@@ -15,12 +16,12 @@ use crate::ims::id::Id;
 use crate::ims::records::{self, Artifact, Link, Status};
 use crate::publish::journal::{Journal, JournalDirectory, Phase, Upload};
 use crate::publish::manifest::{self, Identity};
-use crate::publish::multipart::{Large, PART, Sender};
+use crate::publish::multipart::{Large, PART, Sender, part_of};
 use crate::publish::settings::Settings;
 use crate::store::error::cause;
 use crate::store::{Description, MD5, Owner, SHA256, Store};
 use crate::transfer::Work;
-use crate::transfer::checksum::{looks_like_md5, sums_of};
+use crate::transfer::checksum::{OfFile, looks_like_md5, sums_of};
 use crate::transfer::progress::size_in_words;
 
 /// Keys below the image's ID, and their media types.
@@ -48,9 +49,8 @@ pub(crate) struct Image {
 struct Piece {
     key: &'static str,
     media_type: &'static str,
-    content: File,
-    md5: String,
-    sha256: String,
+    content: Arc<File>,
+    sums: OfFile,
     size: u64,
 }
 
@@ -71,7 +71,7 @@ impl Publication<'_> {
     pub(crate) fn publish(&self, journal: &mut Journal, image: Image) -> Result<Value> {
         let store = Store::open(&self.settings.store, &self.work.network)?;
         let mut is_published = false;
-        let result = self.pieces(image).and_then(|pieces| {
+        let result = self.pieces(image, store.signs_content()).and_then(|pieces| {
             is_published = self.forget_published(&store, journal, &pieces)?;
             self.carry_out(&store, journal, &pieces, is_published)
         });
@@ -148,7 +148,7 @@ impl Publication<'_> {
         tracing::info!("image {id} was published before");
         let is_there = |piece: &Piece| {
             let place = format!("{id}/{}", piece.key);
-            self.work.wait(async { Ok(store.holds(&place, piece.size, &piece.md5).await) })
+            self.work.wait(async { Ok(store.holds(&place, piece.size, &piece.sums.md5).await) })
         };
         let mut is_same = !pieces.is_empty();
         for piece in pieces {
@@ -365,8 +365,8 @@ impl Publication<'_> {
         store.is_directory() && !self.ims.is_there()
     }
 
-    /// Files of an image, with their checksums.
-    fn pieces(&self, image: Image) -> Result<Vec<Piece>> {
+    /// Files of an image, with their checksums; those of parts too, if parts `are_signed`.
+    fn pieces(&self, image: Image, are_signed: bool) -> Result<Vec<Piece>> {
         let (kernel, initrd, parameters) = match image.boot {
             Some(boot) => (Some(boot.kernel), boot.initrd, boot.parameters),
             None => (None, None, None),
@@ -380,9 +380,10 @@ impl Publication<'_> {
             (PARAMETERS, content(parameters)),
         ];
         let piece = |((key, media_type), content): ((&'static str, &'static str), File)| {
-            let (md5, sha256) = sums_of(self.work, &content, key)?;
             let size = content.metadata().attempt(|| format!("read the size of {key}"))?.len();
-            Ok(Piece { key, media_type, content, md5, sha256, size })
+            let part = (are_signed && size > PART).then(|| part_of(size));
+            let sums = sums_of(self.work, &content, key, part)?;
+            Ok(Piece { key, media_type, content: content.into(), sums, size })
         };
         files.into_iter().filter_map(|(what, content)| Some((what, content?))).map(piece).collect()
     }
@@ -398,7 +399,8 @@ impl Publication<'_> {
     ) -> Result<(Vec<Artifact>, Link, String)> {
         let mut name = if self.is_named(store) { store.free_name(&self.directory_name()) } else { id.to_string() };
         let (mut artifacts, mut keys, mut total) = (Vec::new(), Vec::new(), 0);
-        for &Piece { key, media_type, ref content, ref md5, ref sha256, size } in pieces {
+        for &Piece { key, media_type, ref content, ref sums, size } in pieces {
+            let OfFile { md5, sha256, parts } = sums;
             let mut metadata = vec![(MD5, md5.clone()), (SHA256, sha256.clone())];
             metadata.push(("x-shasta-ims-image-name", self.settings.name.clone()));
             metadata.extend(self.owner_metadata(id));
@@ -406,7 +408,7 @@ impl Publication<'_> {
             let url = store.url_of(&format!("{name}/{key}"));
             if !is_published {
                 let description = Description { media_type, metadata };
-                self.put(store, &Large { place: &place, content, size, md5, description: &description })?;
+                self.put(store, &Large { place: &place, content, size, md5, parts, description: &description })?;
             }
             let etag = self.etag(store, &place, size, md5)?;
             if !is_published {

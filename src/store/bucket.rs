@@ -1,24 +1,27 @@
 //! Requests to a bucket that the object_store crate does not send. Only ListMultipartUploads finds an unfinished
-//! multipart upload whose ID was lost with a connection or a crash. And objects are deleted one by one: the crate
-//! deletes by DeleteObjects, and takes an answer that names no object for a success.
+//! multipart upload whose ID was lost with a connection or a crash. Objects are deleted one by one: the crate deletes by
+//! DeleteObjects, and takes an answer that names no object for a success. Parts are sent from their file and signed with
+//! a checksum that is known already: the crate holds each in memory, and reads it once more to sign it.
 
 use object_store::MultipartId;
 use object_store::aws::{AmazonS3, AwsAuthorizer};
-use object_store::client::{HttpClient, HttpRequest, HttpRequestBody, HttpResponse};
+use object_store::client::{HttpRequest, HttpRequestBody, HttpResponse};
 use object_store::path::Path;
 use object_store::signer::Signer;
-use reqwest::{Method, StatusCode};
+use reqwest::header::{CONTENT_LENGTH, ETAG};
+use reqwest::{Method, StatusCode, Url};
 
-use crate::store::error::failure;
+use crate::store::error::{answered, failure, unanswered};
 use crate::store::place::SIGNED_FOR;
-use crate::transfer::checksum::etag_is_md5;
+use crate::store::requests::{Requests, Slice};
+use crate::transfer::checksum::{Sha256, etag_is_md5, text_of};
 
 /// Sends requests to a bucket.
 pub(crate) struct Asked<'a> {
     /// The bucket; knows its URL and credentials.
     pub(crate) bucket: &'a AmazonS3,
-    /// HTTP client.
-    pub(crate) client: &'a HttpClient,
+    /// Sends them.
+    pub(crate) requests: &'a Requests,
     /// Region for which requests are signed.
     pub(crate) region: &'a str,
 }
@@ -51,9 +54,43 @@ impl Asked<'_> {
         Ok(etag_is_md5(answer.headers()))
     }
 
+    /// Uploads part `number`, and returns its ETag. A server refuses a part whose content has not the SHA-256 that it
+    /// is signed with; without one, the content is not signed.
+    pub(crate) async fn put_part(
+        &self,
+        key: &Path,
+        id: &MultipartId,
+        number: usize,
+        content: &Slice,
+        sha256: Option<&Sha256>,
+    ) -> object_store::Result<String> {
+        let query = [("partNumber", &*(number + 1).to_string()), ("uploadId", id)];
+        let mut request = self.request(Method::PUT, key, &query).await?;
+        request.headers_mut().insert(CONTENT_LENGTH, content.length.into());
+        let credential = self.bucket.credentials().get_credential().await?;
+        let authorizer = AwsAuthorizer::new(&credential, "s3", self.region).with_sign_payload(sha256.is_some());
+        authorizer.authorize(&mut request, sha256.map(|sum| &sum[..]));
+        let server = origin(&request);
+        let answer = self.requests.send(request, Some(content)).await;
+        let answer = answer.map_err(|e| unanswered(key.as_ref(), &server, &e))?;
+        let (status, etag) = (answer.status(), text_of(answer.headers(), ETAG.as_str()).map(str::to_owned));
+        if !status.is_success() {
+            let page = answer.into_body().bytes().await.unwrap_or_default();
+            return Err(answered(key.as_ref(), &server, status, &page));
+        }
+        etag.ok_or_else(|| failure(key.as_ref(), std::io::Error::other(format!("{server} tells no ETag of a part"))))
+    }
+
     async fn ask(&self, method: Method, key: &Path, query: &[(&str, &str)]) -> object_store::Result<HttpResponse> {
-        let failed = |e| failure(key.as_ref(), e);
-        // Only the address is taken from this URL: the request is signed in its headers.
+        let mut request = self.request(method, key, query).await?;
+        let credential = self.bucket.credentials().get_credential().await?;
+        AwsAuthorizer::new(&credential, "s3", self.region).authorize(&mut request, None);
+        self.requests.send(request, None).await.map_err(|e| failure(key.as_ref(), e))
+    }
+
+    /// A request that is not signed yet.
+    async fn request(&self, method: Method, key: &Path, query: &[(&str, &str)]) -> object_store::Result<HttpRequest> {
+        // Only the address is taken from this URL: requests are signed in their headers.
         let mut url = self.bucket.signed_url(method.clone(), key, SIGNED_FOR).await?;
         url.set_query(None);
         if !query.is_empty() {
@@ -62,10 +99,14 @@ impl Asked<'_> {
         let mut request = HttpRequest::new(HttpRequestBody::empty());
         *request.method_mut() = method;
         *request.uri_mut() = url.as_str().parse().map_err(|e| failure(key.as_ref(), e))?;
-        let credential = self.bucket.credentials().get_credential().await?;
-        AwsAuthorizer::new(&credential, "s3", self.region).authorize(&mut request, None);
-        self.client.execute(request).await.map_err(failed)
+        Ok(request)
     }
+}
+
+/// The server that a request goes to, for messages.
+fn origin(request: &HttpRequest) -> String {
+    Url::parse(&request.uri().to_string())
+        .map_or_else(|_| "the server".into(), |url| url.origin().ascii_serialization())
 }
 
 fn refuse(key: &Path, answer: &HttpResponse) -> object_store::Result<()> {

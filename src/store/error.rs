@@ -1,5 +1,10 @@
 //! Errors of stores in readable form.
 
+use std::io;
+
+use object_store::client::HttpError;
+use reqwest::StatusCode;
+
 use crate::log::redaction::without_known;
 use crate::store::requests::ANSWERED;
 use crate::transfer::{MOST_QUOTED, in_full};
@@ -7,7 +12,7 @@ use crate::transfer::{MOST_QUOTED, in_full};
 /// An error of our own, as one of the store crate.
 pub(crate) fn failure(key: &str, cause: impl std::error::Error + Send + Sync + 'static) -> object_store::Error {
     let source: Box<dyn std::error::Error + Send + Sync> = Box::new(cause);
-    let is_missing = source.downcast_ref().is_some_and(|e: &std::io::Error| e.kind() == std::io::ErrorKind::NotFound);
+    let is_missing = source.downcast_ref().is_some_and(|e: &io::Error| e.kind() == io::ErrorKind::NotFound);
     if is_missing {
         return object_store::Error::NotFound { path: key.to_owned(), source };
     }
@@ -30,15 +35,35 @@ fn told(text: &str) -> String {
     let url = request.split_whitespace().nth(1).and_then(|url| reqwest::Url::parse(url).ok());
     let server = url.map_or_else(|| "the server".into(), |url| url.origin().ascii_serialization());
     let Some(answer) = what.strip_prefix("Server returned non-2xx status code: ") else {
-        let after = |phrase| what.rsplit_once(phrase).map(|(_, after)| after);
-        let why = after("client error (Connect): ").or_else(|| after("error sending request: "));
-        let why = why.or_else(|| what.strip_prefix("HTTP error: ")).unwrap_or(what);
-        return match why.strip_prefix(ANSWERED) {
-            Some(rest) => format!("{ANSWERED} of {server}{rest}"),
-            None => format!("no answer from {server}: {why}"),
-        };
+        return silence(&server, what);
     };
     let (status, page) = answer.split_once(": ").unwrap_or((answer, ""));
+    refusal(&server, status, page)
+}
+
+/// The error of a request that got no answer.
+pub(crate) fn unanswered(key: &str, server: &str, error: &HttpError) -> object_store::Error {
+    failure(key, io::Error::other(silence(server, &in_full(error))))
+}
+
+/// The error of a request that was answered by one.
+pub(crate) fn answered(key: &str, server: &str, status: StatusCode, page: &[u8]) -> object_store::Error {
+    failure(key, io::Error::other(refusal(server, &status.to_string(), &String::from_utf8_lossy(page))))
+}
+
+/// A request without an answer, in words.
+fn silence(server: &str, what: &str) -> String {
+    let after = |phrase| what.rsplit_once(phrase).map(|(_, after)| after);
+    let why = after("client error (Connect): ").or_else(|| after("error sending request: "));
+    let why = why.or_else(|| what.strip_prefix("HTTP error: ")).unwrap_or(what);
+    match why.strip_prefix(ANSWERED) {
+        Some(rest) => format!("{ANSWERED} of {server}{rest}"),
+        None => format!("no answer from {server}: {why}"),
+    }
+}
+
+/// An answer that is an error, in words: its status, and what its page says.
+fn refusal(server: &str, status: &str, page: &str) -> String {
     let element = |name: &str| {
         let (_, rest) = page.split_once(&format!("<{name}>"))?;
         rest.split_once(&format!("</{name}>")).map(|(text, _)| text)
@@ -82,11 +107,8 @@ mod tests {
             told(&format!("{request}{refused}")),
             "no answer from http://s3:9000: tcp connect error: Connection refused"
         );
-        let ours = failure("k", std::io::Error::other("no space"));
+        let ours = failure("k", io::Error::other("no space"));
         assert_eq!(cause(&ours), "no space");
-        assert_eq!(
-            cause(&failure("k", std::io::Error::from_raw_os_error(2))),
-            "No such file or directory (os error 2)"
-        );
+        assert_eq!(cause(&failure("k", io::Error::from_raw_os_error(2))), "No such file or directory (os error 2)");
     }
 }

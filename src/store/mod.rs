@@ -30,9 +30,10 @@ use crate::store::bucket::Asked;
 use crate::store::directory::{Directory, Found, etag};
 use crate::store::error::{cause, failure};
 use crate::store::place::{Place, SIGNED_FOR};
-use crate::store::requests::{Outage, Requests};
+use crate::store::requests::{Outage, Requests, Slice};
 use crate::sys::named;
 use crate::sys::tree::Tree;
+use crate::transfer::checksum::Sha256;
 use crate::transfer::network::{Network, Validate};
 use crate::transfer::{Redirects, client};
 
@@ -50,8 +51,10 @@ enum Objects {
     S3 {
         bucket: Arc<AmazonS3>,
         builder: Box<AmazonS3Builder>,
-        client: HttpClient,
+        requests: Requests,
         region: String,
+        /// True if the content of objects is signed.
+        is_signed: bool,
     },
     Directory(Arc<Directory>),
 }
@@ -127,7 +130,8 @@ impl Store {
             let objects = Objects::S3 {
                 bucket: Arc::new(build(bucket, builder.clone())?),
                 builder: Box::new(builder),
-                client: connector.connect(&ClientOptions::new()).attempt(|| format!("open the store s3://{bucket}"))?,
+                requests: connector.requests(&HeaderMap::new())?,
+                is_signed: settings.endpoint.as_deref().is_some_and(is_plain),
                 region: settings.region.clone().unwrap_or_else(|| DEFAULT_REGION.into()),
             };
             let prefix = Path::parse(prefix.trim_matches('/')).map_err(|_| refuse())?;
@@ -259,26 +263,35 @@ impl Store {
         }
     }
 
-    /// Uploads part `number`, which starts at byte `at`, and returns its ETag. Replaces a part that was uploaded
-    /// before.
+    /// Returns whether the content of parts is signed, so that [`Store::put_part`] has to know their checksums.
+    pub(crate) fn signs_content(&self) -> bool {
+        matches!(self.objects, Objects::S3 { is_signed: true, .. })
+    }
+
+    /// Uploads part `number` of an object, and returns its ETag. Replaces a part that was uploaded before.
     pub(crate) fn put_part(
         &self,
         key: &str,
         id: &MultipartId,
-        (number, at): (usize, u64),
-        content: Vec<u8>,
+        number: usize,
+        content: Slice,
+        sha256: Option<Sha256>,
     ) -> impl Future<Output = object_store::Result<String>> + Send + 'static {
         let (path, key, id) = (self.path(key), key.to_owned(), id.clone());
         let place = match &self.objects {
-            Objects::S3 { bucket, .. } => Ok(bucket.clone()),
+            Objects::S3 { bucket, requests, region, .. } => Ok((bucket.clone(), requests.clone(), region.clone())),
             Objects::Directory(directory) => Err(directory.clone()),
         };
         async move {
             match place {
-                Ok(bucket) => Ok(bucket.put_part(&path, &id, number, content.into()).await?.content_id),
+                Ok((bucket, requests, region)) => {
+                    let asked = Asked { bucket: &bucket, requests: &requests, region: &region };
+                    asked.put_part(&path, &id, number, &content, sha256.as_ref()).await
+                }
                 Err(directory) => {
                     let (image, name) = parts(&key)?;
-                    let written = directory.go_on(image, name).and_then(|file| file.write_all_at(&content, at));
+                    let at = content.at;
+                    let written = directory.go_on(image, name).and_then(|file| file.write_all_at(&content.read()?, at));
                     written.map(|()| String::new()).map_err(|e| failure(&key, e))
                 }
             }
@@ -346,8 +359,8 @@ impl Store {
 
     /// Returns whether the ETag of an object is the MD5 of its content. A file has none.
     pub(crate) async fn has_md5(&self, key: &str) -> object_store::Result<bool> {
-        let Objects::S3 { bucket, client, region, .. } = &self.objects else { return Ok(false) };
-        Asked { bucket, client, region }.has_md5(&self.path(key)).await
+        let Objects::S3 { bucket, requests, region, .. } = &self.objects else { return Ok(false) };
+        Asked { bucket, requests, region }.has_md5(&self.path(key)).await
     }
 
     /// Returns whether an object exists and has this size and MD5. Files have no metadata: always false.
@@ -404,7 +417,7 @@ impl Store {
     /// Deletes an object, if it exists, and checks that it is gone.
     pub(crate) async fn delete(&self, key: &str) -> object_store::Result<()> {
         let asked = match &self.objects {
-            Objects::S3 { bucket, client, region, .. } => Asked { bucket, client, region },
+            Objects::S3 { bucket, requests, region, .. } => Asked { bucket, requests, region },
             Objects::Directory(directory) => {
                 let (image, name) = parts(key)?;
                 return directory.remove(image, name, true).map_err(|e| failure(key, e));
@@ -424,7 +437,7 @@ impl Store {
     /// files, and the image's directory if it is empty.
     pub(crate) async fn sweep(&self, image: &str) -> object_store::Result<()> {
         let asked = match &self.objects {
-            Objects::S3 { bucket, client, region, .. } => Asked { bucket, client, region },
+            Objects::S3 { bucket, requests, region, .. } => Asked { bucket, requests, region },
             Objects::Directory(directory) => return directory.sweep(image).map_err(|e| failure(image, e)),
         };
         for (name, id) in asked.below(&self.path(image)).await? {
@@ -518,9 +531,14 @@ fn s3(bucket: &str, settings: &Place, network: &Network) -> Result<(AmazonS3Buil
     }
     if let Some(endpoint) = &settings.endpoint {
         // TLS protects the content; signing it, too, would read it once more for its checksum.
-        builder = builder.with_endpoint(endpoint).with_unsigned_payload(endpoint.starts_with("https:"));
+        builder = builder.with_endpoint(endpoint).with_unsigned_payload(!is_plain(endpoint));
     }
     Ok((builder, connector))
+}
+
+/// Returns whether a URL is one without TLS.
+fn is_plain(endpoint: &str) -> bool {
+    !endpoint.starts_with("https:")
 }
 
 /// Builds HTTP clients for a store with the same TLS settings as for other servers.
@@ -538,13 +556,16 @@ impl Connector {
         let builder = builder.timeout(self.network.stall_limit.saturating_mul(10)).http1_only();
         builder.build().attempt(|| "set up TLS")
     }
+
+    fn requests(&self, headers: &HeaderMap) -> Result<Requests> {
+        Ok(Requests::new(self.client(headers)?, self.network.clone(), self.outage.clone()))
+    }
 }
 
 impl HttpConnector for Connector {
     fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
         let headers = options.get_default_headers().cloned().unwrap_or_default();
-        let client = self.client(&headers).map_err(|e| failure("", e))?;
-        Ok(HttpClient::new(Requests::new(client, self.network.clone(), self.outage.clone())))
+        Ok(HttpClient::new(self.requests(&headers).map_err(|e| failure("", e))?))
     }
 }
 

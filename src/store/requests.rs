@@ -2,6 +2,11 @@
 //! itself reads answers of any length, has no timeout for a stalled request, and neither ends its retries in time nor
 //! logs them.
 
+use std::error::Error as _;
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -80,7 +85,8 @@ impl Requests {
         Self { client, network, outage }
     }
 
-    async fn send(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
+    /// Sends a request with its own body, or with `content` as that.
+    pub(crate) async fn send(&self, request: HttpRequest, content: Option<&Slice>) -> Result<HttpResponse, HttpError> {
         let Network { mut stall_limit, mut retry_limit, mut is_shortened, .. } = self.network;
         if self.outage.is_silent.load(Ordering::Relaxed) {
             is_shortened |= retry_limit > SILENT;
@@ -93,7 +99,7 @@ impl Requests {
             let left = until.map(|until: Instant| until.saturating_duration_since(Instant::now()).max(SHORTEST));
             let stall_limit = stall_limit.min(left.unwrap_or(stall_limit));
             let answer_limit = left.unwrap_or_else(|| retry_limit.max(stall_limit));
-            let tried = self.try_once(request.clone(), (&moved, &sent), stall_limit, answer_limit).await;
+            let tried = self.try_once((request.clone(), content), (&moved, &sent), stall_limit, answer_limit).await;
             let is_first = until.is_none();
             // The retry clock starts when the first attempt has sent its last piece.
             let until = *until.get_or_insert_with(|| sent.last() + retry_limit);
@@ -137,12 +143,12 @@ impl Requests {
     /// progress, and if the answer has not ended `answer_limit` after the request was `sent`.
     async fn try_once(
         &self,
-        request: HttpRequest,
+        (request, content): (HttpRequest, Option<&Slice>),
         (moved, sent): (&Moved, &Moved),
         stall_limit: Duration,
         answer_limit: Duration,
     ) -> Result<(HttpResponse, bool), Failure> {
-        let mut exchange = std::pin::pin!(self.exchange(request, moved, sent));
+        let mut exchange = std::pin::pin!(self.exchange(request, content, moved, sent));
         loop {
             let left = stall_limit.saturating_sub(moved.last().elapsed());
             let left = left.min(answer_limit.saturating_sub(sent.last().elapsed()));
@@ -163,6 +169,7 @@ impl Requests {
     async fn exchange(
         &self,
         request: HttpRequest,
+        content: Option<&Slice>,
         moved: &Moved,
         sent: &Moved,
     ) -> Result<(HttpResponse, bool), Failure> {
@@ -171,12 +178,14 @@ impl Requests {
         let is_post = parts.method == Method::POST;
         let mut request = reqwest::Request::new(parts.method, url);
         *request.headers_mut() = parts.headers;
-        *request.body_mut() = Some(match body.as_bytes() {
-            Some(bytes) => bytes.clone().into(),
-            None => reqwest::Body::wrap(Watched { body, piece: Bytes::new(), progress: [moved.clone(), sent.clone()] }),
+        let progress = [moved.clone(), sent.clone()];
+        *request.body_mut() = Some(match (content, body.as_bytes()) {
+            (Some(content), _) => reqwest::Body::wrap(Streamed { content: content.clone(), progress }),
+            (None, Some(bytes)) => bytes.clone().into(),
+            (None, None) => reqwest::Body::wrap(Watched { body, piece: Bytes::new(), progress }),
         });
         let failed = |e: reqwest::Error| {
-            let is_final = e.is_redirect() || e.is_builder();
+            let is_final = e.is_redirect() || e.is_builder() || is_unreadable(&e);
             let why = in_full(&e.without_url());
             if is_final { Failure::Final(why) } else { Failure::Transient(why) }
         };
@@ -221,7 +230,7 @@ impl HttpService for Requests {
         'a: 'call,
         Self: 'call,
     {
-        Box::pin(self.send(request))
+        Box::pin(self.send(request, None))
     }
 }
 
@@ -236,7 +245,7 @@ fn shown(limit: Duration, is_shortened: bool) -> String {
 }
 
 fn error(why: String) -> HttpError {
-    HttpError::new(HttpErrorKind::Unknown, std::io::Error::other(why))
+    HttpError::new(HttpErrorKind::Unknown, io::Error::other(why))
 }
 
 /// Body of a request that records its progress.
@@ -275,6 +284,83 @@ impl Body for Watched {
 
     fn size_hint(&self) -> SizeHint {
         SizeHint::with_exact(self.piece.len() as u64 + self.body.size_hint().lower())
+    }
+}
+
+/// A part of a file.
+#[derive(Debug, Clone)]
+pub(crate) struct Slice {
+    pub(crate) file: Arc<File>,
+    /// Where it begins, in bytes.
+    pub(crate) at: u64,
+    /// Length in bytes.
+    pub(crate) length: u64,
+}
+
+impl Slice {
+    /// Reads the next piece of at most `most` bytes, which is no longer part of it then.
+    fn next(&mut self, most: usize) -> io::Result<Vec<u8>> {
+        let length = usize::try_from(self.length).map_or(most, |length| length.min(most));
+        let mut piece = vec![0; length];
+        self.file.read_exact_at(&mut piece, self.at)?;
+        self.at += length as u64;
+        self.length -= length as u64;
+        Ok(piece)
+    }
+
+    /// All of it.
+    pub(crate) fn read(mut self) -> io::Result<Vec<u8>> {
+        self.next(usize::MAX)
+    }
+}
+
+/// Body of a request that is read from a file while it is sent.
+struct Streamed {
+    content: Slice,
+    progress: [Moved; 2],
+}
+
+/// The content of a request cannot be read.
+#[derive(Debug)]
+struct Unreadable(io::Error);
+
+impl fmt::Display for Unreadable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "cannot read what is uploaded: {}", self.0)
+    }
+}
+
+impl std::error::Error for Unreadable {}
+
+fn is_unreadable(error: &reqwest::Error) -> bool {
+    let mut cause = error.source();
+    while let Some(this) = cause {
+        if this.is::<Unreadable>() {
+            return true;
+        }
+        cause = this.source();
+    }
+    false
+}
+
+impl Body for Streamed {
+    type Data = Bytes;
+    type Error = Unreadable;
+
+    fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Unreadable>>> {
+        self.progress.iter().for_each(Moved::again);
+        if self.content.length == 0 {
+            return Poll::Ready(None);
+        }
+        Poll::Ready(Some(self.content.next(PIECE).map(|piece| Frame::data(piece.into())).map_err(Unreadable)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.content.length == 0
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.content.length)
     }
 }
 
@@ -318,10 +404,41 @@ mod tests {
         *request.uri_mut() = url.parse().unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let began = Instant::now();
-        let answer =
-            runtime.block_on(async { tokio::time::timeout(Duration::from_secs(20), requests.send(request)).await });
+        let answer = runtime
+            .block_on(async { tokio::time::timeout(Duration::from_secs(20), requests.send(request, None)).await });
         let error = in_full(&answer.expect("the request ends by itself").unwrap_err());
         assert!(error.contains("the answer had not ended after 2 s"), "{error}");
         assert!(began.elapsed() < Duration::from_secs(6), "{:?}", began.elapsed());
+    }
+
+    #[test]
+    fn file_that_is_cut_off_meanwhile_ends_its_request_at_once() {
+        let server = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/key", server.local_addr().unwrap());
+        std::thread::spawn(move || {
+            for mut client in server.incoming().flatten() {
+                std::thread::spawn(move || std::io::copy(&mut client, &mut std::io::sink()));
+            }
+        });
+        let network = Network {
+            stall_limit: Duration::from_mins(1),
+            retry_limit: Duration::from_mins(1),
+            is_shortened: false,
+            ca: None,
+        };
+        let requests = Requests::new(reqwest::Client::new(), network, Arc::default());
+        let mut request = HttpRequest::new(HttpRequestBody::empty());
+        *request.method_mut() = Method::PUT;
+        *request.uri_mut() = url.parse().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(100_000).unwrap();
+        let content = Slice { file: file.into(), at: 50_000, length: 1_000_000 };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let sent = async {
+            let sent = requests.send(request, Some(&content));
+            tokio::time::timeout(Duration::from_secs(20), sent).await
+        };
+        let error = in_full(&runtime.block_on(sent).expect("the request ends by itself").unwrap_err());
+        assert!(error.contains("cannot read what is uploaded: "), "{error}");
     }
 }

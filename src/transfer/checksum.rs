@@ -3,7 +3,6 @@
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{Read, Seek, Write};
-use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 
 use md5::{Digest, Md5};
@@ -39,8 +38,11 @@ impl Expected {
         let copy = if can_be_changed(&file).attempt(|| format!("open {shown}"))? { volume } else { None };
         let copy = copy.map(Tree::create_nameless).transpose().attempt(|| format!("copy {shown}"))?;
         read_through(work, &file, shown, |bytes| {
-            sums.update(bytes);
-            copy.as_ref().map_or(Ok(()), |mut copy| copy.write_all(bytes).attempt(|| format!("copy {shown}")))
+            sums.update(&bytes);
+            if let Some(mut copy) = copy.as_ref() {
+                copy.write_all(&bytes).attempt(|| format!("copy {shown}"))?;
+            }
+            Ok(bytes)
         })?;
         sums.check(self).attempt(|| format!("use {shown}"))?;
         Ok(copy.unwrap_or(file))
@@ -115,44 +117,133 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
     })
 }
 
-/// Pieces of a file that wait for the second checksum.
-const AHEAD: usize = 4;
+/// Pieces of a file that are hashed at the same time, and their size in bytes: a piece stays in a processor's cache.
+const PIECES: usize = 6;
+const PIECE: usize = 256 << 10;
 
-/// MD5 and SHA-256 of a file, read once from its start, in hexadecimal. Each is computed on a thread.
-pub(crate) fn sums_of(work: &Work, file: &File, what: &str) -> Result<(String, String)> {
+/// Checksums of a file.
+#[derive(Debug)]
+pub(crate) struct OfFile {
+    /// MD5, in hexadecimal digits.
+    pub(crate) md5: String,
+    /// SHA-256, in hexadecimal digits.
+    pub(crate) sha256: String,
+    /// SHA-256 of each of its parts.
+    pub(crate) parts: Vec<Sha256>,
+}
+
+/// A SHA-256.
+pub(crate) type Sha256 = [u8; digest::SHA256_OUTPUT_LEN];
+
+/// Checksums of a file, read once from its start; those of its parts too, if their length is given. Each kind is
+/// computed on a thread.
+pub(crate) fn sums_of(work: &Work, file: &File, what: &str, part: Option<u64>) -> Result<OfFile> {
     std::thread::scope(|scope| {
-        let (pieces, received) = sync_channel::<Arc<[u8]>>(AHEAD);
-        let hashing = scope.spawn(move || {
-            let mut sum = digest::Context::new(&digest::SHA256);
-            for piece in received {
-                sum.update(&piece);
+        // A piece goes from one thread to the next, and comes back to be filled again: there are so few that no thread
+        // waits for a place in a channel.
+        let [(free, unused), (to_whole, whole), (to_parts, parts)] =
+            std::array::from_fn(|_| sync_channel::<Vec<u8>>(PIECES));
+        let sum_of_whole = scope.spawn({
+            let free = free.clone();
+            move || {
+                let next = if part.is_some() { to_parts } else { free };
+                let mut sum = digest::Context::new(&digest::SHA256);
+                for piece in whole {
+                    sum.update(&piece);
+                    // Nobody takes it any more if reading has failed.
+                    let _ = next.send(piece);
+                }
+                hex(sum.finish().as_ref())
             }
-            sum.finish()
         });
-        let mut md5 = Md5::new();
-        read_through(work, file, what, |bytes| {
-            let piece = Arc::<[u8]>::from(bytes);
-            pieces.send(Arc::clone(&piece)).attempt(|| format!("compute the SHA-256 of {what}"))?;
+        let sums_of_parts = scope.spawn(move || {
+            let mut sums = OfParts::new(part.unwrap_or(u64::MAX));
+            for piece in parts {
+                sums.update(&piece);
+                let _ = free.send(piece);
+            }
+            sums.finish()
+        });
+        let (mut md5, mut made) = (Md5::new(), 1);
+        read_through(work, file, what, |piece| {
             md5.update(&piece);
-            Ok(())
+            to_whole.send(piece).attempt(|| format!("compute the SHA-256 of {what}"))?;
+            if made < PIECES {
+                made += 1;
+                return Ok(Vec::new());
+            }
+            unused.recv().attempt(|| format!("compute the SHA-256 of {what}"))
         })?;
-        drop(pieces);
-        let sha256 = hashing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        Ok((format!("{:x}", md5.finalize()), hex(sha256.as_ref())))
+        drop(to_whole);
+        let sha256 = sum_of_whole.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        let parts = sums_of_parts.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        Ok(OfFile { md5: format!("{:x}", md5.finalize()), sha256, parts })
     })
 }
 
-fn read_through(work: &Work, mut file: &File, what: &str, mut each: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+/// SHA-256 of each part of the bytes so far.
+struct OfParts {
+    /// Length of a part in bytes.
+    length: u64,
+    /// Bytes that the current part lacks.
+    left: u64,
+    current: digest::Context,
+    done: Vec<Sha256>,
+}
+
+impl OfParts {
+    fn new(length: u64) -> Self {
+        Self { length, left: length, current: digest::Context::new(&digest::SHA256), done: Vec::new() }
+    }
+
+    fn update(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let (now, later) =
+                bytes.split_at(usize::try_from(self.left).map_or(bytes.len(), |left| left.min(bytes.len())));
+            self.current.update(now);
+            self.left -= now.len() as u64;
+            if self.left == 0 {
+                self.end();
+            }
+            bytes = later;
+        }
+    }
+
+    fn end(&mut self) {
+        let ended = std::mem::replace(&mut self.current, digest::Context::new(&digest::SHA256));
+        let mut sum = Sha256::default();
+        sum.copy_from_slice(ended.finish().as_ref());
+        self.done.push(sum);
+        self.left = self.length;
+    }
+
+    fn finish(mut self) -> Vec<Sha256> {
+        if self.left < self.length {
+            self.end();
+        }
+        self.done
+    }
+}
+
+/// Reads a file in pieces. `each` returns a buffer for the next one.
+fn read_through(
+    work: &Work,
+    mut file: &File,
+    what: &str,
+    mut each: impl FnMut(Vec<u8>) -> Result<Vec<u8>>,
+) -> Result<()> {
     let attempted = || format!("read {what}");
-    let mut buffer = vec![0; 1 << 20];
+    let mut buffer = Vec::new();
     let mut progress = Progress::begin(format!("checksum of {what}"), file.metadata().ok().map(|m| m.len()));
     file.rewind().attempt(attempted)?;
     loop {
+        buffer.resize(PIECE, 0);
         let length = file.read(&mut buffer).attempt(attempted)?;
         if length == 0 {
             return Ok(());
         }
-        each(&buffer[..length])?;
+        buffer.truncate(length);
+        buffer = each(buffer)?;
         progress.add(length as u64);
         work.heed()?;
     }

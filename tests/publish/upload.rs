@@ -543,6 +543,30 @@ fn killed_upload_continues_with_missing_parts() {
 }
 
 #[test]
+fn each_part_is_signed_with_its_own_checksum() {
+    let upload = Upload::new();
+    let gate = Gate::start(usize::MAX, Closed::Silent);
+    assert_eq!(upload.ended_through(&gate, 0), (PARTS, 1));
+    let content = std::fs::read(&upload.archive).unwrap();
+    let mut signed: Vec<_> = gate.heads().iter().filter_map(|head| signed_part(head)).collect();
+    signed.sort_unstable();
+    let sum = |part: &[u8]| {
+        let sum = feed(&mut Command::new("sha256sum"), part);
+        text(&sum.stdout).split(' ').next().unwrap().to_owned()
+    };
+    let expected: Vec<_> = (1..).zip(content.chunks(16 << 20).map(sum)).collect();
+    assert_eq!(signed, expected);
+}
+
+/// Number of the part that a request sends, and the SHA-256 that it is signed with.
+fn signed_part(head: &str) -> Option<(usize, String)> {
+    let number = head.split_once("partNumber=")?.1.split(['&', ' ']).next()?.parse().ok()?;
+    let header = |name: &str| head.lines().find_map(|line| line.strip_prefix(name));
+    assert!(header("authorization: ")?.contains("x-amz-content-sha256"), "{head}");
+    Some((number, header("x-amz-content-sha256: ")?.to_owned()))
+}
+
+#[test]
 fn upload_dropped_by_the_store_starts_again() {
     let upload = Upload::killed_after(2);
     let listing = text(upload.bucket.ask("GET", "?uploads", b"").body);
