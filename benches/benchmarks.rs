@@ -38,7 +38,7 @@ use report::{Bound, Report, Unit};
 /// A group: name, heading on the page, function.
 type Group = (&'static str, &'static str, fn(usize, &mut Report));
 
-const GROUPS: [Group; 11] = [
+const GROUPS: [Group; 12] = [
     ("entering", "Entering a jail and running /bin/true", entering::entering),
     ("making", "Making a jail", making::making),
     ("connections", "ssh host true", connections::connections),
@@ -48,6 +48,7 @@ const GROUPS: [Group; 11] = [
     ("life", "An environment's life", life::life),
     ("memory", "Memory", memory::memory),
     ("publishing", "From a source to a published image", publishing::publishing),
+    ("packing", "Packing in proportion to the change", publishing::packing),
     ("sizes", "Sizes", sizes::sizes),
     ("reading", "Reading and planning", reading::reading),
 ];
