@@ -218,6 +218,8 @@ struct Place {
     files: SignalFiles,
     archive_directory: Tree,
     archive_name: String,
+    /// Directory of the image root's source.
+    source_directory: Option<Tree>,
 }
 
 impl Place {
@@ -236,7 +238,11 @@ impl Place {
         };
         let archive = archive.map_or_else(|| directory.join(settings.archive()), Path::to_owned);
         let (archive_directory, archive_name) = packing::output(&archive, "the archive")?;
-        Ok(Self { image_root, files, archive_directory, archive_name })
+        // An image root may have been named in a parent, whose records tell its source.
+        let shown = image_root.shown();
+        let above = shown.parent().filter(|_| !is_parent && shown.ends_with(IMAGE_ROOT));
+        let source_directory = above.map(open_tree).transpose()?;
+        Ok(Self { image_root, files, archive_directory, archive_name, source_directory })
     }
 
     fn archive(&self) -> Archive<'_> {
@@ -324,7 +330,8 @@ fn pack_place(
         Inventory::load(place.files.parent(), INVENTORY)?;
     }
     let parent = place.files.parent();
-    let source = basis::of(work, settings, parent, &place.image_root, false)?;
+    let source_directory = place.source_directory.as_ref().unwrap_or(parent);
+    let source = basis::of(work, settings, source_directory, &place.image_root, false)?;
     let (packed, recorded) =
         packed::pack(work, parent, &place.image_root, &place.archive(), settings, exclude, source.as_ref())?;
     // Without its record, the next run would refuse to replace it.

@@ -266,10 +266,14 @@ fn takes_over_what_is_unchanged(open: &str) {
     assert!(first == fs::read(prepared.packed()).unwrap(), "the same tree gives the same bytes");
     assert_eq!(taken(&prepared.package(&["--from-scratch"])), 0);
     is_packed(&prepared.root(), &prepared.packed());
-    // Nobody knows a source of the directory alone.
-    let alone = prepared.dir.path().join("alone.sqsh");
-    run(&["package", "--archive", alone.to_str().unwrap(), prepared.root().to_str().unwrap()], &[]);
-    assert!(fs::read(alone).unwrap() == fs::read(prepared.packed()).unwrap(), "from scratch is without a source");
+    let (alone, root) = (prepared.dir.path().join("alone.sqsh"), prepared.root());
+    let output = run(&["package", "--archive", alone.to_str().unwrap(), root.to_str().unwrap()], &[]);
+    assert_eq!(taken(&output), now, "the image root named without its parent");
+    // Nobody knows a source of a directory elsewhere.
+    let (copy, elsewhere) = (prepared.dir.path().join("copy"), prepared.dir.path().join("elsewhere.sqsh"));
+    succeed(Command::new("cp").arg("-aT").arg(prepared.root()).arg(&copy));
+    run(&["package", "--archive", elsewhere.to_str().unwrap(), copy.to_str().unwrap()], &[]);
+    assert!(fs::read(elsewhere).unwrap() == fs::read(prepared.packed()).unwrap(), "from scratch is without a source");
     assert_eq!(taken(&prepared.package(&["--compression", "zstd"])), 0);
     is_packed(&prepared.root(), &prepared.packed());
 }
