@@ -177,7 +177,8 @@ const CUSTOMIZE_EXAMPLES: &str = "Examples:
   ims-sshd customize ./image-root
   ims-sshd customize ./image.sqsh --output ./out
   ims-sshd customize ./image.sqsh --output ./out --script ./install.sh
-  ims-sshd customize ./image.sqsh --output s3://boot-images -- zypper --non-interactive update";
+  ims-sshd customize ./image.sqsh --output s3://boot-images -- zypper --non-interactive update
+  ims-sshd customize --node root@builder ./image.sqsh --output ./out";
 
 const ENTER_EXAMPLES: &str = "Examples:
   ims-sshd enter ./image-root
@@ -385,6 +386,9 @@ pub(super) struct CustomizeArguments {
     /// An unpacked image, to which the changes are applied once it is complete; with --output also a squashfs, an
     /// archive, or a URL (https, s3)
     pub(super) source: String,
+    /// Change the image on this host, to which ssh logs in as root; it is packed there and published from here
+    #[arg(long, value_name = "[USER@]HOST", requires = "output", conflicts_with_all = ["bind", "host_script", "in_place"])]
+    pub(super) node: Option<String>,
     /// Port to listen on [default: a free one]
     #[arg(long)]
     pub(super) port: Option<u16>,

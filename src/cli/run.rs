@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use clap::CommandFactory;
+use clap::{CommandFactory, ValueEnum};
 
 use crate::cli::arguments::{
     Arguments, Command, CreateArguments, CustomizeArguments, EnterArguments, JobOptions, Named, SidecarArguments,
@@ -18,11 +18,12 @@ use crate::local::command_line::CommandLine;
 use crate::local::create;
 use crate::local::customize::{self, Customization};
 use crate::local::enter::{self, Answer, Entry};
+use crate::local::remote::{self as offloaded, Offloaded};
 use crate::local::run::{End, Reports, Run};
 use crate::local::script::Script;
 use crate::local::status::{self, Shown};
 use crate::local::{names, steps, work_directory};
-use crate::log::format;
+use crate::log::format::{self, Format};
 use crate::manual;
 use crate::pod::sidecar::{self, Places};
 use crate::publish::settings as publishing;
@@ -50,7 +51,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         std::mem::replace(&mut log, Ok(()))?;
     }
     match arguments.command {
-        Command::Entrypoint { image_root_parent } => entrypoint(image_root_parent),
+        Command::Entrypoint { image_root_parent } => entrypoint(image_root_parent, arguments.log_format),
         Command::Customize(arguments) => run_customize(arguments),
         Command::Enter(arguments) => run_enter(arguments),
         Command::Complete(Named { name }) => status::mark(name.as_deref(), Verdict::Complete),
@@ -131,7 +132,7 @@ fn parent_or_default(given: Option<PathBuf>) -> PathBuf {
     given.or_else(named).unwrap_or_else(|| DEFAULT_PARENT.into())
 }
 
-fn entrypoint(image_root_parent: Option<PathBuf>) -> Result<u8> {
+fn entrypoint(image_root_parent: Option<PathBuf>, log_format: Option<Format>) -> Result<u8> {
     let parent = parent_or_default(image_root_parent.clone());
     let settings = Settings::read(image_root_parent, std::env::vars_os()).map_err(|refusal| {
         // A container started without any variable lacks the volume as well; name both at once.
@@ -139,7 +140,8 @@ fn entrypoint(image_root_parent: Option<PathBuf>) -> Result<u8> {
         if parent.exists() { refusal } else { refusal.advise(missing()) }
     })?;
     if remote::entrypoint::is_remote(&settings) {
-        return remote::entrypoint::run(&settings, std::env::vars_os().collect());
+        let log_format = log_format.and_then(|format| Some(format.to_possible_value()?.get_name().to_owned()));
+        return remote::entrypoint::run(&settings, variables([("LOG_FORMAT", log_format)]));
     }
     supervisor::run(settings, None, || {}).map(|outcome| outcome.exit_code)
 }
@@ -155,6 +157,19 @@ fn run_customize(mut arguments: CustomizeArguments) -> Result<u8> {
     let is_unattended = arguments.script.is_some() || !arguments.command.is_empty();
     let script = arguments.script.as_deref().map(Script::read).transpose()?;
     let run = local_run(arguments.job, arguments.source, Some(End::Applied), line)?;
+    if let Some(node) = arguments.node {
+        let wanted = Customization {
+            port: arguments.port,
+            listen: arguments.listen,
+            authorized_key: arguments.authorized_key,
+            jailed: !arguments.plain,
+            binds: Vec::new(),
+            variables: arguments.jail.env,
+            host_script: None,
+        };
+        let offloaded = Offloaded { wanted, command: arguments.command, script };
+        return offloaded::run(Run { node: Some(node), ..run }, &offloaded);
+    }
     if is_unattended {
         let entry = Entry {
             command: arguments.command,
@@ -270,7 +285,20 @@ fn local_run(options: JobOptions, source: String, end: Option<End>, command_line
         Some(settings)
     };
     let (exclude, reports) = (packing.exclude, Reports { changes: packing.changes, result: json });
-    Ok(Run { source, command_line, name, in_place, fresh, discards: false, end, settings, work, exclude, reports })
+    Ok(Run {
+        source,
+        command_line,
+        name,
+        node: None,
+        in_place,
+        fresh,
+        discards: false,
+        end,
+        settings,
+        work,
+        exclude,
+        reports,
+    })
 }
 
 /// Refuses a source that cannot be changed in place.

@@ -51,6 +51,12 @@ impl Pattern {
     }
 }
 
+impl std::fmt::Display for Pattern {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
 /// Paths of an image root that match patterns.
 #[derive(Debug, Default)]
 pub(crate) struct Excluded {

@@ -67,9 +67,7 @@ pub fn run(run: Run, wanted: &Customization) -> Result<u8> {
         }
         named::open_file(&real).map_err(|e| refuse(e.to_string()))?;
     }
-    if let Some(file) = &wanted.authorized_key {
-        check_public_keys("--authorized-key", file)?;
-    }
+    refuse_unusable_key(wanted)?;
     let mut settings = read_variables(wanted)?;
     // Before anything is opened: an earlier descriptor belongs to the machine's mount namespace.
     own_mounts()?;
@@ -90,18 +88,28 @@ pub fn run(run: Run, wanted: &Customization) -> Result<u8> {
     })
 }
 
+pub(super) fn refuse_unusable_key(wanted: &Customization) -> Result<()> {
+    wanted.authorized_key.as_ref().map_or(Ok(()), |file| check_public_keys("--authorized-key", file))
+}
+
 /// Reads the environment's settings, except those about the run's directory, which does not exist yet.
-fn read_variables(wanted: &Customization) -> Result<Settings> {
+pub(super) fn read_variables(wanted: &Customization) -> Result<Settings> {
     let script = wanted.host_script.as_ref().map(std::path::absolute).transpose().attempt(|| "find the script")?;
     let variables = [
         ("IMS_ACTION", "customize".into()),
         ("SSH_JAIL", if wanted.jailed { "True".into() } else { "False".into() }),
         ("CUSTOMIZATION_SCRIPT", script.unwrap_or_default().into()),
     ];
-    let passed_on =
-        ["IMS_AGENT_FORWARDING", "IMS_CLOSE_GRACE", "IMS_JAIL_HOSTNAME", "IMS_JAIL_TIER", "JOB_ENABLE_DKMS"]
-            .into_iter()
-            .filter_map(|n| Some((n.into(), std::env::var_os(n)?)));
+    let passed_on = [
+        "IMS_AGENT_FORWARDING",
+        "IMS_CLOSE_GRACE",
+        "IMS_JAIL_HOSTNAME",
+        "IMS_JAIL_TIER",
+        "JOB_ENABLE_DKMS",
+        "REMOTE_HEARTBEAT_TIMEOUT_COUNT",
+    ]
+    .into_iter()
+    .filter_map(|n| Some((n.into(), std::env::var_os(n)?)));
     let variables =
         variables.map(|(name, value): (&str, std::ffi::OsString)| (name.into(), value)).into_iter().chain(passed_on);
     let mut settings = Settings::read(Some(RUN.into()), variables)?;
@@ -111,14 +119,14 @@ fn read_variables(wanted: &Customization) -> Result<Settings> {
 }
 
 /// The image to open.
-struct Opened<'a> {
+pub(super) struct Opened<'a> {
     /// Path or URL on the command line.
-    source: &'a str,
-    image_root: &'a Path,
+    pub(super) source: &'a str,
+    pub(super) image_root: &'a Path,
     /// Path to show to people.
-    shown: &'a Path,
+    pub(super) shown: &'a Path,
     /// True for a directory that is changed in place.
-    in_place: bool,
+    pub(super) in_place: bool,
 }
 
 /// Fills the run's directory with keys and configuration. Returns the command that logs in.
@@ -134,7 +142,9 @@ fn furnish(wanted: &Customization, settings: &mut Settings, opened: &Opened, run
     settings.sshd = Options::parse(&shell_words::join(options))?;
     settings.sshd_config = config;
     run.clone_into(&mut settings.job.parent);
-    configure_client(run, address, keys.identity.as_deref())
+    let public = run.join(HOST_KEY).with_extension("pub");
+    let key = std::fs::read_to_string(&public).attempt(|| format!("read {}", public.display()))?;
+    configure_client(run, address, keys.identity.as_deref(), &key)
 }
 
 /// Opens the environment on an image root.
@@ -204,15 +214,15 @@ const AUTHORIZED_KEYS: &str = "authorized_keys";
 const KEY_COMMENT: &str = "ims-sshd customize";
 
 /// Keys for logging in.
-struct Keys {
+pub(super) struct Keys {
     /// File of the public keys that may log in.
-    authorized: PathBuf,
+    pub(super) authorized: PathBuf,
     /// A private key among them, if this machine has it.
-    identity: Option<PathBuf>,
+    pub(super) identity: Option<PathBuf>,
 }
 
 /// Copies or creates the keys that may log in.
-fn authorized_keys(given: Option<&Path>, run: &Path) -> Result<Keys> {
+pub(super) fn authorized_keys(given: Option<&Path>, run: &Path) -> Result<Keys> {
     let authorized = run.join(AUTHORIZED_KEYS);
     if let Some(given) = given {
         let attempted = || format!("copy {}", given.display());
@@ -234,11 +244,9 @@ fn authorized_keys(given: Option<&Path>, run: &Path) -> Result<Keys> {
 /// Name of the environment in ssh's configuration.
 const HOST_ALIAS: &str = "image";
 
-/// Writes a configuration for ssh, scp, sftp and Ansible. It keeps the command line short and pins the host key, which
-/// exists before sshd starts. Returns the command that logs in.
-fn configure_client(run: &Path, address: SocketAddr, identity: Option<&Path>) -> Result<String> {
-    let public = run.join(HOST_KEY).with_extension("pub");
-    let key = std::fs::read_to_string(&public).attempt(|| format!("read {}", public.display()))?;
+/// Writes a configuration for ssh, scp, sftp and Ansible. It keeps the command line short and pins sshd's public host
+/// key. Returns the command that logs in.
+pub(super) fn configure_client(run: &Path, address: SocketAddr, identity: Option<&Path>, key: &str) -> Result<String> {
     let known_hosts = run.join("known_hosts");
     std::fs::write(&known_hosts, format!("{HOST_ALIAS} {key}"))
         .attempt(|| format!("write {}", known_hosts.display()))?;
@@ -262,7 +270,7 @@ fn configure_client(run: &Path, address: SocketAddr, identity: Option<&Path>) ->
 }
 
 /// Tells the person how to log in and how to finish.
-fn announce(opened: &Opened, parent: &Path, login: &str, name: &str, jailed: bool) {
+pub(super) fn announce(opened: &Opened, parent: &Path, login: &str, name: &str, jailed: bool) {
     let shown = opened.shown.display();
     let open = if jailed {
         format!("{shown} is open")

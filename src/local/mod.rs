@@ -14,6 +14,7 @@ pub mod left_over;
 pub mod mounts;
 pub mod names;
 pub(crate) mod register;
+pub mod remote;
 pub mod run;
 pub(crate) mod run_directory;
 pub mod script;

@@ -61,6 +61,8 @@ pub struct Run {
     pub command_line: CommandLine,
     /// Name of the image, if an option or a variable gives one.
     pub name: Option<String>,
+    /// The build node on which the image is changed, as `HOST` or `USER@HOST`; `None` for this machine.
+    pub node: Option<String>,
     /// True if a directory is changed in place.
     pub in_place: bool,
     /// True if changes kept before are dropped first.
@@ -126,6 +128,11 @@ impl Run {
             Some(settings) => names::host_label(&settings.name),
             None => names::host_label(&names::of_source(&self.source)),
         }
+    }
+
+    /// Name of the work directory for `source`. Changes made here and on a node do not mix.
+    pub(super) fn place_name(&self, source: &Source) -> String {
+        name_of(source, &self.source) + if self.node.is_some() { "+node" } else { "" }
     }
 
     /// The source for people and the register: an absolute path, or a URL without its signature.
@@ -226,7 +233,7 @@ impl Run {
     pub(crate) fn register(&self) -> Result<Entry> {
         let work = std::fs::canonicalize(&self.work).unwrap_or_else(|_| self.work.clone());
         let source = Source::parse(&self.source)?;
-        let keeps = (self.decides()).then(|| work.join(name_of(&source, &self.source)));
+        let keeps = (self.decides()).then(|| work.join(self.place_name(&source)));
         let CommandLine { command, line, directory } = &self.command_line;
         let entry = Entry::make(command, &self.shown(), (&self.label(), self.name.is_some()), keeps)?;
         entry.set(&[("command_line", line), ("directory", &directory.to_string_lossy())]);
@@ -467,7 +474,7 @@ fn open_elsewhere(field: &str, path: &Path) -> Option<String> {
 }
 
 /// Drops the kept changes, and rolls back what was published of them.
-fn drop_changes(ims: &Ims, settings: &Settings, place: &WorkDirectory) -> Result<()> {
+pub(super) fn drop_changes(ims: &Ims, settings: &Settings, place: &WorkDirectory) -> Result<()> {
     let directory = JournalDirectory::private(place.files(), settings);
     let publication = Publication { work: ims.work, settings, ims, directory: &directory };
     publication.give_up(&mut Journal::read(&directory)?)?;
@@ -477,7 +484,7 @@ fn drop_changes(ims: &Ims, settings: &Settings, place: &WorkDirectory) -> Result
 }
 
 /// Advice for a removal that a signal interrupted.
-fn left_in(place: &Path) -> String {
+pub(super) fn left_in(place: &Path) -> String {
     format!("what is left to remove is in {}: the same command removes it, or 'rm -r'", place.display())
 }
 

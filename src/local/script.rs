@@ -67,6 +67,26 @@ impl Script {
     }
 }
 
+impl Script {
+    /// The command that runs it in a session over SSH, and the input of that: the script comes on descriptor 3, and what
+    /// it starts reads nothing of it.
+    pub(crate) fn piped(&self) -> Result<(Vec<String>, Vec<u8>)> {
+        let first = self.content.split(|byte| *byte == b'\n').next().unwrap_or_default();
+        let line = String::from_utf8_lossy(first).into_owned();
+        if self.content.starts_with(b"\x7fELF") {
+            return Err(Error::new("run --script on a node")
+                .because("it is no script")
+                .advise("copy the program into the image and give it as the command"));
+        }
+        // The kernel passes what follows the interpreter as one word.
+        let line = line.strip_prefix("#!").unwrap_or("sh").trim();
+        let interpreter = line.split_once([' ', '\t']).map_or(vec![line], |(path, word)| vec![path, word.trim()]);
+        let run = r#"exec 3<&0 </dev/null; exec "$@" /dev/fd/3"#;
+        let words = ["sh", "-c", run, &self.name].into_iter().chain(interpreter).map(str::to_owned).collect();
+        Ok((words, self.content.clone()))
+    }
+}
+
 fn is_portable(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"._-".contains(&byte)
 }

@@ -426,7 +426,7 @@ fn in_words(report: &Value) -> String {
         }
     }
     text += "\n";
-    for (before, field) in [("  source: ", "source"), ("  log in: ", "login")] {
+    for (before, field) in [("  source: ", "source"), ("  node: ", "node"), ("  log in: ", "login")] {
         if let Some(value) = word(&report[field]) {
             let _ = writeln!(text, "{before}{value}");
         }

@@ -10,7 +10,7 @@ use crate::error::{Attempt, Error, Result};
 use crate::image::inventory::Inventory;
 use crate::image::kind::{Content, Kind, Opened};
 use crate::image::layers::layers;
-use crate::image::packing;
+use crate::image::packing::{self, Archive};
 use crate::image::unpack::{LOWER, Overlay, unpack};
 use crate::publish::basis;
 use crate::publish::download;
@@ -183,8 +183,22 @@ pub(crate) fn await_unpackers(directory: &Path) {
     }
 }
 
-/// Fetches the squashfs `source` for a remote job, and checks it. Its node opens it.
+/// Fetches `source` for a remote job, as a squashfs in the image root's parent. The node opens it.
 pub(crate) fn fetch(work: &Work, settings: &Settings, source: &Source) -> Result<()> {
+    let image = squashfs(work, settings, source)?;
+    let volume = open_tree(&settings.job.parent)?;
+    let attempted = || format!("look for {ARCHIVE}");
+    let own = rustix::fs::fstat(&image).attempt(attempted)?;
+    let is_there = |there: rustix::fs::Stat| (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino);
+    if volume.look(ARCHIVE).attempt(attempted)?.is_some_and(is_there) {
+        return Ok(());
+    }
+    copy(work, image, &volume).inspect_err(|_| drop(volume.remove(FETCHING)))
+}
+
+/// The squashfs that a remote job begins with: `source` itself, if it is one on this machine, else a file in the image
+/// root's parent that was fetched or packed here.
+pub(crate) fn squashfs(work: &Work, settings: &Settings, source: &Source) -> Result<File> {
     let volume = open_tree(&settings.job.parent)?;
     let record = Record::on(&volume, settings)?;
     if settings.job.id.is_none() {
@@ -192,14 +206,10 @@ pub(crate) fn fetch(work: &Work, settings: &Settings, source: &Source) -> Result
     }
     let write = |opened: &Opened| record.write(&Identity::of(source, opened, &settings.expected)?);
     let fetched = archive(work, settings, source, Some(Open::Overlay), &volume, write).and_then(|opened| {
-        if opened.kind()? != Some(Kind::Squashfs) {
-            return Err(Error::new(format!("use {} on a build node", named(source)))
-                .because("it is not a squashfs")
-                .advise("'ims-sshd package' makes one of an unpacked image"));
-        }
-        match source {
-            Source::Here(_) => copy(work, opened.into_file()?, &volume),
-            _ => Ok(()),
+        if opened.kind()? == Some(Kind::Squashfs) {
+            opened.into_file()
+        } else {
+            squash(work, settings, &opened, &volume)
         }
     });
     fetched.inspect_err(|_| {
@@ -208,6 +218,32 @@ pub(crate) fn fetch(work: &Work, settings: &Settings, source: &Source) -> Result
         }
         let _ = record.remove();
     })
+}
+
+/// Packs a directory, or what is in an archive, to where a fetched squashfs lies.
+fn squash(work: &Work, settings: &Settings, source: &Opened, volume: &Tree) -> Result<File> {
+    let unpacked = match &source.content {
+        Content::Directory(tree) if layers(tree)?.is_none() => None,
+        _ => {
+            confinement::refuse_to_lose_attributes()?;
+            remove(volume, UNPACKING)?;
+            Some(unpack(work, source, volume, UNPACKING)?)
+        }
+    };
+    let packed = match (&unpacked, &source.content) {
+        (Some(tree), _) | (None, Content::Directory(tree)) => check(source, tree).and_then(|()| {
+            tracing::info!("packing {}, since a build node takes a squashfs", source.shown.display());
+            let to = Archive { directory: volume, name: FETCHING };
+            packing::pack(work, tree, &to, &settings.packing, &[], None)
+        }),
+        (None, Content::File(_)) => Err(Error::new("pack the image").because("it is no directory")),
+    };
+    drop(unpacked);
+    let removed = remove(volume, UNPACKING);
+    let packed = packed?;
+    removed?;
+    volume.rename(FETCHING, ARCHIVE).attempt(|| format!("rename {FETCHING}"))?;
+    Ok(packed.file)
 }
 
 /// Copies a file of this machine to where a fetched one lies.
@@ -311,12 +347,12 @@ pub(crate) fn take_inventory_below(work: &Work, settings: &Settings, volume: &Tr
     Inventory::of(work, &below)?.save(volume, INVENTORY)
 }
 
-/// Returns whether `parent` has an image root that may have been changed: an unpacked one, or an overlay with an upper
-/// layer that is not empty.
+/// Returns whether `parent` has an image root that may have been changed: an unpacked one, an overlay with an upper layer
+/// that is not empty, or an image that a node has packed.
 pub(crate) fn holds_changes(parent: &Path, image_root: &Path) -> bool {
     match Overlay::changes(&parent.join(OVERLAY)) {
         Some(changes) => changes,
-        None => image_root.exists(),
+        None => image_root.exists() || parent.join(TRANSFER).exists(),
     }
 }
 

@@ -243,7 +243,8 @@ mod tests {
     fn messages_and_data_arrive_whole_and_in_order() {
         let mut ends = pair(None);
         let data: Vec<u8> = (0..3 << 20).map(|at: u32| at.to_le_bytes()[1]).collect();
-        ends[0].say(&Message::Listening { port: 22 });
+        let listening = Message::Listening { port: 22, host_key: "ssh-ed25519 AAAA".into() };
+        ends[0].say(&listening);
         ends[0].send(&data);
         ends[0].say(&Message::End);
         let (mut messages, mut arrived) = (Vec::new(), Vec::new());
@@ -256,7 +257,7 @@ mod tests {
                 }
             }
         }
-        assert_eq!(messages, [Message::Listening { port: 22 }, Message::End]);
+        assert_eq!(messages, [listening, Message::End]);
         assert!(arrived == data);
     }
 

@@ -71,6 +71,11 @@ impl Connection {
         let log = directory.join("ssh.log");
         let control = directory.join("ssh");
         let known_hosts = directory.join("known_hosts");
+        // A run that was killed has left its socket, which would look as if this connection stood.
+        match std::fs::remove_file(&control) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(Error::new(attempted()).because(e)),
+            _ => {}
+        }
         let mut options = Vec::new();
         if let Some(key) = &to.key {
             let own = Tree::open(directory).attempt(attempted)?;

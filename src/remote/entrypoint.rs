@@ -16,7 +16,7 @@ use crate::sshd::effective::Effective;
 use crate::volume::layout::REMOTE_PORT;
 
 /// Variables of the job that its environment on the node gets.
-const PASSED_ON: [&str; 20] = [
+const PASSED_ON: [&str; 21] = [
     "BUILD_ARCH",
     "IMAGE_COMPRESSION",
     "IMAGE_FROM_SCRATCH",
@@ -33,6 +33,7 @@ const PASSED_ON: [&str; 20] = [
     "JOB_ENABLE_DKMS",
     "KERNEL_FILENAME",
     "KERNEL_PARAMETERS_FILENAME",
+    "LOG_FORMAT",
     "LOG_LEVEL",
     "REMOTE_BUILD_NODE",
     "SOURCE_DATE_EPOCH",
@@ -53,7 +54,7 @@ pub(crate) fn is_remote(settings: &Settings) -> bool {
 /// Runs the environment on its node.
 pub(crate) fn run(settings: &Settings, variables: Vec<(OsString, OsString)>) -> Result<u8> {
     let wanted = || wanted(settings, variables);
-    relay::run(&settings.job.parent, None, wanted, || {}).map(|outcome| outcome.exit_code)
+    relay::run(&settings.job.parent, None, wanted, |_| {}).map(|outcome| outcome.exit_code)
 }
 
 fn wanted(settings: &Settings, variables: Vec<(OsString, OsString)>) -> Result<Wanted> {
@@ -86,11 +87,18 @@ fn wanted(settings: &Settings, variables: Vec<(OsString, OsString)>) -> Result<W
     Ok(Wanted {
         to: Destination { host: format!("root@{host}"), key: Some(settings.node_key.clone()) },
         job,
-        task: Task::Customize(Customize { variables: variables.collect(), keys: keys(&sshd)?, authorities }),
+        task: Task::Customize(Customize {
+            variables: variables.collect(),
+            keys: keys(&sshd)?,
+            authorities,
+            session_variables: Vec::new(),
+            exclude: Vec::new(),
+            reports_changes: false,
+        }),
+        image: None,
         listen: (None, port),
         boot,
         silence: settings.node_silence,
-        options: Vec::new(),
     })
 }
 

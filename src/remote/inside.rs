@@ -14,12 +14,14 @@ use nix::sched::CloneFlags;
 use rustix::event::{PollFd, PollFlags};
 use rustix::mount::MountAttrFlags;
 
-use crate::environment::own_sshd;
+use crate::environment::own_sshd::{self, HOST_KEY};
 use crate::environment::settings::Settings;
 use crate::environment::supervisor;
 use crate::error::{Attempt, Error, Result};
 use crate::image::authorities::put_authorities;
 use crate::image::boot;
+use crate::image::exclude::Pattern;
+use crate::image::inventory::{Inventory, write_changes};
 use crate::image::packer;
 use crate::image::packing::{self, Archive};
 use crate::jailer::resolv_conf::{self, ENVIRONMENT, SIDECAR};
@@ -36,7 +38,7 @@ use crate::sys::poll;
 use crate::sys::tree::Tree;
 use crate::transfer::Work;
 use crate::verdict::Verdict;
-use crate::volume::layout::{ARCHIVE, IMAGE_ROOT, READY};
+use crate::volume::layout::{ARCHIVE, IMAGE_ROOT, INVENTORY, READY};
 use crate::volume::open_tree;
 use crate::volume::signal_files::SignalFiles;
 
@@ -147,20 +149,26 @@ fn customize(wanted: &Customize, parent: &mut Parent) -> Result<()> {
         put_certificates(&tree, own, &wanted.authorities)?;
         resolv_conf::lend(&tree)?;
     }
+    if let (true, Some(overlay)) = (wanted.reports_changes, &overlay) {
+        Inventory::of(&work, &overlay.lower)?.save(&open_tree(Path::new(PARENT))?, INVENTORY)?;
+    }
     let (settings, port) = environment(wanted, variables, own)?;
+    let host_key = own.join(HOST_KEY).with_extension("pub");
+    let host_key = std::fs::read_to_string(&host_key).attempt(|| format!("read {}", host_key.display()))?;
     let mut files = SignalFiles::open(Path::new(PARENT))?
         .ok_or_else(|| Error::new(format!("open {PARENT}")).because("it does not exist"))?;
     files.claim()?;
     files.touch(READY)?;
     let mut told = Ok(());
-    let outcome = supervisor::run(settings, Some(files), || told = parent.tell(&Message::Listening { port }))?;
+    let listening = || told = parent.tell(&Message::Listening { port, host_key });
+    let outcome = supervisor::run(settings, Some(files), listening)?;
     told?;
     let verdict = outcome.verdict.unwrap_or(Verdict::Failed);
     parent.tell(&Message::Closed { verdict: verdict.into(), exit_code: outcome.exit_code })?;
     if verdict == Verdict::Failed || outcome.exit_code != 0 {
         return Ok(());
     }
-    let parts = pack(&work, &publishing, &image_root)?;
+    let parts = pack(&work, &publishing, &image_root, wanted)?;
     mounts::unmount(&image_root).attempt(|| format!("unmount {}", image_root.display()))?;
     overlay.map_or(Ok(()), crate::image::unpack::Overlay::unmount)?;
     parent.tell(&Message::Packed { parts })
@@ -211,17 +219,22 @@ fn environment(
     let words = ["-E", &own.join("sshd.log").to_string_lossy(), "-f", &config.to_string_lossy()].map(str::to_owned);
     settings.sshd = Options::parse(&shell_words::join(words))?;
     settings.sshd_config = config;
+    settings.session_variables.extend(wanted.session_variables.iter().cloned());
     Ok((settings, port))
 }
 
 /// Packs the image into the directory of results, with copies of its boot files.
-fn pack(work: &Work, settings: &publishing::Settings, image_root: &Path) -> Result<Vec<Part>> {
+fn pack(work: &Work, settings: &publishing::Settings, image_root: &Path, wanted: &Customize) -> Result<Vec<Part>> {
     let (tree, volume, results) =
         (open_tree(image_root)?, open_tree(Path::new(PARENT))?, open_tree(Path::new(RESULTS))?);
     // An environment that was killed left its own text in place of ours.
     ENVIRONMENT.restore(&tree)?;
     SIDECAR.restore(&tree)?;
     let mut parts = vec![Part::Image];
+    if wanted.reports_changes {
+        write_changes(work, &volume, &tree, &Path::new(RESULTS).join(Part::Changes.name()))?;
+        parts.push(Part::Changes);
+    }
     if let Some(files) = boot::find_if_any(&tree, &settings.boot, settings.job.arch())? {
         let optional = [(Part::Initrd, files.initrd), (Part::Parameters, files.parameters)];
         let found = optional.into_iter().filter_map(|(part, file)| Some((part, file?)));
@@ -234,6 +247,8 @@ fn pack(work: &Work, settings: &publishing::Settings, image_root: &Path) -> Resu
     }
     let archive = Archive { directory: &results, name: Part::Image.name() };
     let basis = basis::of(work, settings, &volume, &tree, false)?;
-    packing::pack(work, &tree, &archive, &settings.packing, &[], basis.as_ref())?;
+    let exclude = wanted.exclude.iter().map(|text| Pattern::parse(text));
+    let exclude = exclude.collect::<std::result::Result<Vec<_>, _>>().map_err(Error::bad_input)?;
+    packing::pack(work, &tree, &archive, &settings.packing, &exclude, basis.as_ref())?;
     Ok(parts)
 }

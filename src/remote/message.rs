@@ -29,6 +29,8 @@ pub(crate) enum Message {
     Listening {
         /// The port.
         port: u16,
+        /// Public host key of that sshd, in OpenSSH's format.
+        host_key: String,
     },
     /// To the node: the image is marked.
     Mark(Judged),
@@ -93,6 +95,8 @@ pub(crate) enum Part {
     Initrd,
     /// Its kernel parameters.
     Parameters,
+    /// Report of what was changed, as JSON.
+    Changes,
 }
 
 impl Part {
@@ -104,6 +108,7 @@ impl Part {
             Self::Kernel => "kernel",
             Self::Initrd => "initrd",
             Self::Parameters => "parameters",
+            Self::Changes => "changes",
         }
     }
 }
@@ -138,6 +143,12 @@ pub(crate) struct Customize {
     pub(crate) keys: String,
     /// Certificates of authorities for the image: file name and content.
     pub(crate) authorities: Vec<(String, String)>,
+    /// Further variables of sessions.
+    pub(crate) session_variables: Vec<(String, String)>,
+    /// Patterns of paths that are not packed.
+    pub(crate) exclude: Vec<String>,
+    /// True if a report of what was changed is sent back.
+    pub(crate) reports_changes: bool,
 }
 
 /// Facts that a node reports of itself.
@@ -151,6 +162,11 @@ pub(crate) struct Hello {
     pub(crate) free: u64,
     /// Reasons why the job cannot run there, each a sentence.
     pub(crate) refusals: Vec<String>,
+}
+
+/// Returns whether the variable `name` says how to log.
+pub(crate) fn is_of_log(name: &str) -> bool {
+    ["LOG_LEVEL", "LOG_FORMAT"].contains(&name)
 }
 
 /// Returns whether `id` can be a job's ID: it becomes part of a path on the node.
@@ -168,6 +184,9 @@ mod tests {
             variables: vec![("SSH_JAIL".into(), "True\n".into())],
             keys: "ssh-ed25519 AAAA ö\n".into(),
             authorities: vec![("ca.crt".into(), "-----BEGIN".into())],
+            session_variables: vec![("HOME".into(), "/".into())],
+            exclude: vec!["boot/*".into()],
+            reports_changes: true,
         });
         let messages = [
             Message::Order(Box::new(Order { job: "5ec3".into(), size: u64::MAX, patience: 60, task })),
@@ -183,7 +202,7 @@ mod tests {
             assert!(!line.contains('\n'), "{line}");
             assert_eq!(serde_json::from_str::<Message>(&line).unwrap(), message);
         }
-        assert!(serde_json::from_str::<Message>(r#"{"is":"listening","port":70000}"#).is_err());
+        assert!(serde_json::from_str::<Message>(r#"{"is":"listening","port":70000,"host_key":""}"#).is_err());
     }
 
     #[test]

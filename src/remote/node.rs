@@ -17,7 +17,7 @@ use crate::remote::channel::{Channel, Frame};
 use crate::remote::hello::hello;
 use crate::remote::inside::{self, Stage};
 use crate::remote::job_directory::{IMAGE, JobDirectory, RESULTS};
-use crate::remote::message::{Judged, Message, Order, Part, Task, is_job_id};
+use crate::remote::message::{Judged, Message, Order, Part, Task, is_job_id, is_of_log};
 use crate::remote::transfer::{Receiving, Sending};
 use crate::sys::poll;
 use crate::sys::signals::{Signals, unblock_signals};
@@ -233,8 +233,7 @@ fn start(order: &Order) -> Result<Inside> {
     let mut command = Command::new(program);
     command.args(["node", "--inside", "root"]).stdin(Stdio::piped()).stdout(Stdio::piped());
     let Task::Customize(wanted) = &order.task;
-    let of_log = |name: &str| ["LOG_LEVEL", "LOG_FORMAT"].contains(&name);
-    command.envs(wanted.variables.iter().filter(|(name, _)| of_log(name)).map(|(name, value)| (name, value)));
+    command.envs(wanted.variables.iter().filter(|(name, _)| is_of_log(name)).map(|(name, value)| (name, value)));
     let mut child = unblock_signals(&mut command).spawn().attempt(attempted)?;
     let pipes = child.stdout.take().zip(child.stdin.take());
     let (output, input) = pipes.ok_or_else(|| Error::new(attempted()).because("it has no pipes"))?;

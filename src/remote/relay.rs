@@ -2,6 +2,8 @@
 //! environment: what that does here, this has done on the node, and relays marks and results.
 
 use std::collections::VecDeque;
+use std::fs::File;
+use std::io::Seek;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
@@ -18,13 +20,15 @@ use crate::image::boot::Names;
 use crate::printable::Printable;
 use crate::remote::channel::{Channel, Frame};
 use crate::remote::connection::{Connection, Destination, Heed};
-use crate::remote::message::{Hello, Judged, Message, Order, Part, Task};
+use crate::remote::message::{Hello, Judged, Message, Order, Part, Task, is_of_log};
 use crate::remote::provision;
 use crate::remote::transfer::{Receiving, Sending};
 use crate::sys::poll;
 use crate::sys::signals::Signals;
 use crate::verdict::Verdict;
-use crate::volume::layout::{ARCHIVE, EXITING, POD_ERROR, READY, REMOTE_PARTS, SSHD_LISTENING, TRANSFER};
+use crate::volume::layout::{
+    ARCHIVE, EXITING, POD_ERROR, READY, REMOTE_CHANGES, REMOTE_PARTS, SSHD_LISTENING, TRANSFER,
+};
 use crate::volume::signal_files::{LOOK_EVERY, SignalFiles, Stamp, Watch};
 use crate::volume::state_directory::StateDirectory;
 
@@ -43,24 +47,24 @@ pub(crate) struct Wanted {
     pub(crate) job: String,
     /// The work done there.
     pub(crate) task: Task,
+    /// The image, a squashfs; `None` for the one in the image root's parent.
+    pub(crate) image: Option<File>,
     /// The port here that leads to the environment, on this address or on all.
     pub(crate) listen: (Option<IpAddr>, u16),
     /// Names for the boot files that come back, where a sidecar looks for them.
     pub(crate) boot: Names,
     /// Limit of silence.
     pub(crate) silence: Duration,
-    /// Options of `ims-sshd` on the node.
-    pub(crate) options: Vec<String>,
 }
 
-/// Runs a remote job from start to end, on the image root's parent `parent`, which holds the image as a squashfs.
-/// `files` is that directory if the caller has claimed it. `wanted` is called once the job may begin, and `listening`
-/// once the environment can be reached.
+/// Runs a remote job from start to end, on the image root's parent `parent`. `files` is that directory if the caller has
+/// claimed it. `wanted` is called once the job may begin, and `listening` once the environment can be reached, with the
+/// public host key of its sshd.
 pub(crate) fn run(
     parent: &Path,
     files: Option<SignalFiles>,
     wanted: impl FnOnce() -> Result<Wanted>,
-    listening: impl FnOnce(),
+    listening: impl FnOnce(&str),
 ) -> Result<Outcome> {
     let blocked = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
     let signals = Signals::block(&blocked).attempt(|| "block signals")?;
@@ -96,7 +100,7 @@ struct Relay<W, L> {
     is_broken: bool,
 }
 
-impl<W: FnOnce() -> Result<Wanted>, L: FnOnce()> Relay<W, L> {
+impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
     fn run(&mut self) -> Result<Outcome> {
         self.open_parent()?;
         tracing::info!(parent = %self.parent.display(), "waiting for '{READY}', for a remote job");
@@ -205,13 +209,13 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce()> Relay<W, L> {
     /// Events of what the node has told.
     fn told(&mut self, told: Told) -> Vec<Event> {
         match told {
-            Told::Listening => {
+            Told::Listening(host_key) => {
                 let stands = self.files.as_ref().map_or(Ok(()), |files| files.touch(SSHD_LISTENING));
                 if let Err(error) = stands {
                     return vec![self.broken(&error)];
                 }
                 if let Some(listening) = self.listening.take() {
-                    listening();
+                    listening(&host_key);
                 }
                 vec![Event::Listening]
             }
@@ -303,10 +307,12 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce()> Relay<W, L> {
         }
         files.remove_marks_of_earlier_jobs(self.old_marks)?;
         files.reserve()?;
-        let image = files.parent().open_regular(ARCHIVE, OFlags::RDONLY | OFlags::NOFOLLOW);
-        let image = image.attempt(|| format!("open {}", files.path().join(ARCHIVE).display()))?;
-        let size = image.metadata().attempt(|| format!("look at {ARCHIVE}"))?.len();
-        let wanted = wanted()?;
+        let mut wanted = wanted()?;
+        let attempted = || format!("open {}", files.path().join(ARCHIVE).display());
+        let open = || files.parent().open_regular(ARCHIVE, OFlags::RDONLY | OFlags::NOFOLLOW);
+        let mut image = wanted.image.take().map_or_else(open, Ok).attempt(attempted)?;
+        image.rewind().attempt(attempted)?;
+        let size = image.metadata().attempt(attempted)?.len();
         let state = StateDirectory::of(&self.parent)?;
         let heed = || -> Result<()> {
             let mut signals = [PollFd::new(&self.signals, PollFlags::IN)];
@@ -358,10 +364,10 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce()> Relay<W, L> {
 }
 
 /// News from a node that changes the job's state.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 enum Told {
-    /// The environment can be reached.
-    Listening,
+    /// The environment can be reached; its public host key.
+    Listening(String),
     /// The environment has closed, with this exit code.
     Closed(Verdict, u8),
     /// Nothing is left there.
@@ -398,13 +404,16 @@ struct Node {
 impl Node {
     /// Connects, and starts this program there.
     fn begin(wanted: Wanted, size: u64, state: &Path, heed: Heed<'_>) -> Result<Self> {
-        let Wanted { to, job, task, listen, boot, silence, options } = wanted;
+        let Wanted { to, job, task, listen, boot, silence, .. } = wanted;
         let connection = Connection::open(&to, state, silence, heed)?;
         let path = provision::provide(&connection, heed)?;
         let attempted = || format!("start ims-sshd on the build node {}", connection.host());
-        let words: Vec<_> =
-            [path.as_str()].into_iter().chain(options.iter().map(String::as_str)).chain(["node"]).collect();
-        let mut program = connection.command(&words);
+        let Task::Customize(order) = &task;
+        // Its log comes here, by ssh.
+        let log = order.variables.iter().filter(|(name, _)| is_of_log(name));
+        let log: Vec<_> = log.map(|(name, value)| format!("{name}={value}")).collect();
+        let words = ["env"].into_iter().chain(log.iter().map(String::as_str)).chain([path.as_str(), "node"]);
+        let mut program = connection.command(&words.collect::<Vec<_>>());
         let mut program = program.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().attempt(attempted)?;
         let pipes = program.stdout.take().zip(program.stdin.take());
         let (output, input) = pipes.ok_or_else(|| Error::new(attempted()).because("ssh has no pipes"))?;
@@ -520,7 +529,7 @@ impl Node {
         };
         match (message, self.step) {
             (Message::Failed { why }, _) => Err(refused(&why)),
-            (Message::Listening { port }, Step::Opening) => {
+            (Message::Listening { port, host_key }, Step::Opening) => {
                 let heed = || {
                     let mut arrived = [PollFd::new(signals, PollFlags::IN)];
                     match poll::wait(&mut arrived, Duration::ZERO) {
@@ -533,7 +542,7 @@ impl Node {
                 self.connection.await_greeting(SocketAddr::new(here, self.listen.1))?;
                 self.step = Step::Open;
                 tracing::info!("the environment on {host} is open, and can be reached on port {}", self.listen.1);
-                Ok(Some(Told::Listening))
+                Ok(Some(Told::Listening(host_key)))
             }
             (Message::Closed { verdict, exit_code }, Step::Opening | Step::Open) => {
                 self.step = Step::Closed;
@@ -576,6 +585,7 @@ impl Node {
                 Part::Kernel => &self.boot.kernel,
                 Part::Initrd => &self.boot.initrd,
                 Part::Parameters => &self.boot.parameters,
+                Part::Changes => REMOTE_CHANGES,
                 Part::Source | Part::Image => TRANSFER,
             };
             let from = part_name(part);
@@ -594,12 +604,13 @@ impl Drop for Node {
 
 /// Name of a file until it is whole.
 fn part_name(part: Part) -> &'static str {
-    let [image, kernel, initrd, parameters] = REMOTE_PARTS;
+    let [image, kernel, initrd, parameters, changes] = REMOTE_PARTS;
     match part {
         Part::Source | Part::Image => image,
         Part::Kernel => kernel,
         Part::Initrd => initrd,
         Part::Parameters => parameters,
+        Part::Changes => changes,
     }
 }
 

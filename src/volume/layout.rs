@@ -39,9 +39,16 @@ pub(crate) const BUILD: &str = ".ims-sshd.build";
 
 /// The packed image of a remote job.
 pub(crate) const TRANSFER: &str = "transfer.sqsh";
-/// Results of a remote build node, until it is whole: the packed image and its boot files.
-pub(crate) const REMOTE_PARTS: [&str; 4] =
-    [".ims-sshd.remote.image", ".ims-sshd.remote.kernel", ".ims-sshd.remote.initrd", ".ims-sshd.remote.parameters"];
+/// Report of the changes of a remote job.
+pub(crate) const REMOTE_CHANGES: &str = ".ims-sshd.changes";
+/// Results of a remote build node, until they are whole: the packed image, its boot files, and the report of changes.
+pub(crate) const REMOTE_PARTS: [&str; 5] = [
+    ".ims-sshd.remote.image",
+    ".ims-sshd.remote.kernel",
+    ".ims-sshd.remote.initrd",
+    ".ims-sshd.remote.parameters",
+    ".ims-sshd.remote.changes",
+];
 /// The source image, if it is mounted or was fetched.
 pub(crate) const ARCHIVE: &str = "image.sqsh";
 /// The source image while it is fetched.

@@ -111,18 +111,24 @@ fn two_jobs_at_once_have_an_environment_each() {
 }
 
 #[test]
-fn prepare_of_a_remote_job_fetches_a_squashfs_and_nothing_else() {
+fn prepare_of_a_remote_job_makes_a_squashfs_of_any_source_and_nothing_else() {
     let (_dir, tree, squashfs) = packed_image();
     let parent = directory();
     let variables = [("REMOTE_BUILD_NODE", "x3000c0s17b1n0".to_owned())];
     let place = parent.path().to_str().unwrap();
-    let output = ims_sshd(&["prepare", place, squashfs.to_str().unwrap()], &variables).output().unwrap();
-    assert!(output.status.success(), "{output:?}");
-    assert_eq!(std::fs::read(parent.path().join("image.sqsh")).unwrap(), std::fs::read(&squashfs).unwrap());
-    assert!(!parent.path().join("image-root").exists());
-    let tar = parent.path().join("image.tar");
+    let tar = parent.path().join("source.tar");
     succeed(Command::new("tar").arg("-C").arg(&tree).args(["-cf", tar.to_str().unwrap(), "."]));
-    let output = ims_sshd(&["prepare", place, tar.to_str().unwrap()], &variables).output().unwrap();
-    assert!(!output.status.success() && text(&output.stderr).contains("it is not a squashfs"), "{output:?}");
-    assert!(!parent.path().join("image.sqsh").exists());
+    for source in [&squashfs, &tar, &tree, &squashfs] {
+        let output = ims_sshd(&["prepare", place, source.to_str().unwrap()], &variables).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        let image = parent.path().join("image.sqsh");
+        if source == &squashfs {
+            assert_eq!(std::fs::read(&image).unwrap(), std::fs::read(&squashfs).unwrap());
+        } else {
+            assert_eq!(succeed(Command::new("unsquashfs").arg("-cat").arg(&image).arg("boot/vmlinuz")), "a kernel");
+        }
+        let mut names: Vec<_> = std::fs::read_dir(place).unwrap().map(|e| e.unwrap().file_name()).collect();
+        names.retain(|name| !name.to_str().unwrap().starts_with(".ims-sshd.") && name != "source.tar");
+        assert_eq!(names, ["image.sqsh"]);
+    }
 }

@@ -2,4 +2,5 @@
 
 mod faults;
 mod jobs;
+mod offloaded;
 mod remote;

@@ -1,0 +1,323 @@
+//! `ims-sshd customize --node`: an image that is changed and packed on another host, and published from this machine.
+
+use std::cell::RefCell;
+use std::ffi::OsString;
+use std::io::Write;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread::JoinHandle;
+
+use ring::rand::{SecureRandom, SystemRandom};
+
+use crate::environment::own_sshd::free_port;
+use crate::environment::settings;
+use crate::environment::stage::Stage;
+use crate::error::{Attempt, Error, Result};
+use crate::image::boot;
+use crate::image::kind;
+use crate::image::packing::{self, Archive};
+use crate::ims::client::Ims;
+use crate::local::claim::remove_directory;
+use crate::local::customize::{
+    Customization, Opened, announce, authorized_keys, configure_client, read_variables, refuse_unusable_key,
+};
+use crate::local::directory;
+use crate::local::register::Entry;
+use crate::local::run::{Fate, Run, drop_changes, left_in};
+use crate::local::run_directory::RunDirectory;
+use crate::local::script::Script;
+use crate::local::source;
+use crate::local::work_directory::WorkDirectory;
+use crate::publish::identity::{Identity, Record};
+use crate::publish::journal::{Journal, JournalDirectory};
+use crate::publish::manifest::say_result;
+use crate::publish::prepare;
+use crate::publish::publication::{Image, Publication};
+use crate::publish::settings::Settings;
+use crate::publish::source::Source;
+use crate::remote::connection::{Destination, is_host};
+use crate::remote::message::{Customize, Task};
+use crate::remote::node_root;
+use crate::remote::relay::{self, Wanted};
+use crate::store::Store;
+use crate::sys::named;
+use crate::sys::signals::unblock_signals;
+use crate::transfer::Work;
+use crate::transfer::checksum::hex;
+use crate::verdict::Verdict;
+use crate::volume::layout::{READY, REMOTE_CHANGES, TRANSFER};
+use crate::volume::signal_files::SignalFiles;
+
+/// Variables of this process that count on the node.
+const PASSED_ON: [&str; 9] = [
+    "IMAGE_PACKER",
+    "IMS_AGENT_FORWARDING",
+    "IMS_CLOSE_GRACE",
+    "IMS_JAIL_HOSTNAME",
+    "IMS_JAIL_TIER",
+    "JOB_ENABLE_DKMS",
+    "LOG_FORMAT",
+    "LOG_LEVEL",
+    "SOURCE_DATE_EPOCH",
+];
+
+/// Largest report of changes in bytes.
+const LARGEST_REPORT: u64 = 1 << 30;
+
+/// A customization on a node.
+#[derive(Debug)]
+pub struct Offloaded {
+    /// How the environment is opened.
+    pub wanted: Customization,
+    /// The command to run in the image, for a run without people.
+    pub command: Vec<OsString>,
+    /// The script to run there instead.
+    pub script: Option<Script>,
+}
+
+/// Opens the environment on the node, waits until it closes, and publishes the image. Returns 0 if it was marked
+/// complete; 1, or the code of a command that failed, if it was marked failed.
+pub fn run(mut run: Run, offloaded: &Offloaded) -> Result<u8> {
+    source::need_root()?;
+    let node = run.node.clone().unwrap_or_default();
+    if !is_host(&node) {
+        return Err(Error::bad_input(format!("--node is '{node}': expected HOST or USER@HOST")));
+    }
+    refuse_unusable_key(&offloaded.wanted)?;
+    let environment = read_variables(&offloaded.wanted)?;
+    let entry = run.register()?;
+    entry.set(&[("node", &node)]);
+    let mut settings = run.settings.take().ok_or_else(|| Error::bad_input("expected an output"))?;
+    let source = Source::parse(&run.source)?;
+    if let Source::Here(path) = &source {
+        named::resolve(path).map_err(|e| Error::bad_input(format!("SOURCE is '{}': {e}", path.display())))?;
+        directory::refuse_open_source(&run.source)?;
+        settings.packing.compression = settings.packing.compression.or_else(|| kind::compression(path));
+    }
+    let work = Work::begin(&settings.network)?;
+    let ims = settings.ims_client(&work);
+    work.unless_interrupted(ims.job())?;
+    work.wait(Store::check(&settings.store, &settings.network))?;
+    run.reports.changes.as_deref().map(|file| packing::check_output(file, "--changes")).transpose()?;
+    let place = work.unless_interrupted(WorkDirectory::claim(&settings.job.parent, &run.place_name(&source)))?;
+    place.path().clone_into(&mut settings.job.parent);
+    let job = Job {
+        run: &run,
+        node: &node,
+        offloaded,
+        environment,
+        settings: &settings,
+        work: &work,
+        ims: &ims,
+        place: &place,
+    };
+    if job.has_packed(&source)? {
+        tracing::info!("publishing the image that {} has packed before; --fresh drops it and opens SOURCE", node);
+    } else {
+        place.clear()?;
+        let ended = job.open(&source, &entry);
+        let ended = work.unless_interrupted(ended);
+        if !matches!(ended, Ok((Fate::Publish, _))) {
+            let path = place.path().to_owned();
+            work.last(place.remove()).map_err(|e| e.advise_if_interrupted(|| left_in(&path)))?;
+            return ended.map(|(_, code)| code);
+        }
+    }
+    entry.record_in(place.files().parent());
+    let shown = place.path().display().to_string();
+    let published = work.unless_interrupted(job.publish(&entry));
+    published.map_err(|e| {
+        let name = entry.name();
+        let line = &run.command_line.line;
+        e.advise_also(&format!(
+            "the packed image is kept in {shown}; 'ims-sshd fail {name}' drops it; to resume: {line}"
+        ))
+    })?;
+    work.last(place.remove()).map_err(|e| e.advise_if_interrupted(|| left_in(Path::new(&shown))))?;
+    Ok(0)
+}
+
+struct Job<'a> {
+    run: &'a Run,
+    node: &'a str,
+    offloaded: &'a Offloaded,
+    environment: settings::Settings,
+    settings: &'a Settings,
+    work: &'a Work,
+    ims: &'a Ims<'a>,
+    place: &'a WorkDirectory,
+}
+
+impl Job<'_> {
+    /// Returns whether an earlier run has left a packed image of `source` that it could not publish.
+    fn has_packed(&self, source: &Source) -> Result<bool> {
+        let files = self.place.files();
+        if !files.stands(TRANSFER)? {
+            return Ok(false);
+        }
+        if self.run.fresh {
+            return drop_changes(self.ims, self.settings, self.place).map(|()| false);
+        }
+        let known = Record::on(files.parent(), self.settings)?.read();
+        let now = match source {
+            Source::Here(path) => Some(Identity::of(source, &kind::Opened::open(path)?, &self.settings.expected)?),
+            _ => None,
+        };
+        let is_same = known.as_ref().is_some_and(|known| match &now {
+            Some(now) => known.is_same(now),
+            None => known.is_named(source, &self.settings.expected),
+        });
+        if is_same {
+            return Ok(true);
+        }
+        Err(Record::refusal(
+            &self.place.path().join(TRANSFER).display().to_string(),
+            source,
+            known.as_ref(),
+            now.as_ref(),
+        ))
+    }
+
+    /// Has the node open the image, and receives what it has packed.
+    fn open(&self, source: &Source, entry: &Entry) -> Result<(Fate, u8)> {
+        let wanted = &self.offloaded.wanted;
+        let image = prepare::squashfs(self.work, self.settings, source)?;
+        let parent = self.place.path();
+        let run = RunDirectory::claim("customize", parent)?;
+        let cleared = |e: Error| {
+            let _ = remove_directory(run.path());
+            e
+        };
+        let address = wanted.port.map_or_else(|| free_port(wanted.listen), Ok).map_err(cleared)?;
+        let address = SocketAddr::new(wanted.listen, address);
+        let keys = authorized_keys(wanted.authorized_key.as_deref(), run.path()).map_err(cleared)?;
+        let order = self.order(&keys.authorized, address, image).map_err(cleared)?;
+        let removed = || Error::new(format!("open {}", parent.display())).because("it has been removed");
+        let files = SignalFiles::open(parent)?.ok_or_else(removed)?;
+        files.touch(READY)?;
+        entry.set(&[("image_root_parent", &parent.display().to_string())]);
+        let (running, broken) = (RefCell::new(None), RefCell::new(None));
+        let listening = |host_key: &str| {
+            let begun = configure_client(run.path(), address, keys.identity.as_deref(), host_key)
+                .and_then(|login| self.begin(entry, run.path(), &login));
+            match begun {
+                Ok(thread) => *running.borrow_mut() = thread,
+                Err(error) => {
+                    *broken.borrow_mut() = Some(error);
+                    let _ = mark(parent, Verdict::Failed);
+                }
+            }
+        };
+        let outcome = relay::run(parent, Some(files), || Ok(order), listening);
+        let command = running.take().map(|thread| thread.join().unwrap_or(1));
+        remove_directory(run.path())?;
+        let outcome = broken.take().map_or(outcome, Err)?;
+        Ok(match (outcome.exit_code, outcome.verdict) {
+            (0, Some(Verdict::Complete)) => (Fate::Publish, 0),
+            (0, _) => (Fate::Discard, command.filter(|code| *code != 0).unwrap_or(1)),
+            (code, _) => (Fate::Discard, code),
+        })
+    }
+
+    /// The order for the node.
+    fn order(&self, keys: &Path, listen: SocketAddr, image: std::fs::File) -> Result<Wanted> {
+        let Self { run, node, offloaded: Offloaded { wanted, .. }, environment, settings, .. } = self;
+        let mut number = [0; 8];
+        SystemRandom::new().fill(&mut number).map_err(|e| Error::new("choose a number for the job").because(e))?;
+        let own = PASSED_ON.into_iter().filter_map(|name| Some((name.to_owned(), std::env::var(name).ok()?)));
+        let jailed = if wanted.jailed { "True" } else { "False" };
+        let from_scratch = if settings.packing.is_from_scratch { "true" } else { "false" };
+        let mut variables: Vec<_> = own.collect();
+        let named = [
+            ("SSH_JAIL", Some(jailed)),
+            ("IMAGE_COMPRESSION", settings.packing.compression),
+            ("IMAGE_FROM_SCRATCH", Some(from_scratch)),
+            ("KERNEL_FILENAME", Some(settings.boot.kernel.as_str())),
+            ("INITRD_FILENAME", Some(&settings.boot.initrd)),
+            ("KERNEL_PARAMETERS_FILENAME", Some(&settings.boot.parameters)),
+        ];
+        variables.extend(named.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?.to_owned()))));
+        Ok(Wanted {
+            to: Destination { host: (*node).to_owned(), key: None },
+            job: format!("local-{}", hex(&number)),
+            task: Task::Customize(Customize {
+                variables,
+                keys: std::fs::read_to_string(keys).attempt(|| format!("read {}", keys.display()))?,
+                authorities: Vec::new(),
+                session_variables: wanted.variables.clone(),
+                exclude: run.exclude.iter().map(ToString::to_string).collect(),
+                reports_changes: run.reports.changes.is_some(),
+            }),
+            image: Some(image),
+            listen: (Some(listen.ip()), listen.port()),
+            boot: boot::left_names(&settings.boot, settings.job.arch()),
+            silence: environment.node_silence,
+        })
+    }
+
+    /// Tells people that they can log in, or starts the command.
+    fn begin(&self, entry: &Entry, run: &Path, login: &str) -> Result<Option<JoinHandle<u8>>> {
+        let parent = self.place.path().to_owned();
+        entry.set(&[("login", login)]);
+        entry.reach(Stage::Serving);
+        let Offloaded { wanted, command, script, .. } = self.offloaded;
+        let (words, input) = match script {
+            Some(script) => script.piped()?,
+            None if command.is_empty() => {
+                let source = self.run.shown();
+                let opened =
+                    Opened { source: &source, image_root: &parent, shown: Path::new(&source), in_place: false };
+                announce(&opened, Path::new(node_root::PARENT), login, &entry.name(), wanted.jailed);
+                return Ok(None);
+            }
+            None => (command.iter().map(|word| word.to_string_lossy().into_owned()).collect(), Vec::new()),
+        };
+        let mut ssh = Command::new("ssh");
+        ssh.arg("-F").arg(run.join("ssh_config")).args(["-o", "BatchMode=yes", "image", "--"]);
+        ssh.arg(shell_words::join(words));
+        ssh.stdin(if script.is_some() { Stdio::piped() } else { Stdio::inherit() });
+        let mut child = unblock_signals(&mut ssh).spawn().attempt(|| "run ssh")?;
+        Ok(Some(std::thread::spawn(move || {
+            if let Some(mut to) = child.stdin.take() {
+                // A script may end before it is read whole.
+                let _ = to.write_all(&input);
+            }
+            let code = child.wait().ok().and_then(|status| status.code()).unwrap_or(1);
+            let verdict = if code == 0 { Verdict::Complete } else { Verdict::Failed };
+            if let Err(error) = mark(&parent, verdict) {
+                tracing::error!("{error}");
+            }
+            u8::try_from(code).unwrap_or(1)
+        })))
+    }
+
+    /// Publishes what the node has packed.
+    fn publish(&self, entry: &Entry) -> Result<()> {
+        let Self { run, settings, work, ims, place, .. } = self;
+        entry.reach(Stage::Uploading);
+        let parent = place.files().parent();
+        if let Some(to) = &run.reports.changes {
+            let attempted = || format!("write {}", to.display());
+            let text = parent.read(REMOTE_CHANGES, LARGEST_REPORT).attempt(attempted)?;
+            let (above, name) = packing::output(to, "--changes")?;
+            above.replace(name, &text).attempt(attempted)?;
+        }
+        let rootfs = Archive { directory: parent, name: TRANSFER }.open_squashfs()?;
+        let arch = settings.job.arch();
+        let has_kernel = place.files().stands(&boot::left_names(&settings.boot, arch).kernel)?;
+        let boot = has_kernel.then(|| boot::left_in(parent, &settings.boot, arch)).transpose()?;
+        let directory = JournalDirectory::private(place.files(), settings);
+        let mut journal = Journal::read(&directory)?;
+        let publication = Publication { work, settings, ims, directory: &directory };
+        let report = publication.publish(&mut journal, Image { rootfs, boot, debug_kernel: None })?;
+        if run.reports.result {
+            say_result(&report);
+        }
+        Ok(())
+    }
+}
+
+fn mark(parent: &Path, verdict: Verdict) -> Result<()> {
+    SignalFiles::open(parent)?.map_or(Ok(()), |files| files.touch(verdict.signal_file()))
+}

@@ -1,0 +1,236 @@
+//! `customize --node`: people and scripts without IMS.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use testbed::job::*;
+use testbed::node::{Lab, signal};
+use testbed::*;
+
+/// A machine with a source, a store, and a configuration of ssh in which the node is called `builder`.
+struct Machine<'a> {
+    lab: &'a Lab,
+    dir: tempfile::TempDir,
+    source: PathBuf,
+}
+
+impl<'a> Machine<'a> {
+    fn new(lab: &'a Lab) -> Self {
+        let dir = directory();
+        let source = squashfs_of(&image(dir.path()));
+        let key = dir.path().join("key");
+        std::fs::copy(&lab.key, &key).unwrap();
+        std::fs::set_permissions(&key, PermissionsExt::from_mode(0o600)).unwrap();
+        let config = format!(
+            "Host builder\n  HostName {}\n  User root\n  IdentityFile {}\n  StrictHostKeyChecking no\n  \
+             UserKnownHostsFile /dev/null\n  LogLevel ERROR\n",
+            lab.nodes[0].address,
+            key.display()
+        );
+        std::fs::write(dir.path().join("config"), config).unwrap();
+        // The configuration of root is this machine's own. A later -F counts.
+        std::fs::create_dir(dir.path().join("bin")).unwrap();
+        let ssh = dir.path().join("bin/ssh");
+        std::fs::write(&ssh, format!("#!/bin/sh\nexec /usr/bin/ssh -F {}/config \"$@\"\n", dir.path().display()))
+            .unwrap();
+        std::fs::set_permissions(&ssh, PermissionsExt::from_mode(0o755)).unwrap();
+        Self { lab, dir, source }
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.dir.path().join(name).display().to_string()
+    }
+
+    fn command(&self, arguments: &[&str], source: &Path, output: &str, further: &[&str]) -> Command {
+        let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", self.path("bin"));
+        let variables =
+            [("PATH", path), ("IMAGE_COMPRESSION", "none".into()), ("REMOTE_HEARTBEAT_TIMEOUT_COUNT", "1".into())];
+        let mut command = ims_sshd(&["customize", "--node", "builder", "--json", "--output", output], &variables);
+        command.args(["--work", &self.path("work")]).args(arguments).arg(source).args(further);
+        let mut command = self.lab.moved(&command);
+        command.current_dir(self.dir.path()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    fn run(&self, arguments: &[&str], source: &Path, further: &[&str]) -> Output {
+        self.command(arguments, source, &self.path("store"), further).output().unwrap()
+    }
+
+    /// Starts one for people, and waits until they can log in. Returns it with its status.
+    fn open(&self, arguments: &[&str]) -> (Child, Value) {
+        let mut command = self.command(arguments, &self.source, &self.path("store"), &[]);
+        let child = command.stderr(std::fs::File::create(self.path("log")).unwrap()).spawn().unwrap();
+        let mut status = Value::Null;
+        wait_until("it to be open", || {
+            status = self.status();
+            status["state"] == "serving"
+        });
+        (child, status)
+    }
+
+    fn status(&self) -> Value {
+        let output = ims_sshd(&["status", "--json", self.source.to_str().unwrap()], &[]).output().unwrap();
+        serde_json::from_slice(&output.stdout).unwrap_or_default()
+    }
+
+    /// A command line in a session.
+    fn says(&self, status: &Value, command: &str) -> String {
+        let words = shell_words::split(status["login"].as_str().unwrap()).unwrap();
+        let mut ssh = self.lab.command(&words[0]);
+        let output = ssh.args(&words[1..]).arg(command).stdin(Stdio::null()).output().unwrap();
+        assert!(output.status.success(), "{command}: {output:?}");
+        text(output.stdout).trim_end().to_owned()
+    }
+
+    /// The published image of that report, unpacked.
+    fn published(&self, output: &Output) -> PathBuf {
+        let place = Path::new(&self.path("store")).join(place_of(&report(output)));
+        let tree = place.join("tree");
+        let mut unpack = Command::new("unsquashfs");
+        succeed(unpack.args(["-quiet", "-no-progress", "-dest"]).args([&tree, &place.join("rootfs")]));
+        assert_eq!(std::fs::read(place.join("kernel")).unwrap(), b"a kernel");
+        tree
+    }
+
+    fn keeps_nothing(&self) {
+        assert_eq!(std::fs::read_dir(self.path("work/ims-sshd")).unwrap().count(), 0);
+    }
+}
+
+#[test]
+fn people_change_an_image_on_a_node_and_it_is_published_from_here() {
+    let lab = Lab::new();
+    let before = lab.nodes[0].state();
+    let machine = Machine::new(&lab);
+    let changes = machine.path("changes.json");
+    let (child, status) = machine.open(&["--changes", &changes, "--exclude", "etc/left-out", "--env", "COLOUR=blue"]);
+    assert_eq!(status["node"], "builder");
+    let shown = ims_sshd(&["status", machine.source.to_str().unwrap()], &[]).output().unwrap();
+    assert!(text(&shown.stdout).contains("  node: builder\n"), "{shown:?}");
+    assert_eq!(lab.nodes[0].jobs().len(), 1);
+    assert_eq!(machine.says(&status, "echo $COLOUR"), "blue");
+    machine.says(&status, "echo changed > /etc/changed; touch /etc/left-out");
+    machine.says(&status, "touch /tmp/complete");
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{output:?}\n{}", std::fs::read_to_string(machine.path("log")).unwrap());
+    let published = machine.published(&output);
+    assert_eq!(std::fs::read_to_string(published.join("etc/changed")).unwrap(), "changed\n");
+    assert!(!published.join("etc/left-out").exists());
+    let changes: Value = serde_json::from_slice(&std::fs::read(changes).unwrap()).unwrap();
+    assert!(changes["added"].as_array().unwrap().contains(&"/etc/changed".into()), "{changes}");
+    machine.keeps_nothing();
+    assert_eq!(machine.status(), Value::Null);
+    lab.nodes[0].is_as_before(&before);
+}
+
+#[test]
+fn fail_or_a_signal_ends_it_without_an_image_here_and_there() {
+    let lab = Lab::new();
+    let before = lab.nodes[0].state();
+    let machine = Machine::new(&lab);
+    for (how, code) in [("fail", 1), ("signal", 143), ("killed", 137)] {
+        let (mut child, status) = machine.open(&["--plain"]);
+        assert_eq!(
+            machine.says(&status, "ls /mnt/image/image-root/boot/vmlinuz"),
+            "/mnt/image/image-root/boot/vmlinuz"
+        );
+        match how {
+            "fail" => {
+                let marked = ims_sshd(&["fail", machine.source.to_str().unwrap()], &[]).output().unwrap();
+                assert!(marked.status.success(), "{marked:?}");
+            }
+            "signal" => signal(&child, Signal::SIGTERM),
+            _ => signal(&child, Signal::SIGKILL),
+        }
+        let status = child.wait().unwrap();
+        let ended =
+            status.code().unwrap_or_else(|| 128 + std::os::unix::process::ExitStatusExt::signal(&status).unwrap());
+        assert_eq!(ended, code, "{how}: {}", std::fs::read_to_string(machine.path("log")).unwrap());
+        lab.nodes[0].is_as_before(&before);
+        assert!(!Path::new(&machine.path("store")).exists());
+    }
+    // The last one was killed.
+    let output = machine.run(&[], &machine.source, &["true"]);
+    assert!(output.status.success(), "{output:?}");
+    machine.keeps_nothing();
+}
+
+#[test]
+fn command_or_script_makes_the_image_of_any_source_on_a_node() {
+    let lab = Lab::new();
+    let before = lab.nodes[0].state();
+    let machine = Machine::new(&lab);
+    let tree = machine.dir.path().join("tree");
+    let tar = machine.dir.path().join("image.tar.gz");
+    succeed(Command::new("tar").args(["-c", "-z", "-f"]).arg(&tar).arg("-C").arg(&tree).arg("."));
+    let script = machine.path("change.sh");
+    // What it starts must not read the rest of it.
+    std::fs::write(&script, "#!/bin/sh -e\ncat > /etc/input\necho \"$0\" > /etc/changed\n").unwrap();
+    let output = machine.run(&["--script", &script], &tar, &[]);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(std::fs::read_to_string(machine.published(&output).join("etc/input")).unwrap(), "");
+    let output = machine.run(&[], &tree, &["sh", "-c", "echo 'two  words' > /etc/changed"]);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(std::fs::read_to_string(machine.published(&output).join("etc/changed")).unwrap(), "two  words\n");
+    assert!(!tree.join("etc/changed").exists(), "a source stays as it is");
+    let images = || std::fs::read_dir(machine.path("store")).unwrap().count();
+    let published = images();
+    let output = machine.run(&[], &machine.source, &["sh", "-c", "exit 7"]);
+    assert_eq!(output.status.code(), Some(7), "{output:?}");
+    assert_eq!(images(), published);
+    machine.keeps_nothing();
+    lab.nodes[0].is_as_before(&before);
+}
+
+#[test]
+fn packed_image_that_could_not_be_published_is_kept_and_the_same_command_publishes_it() {
+    let lab = Lab::new();
+    let machine = Machine::new(&lab);
+    for end in ["resumed", "dropped"] {
+        let store = machine.path("store");
+        let (child, status) = machine.open(&[]);
+        machine.says(&status, "echo changed > /etc/changed");
+        // It could be written to when the run began.
+        let _ = std::fs::remove_dir_all(&store);
+        std::fs::write(&store, "").unwrap();
+        machine.says(&status, "touch /tmp/complete");
+        let output = child.wait_with_output().unwrap();
+        let log = std::fs::read_to_string(machine.path("log")).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{log}");
+        assert!(log.contains("the packed image is kept in "), "{log}");
+        assert_eq!(lab.nodes[0].jobs().len(), 0);
+        std::fs::remove_file(&store).unwrap();
+        assert_eq!(machine.status()["state"], "kept");
+        if end == "resumed" {
+            let output = machine.run(&[], &machine.source, &[]);
+            assert!(output.status.success(), "{output:?}");
+            let published = machine.published(&output);
+            assert_eq!(std::fs::read_to_string(published.join("etc/changed")).unwrap(), "changed\n");
+        } else {
+            let dropped = ims_sshd(&["fail", machine.source.to_str().unwrap()], &[]).output().unwrap();
+            assert!(dropped.status.success(), "{dropped:?}");
+        }
+        machine.keeps_nothing();
+    }
+}
+
+#[test]
+fn options_that_make_no_sense_with_a_node_are_refused() {
+    let lab = Lab::new();
+    let machine = Machine::new(&lab);
+    let source = machine.source.to_str().unwrap();
+    for (arguments, words) in [
+        (vec!["--node", "builder"], "--output"),
+        (vec!["--node", "builder", "--output", "out", "--bind", "/mnt"], "--bind"),
+        (vec!["--node", "builder", "--output", "out", "--host-script", "/bin/true"], "--host-script"),
+        (vec!["--node=-oProxyCommand=touch x", "--output", "out"], "expected HOST or USER@HOST"),
+        (vec!["--node", "a b", "--output", "out"], "expected HOST or USER@HOST"),
+    ] {
+        let refused = ims_sshd(&["customize"], &[]).args(arguments).arg(source).output().unwrap();
+        assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+        assert!(text(&refused.stderr).contains(words), "{refused:?}");
+    }
+}
