@@ -6,13 +6,14 @@ use std::fmt::Write;
 use std::fs::File;
 
 use rustix::fs::{Dir, FileType, Mode, OFlags};
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Attempt, Error, Result};
 use crate::printable::listed;
 use crate::sys::tree::Tree;
 
 /// Names of files in /boot. `auto` chooses one.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Names {
     /// The kernel.
     pub(crate) kernel: String,

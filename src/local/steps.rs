@@ -32,7 +32,7 @@ use crate::verdict::Verdict;
 use crate::volume::holds;
 use crate::volume::image_root;
 use crate::volume::layout::{
-    CREATED_IMAGE_ROOT, EXITING, IMAGE_ROOT, INVENTORY, POD_ERROR, READY, REMOTE_PORT, SSHD_LISTENING,
+    BOOT_NAMES, CREATED_IMAGE_ROOT, EXITING, IMAGE_ROOT, INVENTORY, POD_ERROR, READY, REMOTE_PORT, SSHD_LISTENING,
 };
 use crate::volume::open_tree;
 use crate::volume::signal_files::{SignalFiles, Step};
@@ -132,6 +132,10 @@ pub fn prepare(settings: &Settings, source: &Source, open: Open, is_fresh: bool)
         anew::clear(&work, &open_tree(&settings.job.parent)?)?;
         if let (Some(node), Some(Action::Customize) | None) = (&settings.job.node, settings.job.action) {
             prepare::fetch(&work, settings, source)?;
+            // The container that has the image packed is not told them.
+            let names = serde_json::to_vec(&settings.boot).attempt(|| "record the names of the boot files")?;
+            let volume = open_tree(&settings.job.parent)?;
+            volume.replace(BOOT_NAMES, &names).attempt(|| "record the names of the boot files")?;
             tracing::info!("the image is fetched, and will be opened on the build node {node}");
             return Ok(0);
         }

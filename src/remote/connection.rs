@@ -143,10 +143,13 @@ impl Connection {
         said.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(", ")
     }
 
-    /// `ssh` over the connection. It needs nothing of a configuration, which might ask for forwardings of its own.
+    /// `ssh` over the connection. It needs nothing of a configuration, which might ask for forwardings of its own. Without
+    /// the master it would connect anew; the command that is to make that connection fails instead.
     fn ssh(&self) -> Command {
         let mut ssh = Command::new("ssh");
-        ssh.args(["-F", "none", "-o", "BatchMode=yes", "-S"]).arg(&self.control).process_group(0);
+        ssh.args(["-F", "none", "-o", "BatchMode=yes", "-o", "ProxyCommand=false", "-S"])
+            .arg(&self.control)
+            .process_group(0);
         unblock_signals(&mut ssh);
         end_with_us(&mut ssh);
         ssh
@@ -183,16 +186,7 @@ impl Connection {
     /// and each connection is closed.
     pub(crate) fn await_greeting(&self, address: SocketAddr) -> Result<()> {
         let attempted = || format!("reach the environment on {} through the connection", self.host);
-        let greeted = || -> io::Result<bool> {
-            let mut stream = TcpStream::connect_timeout(&address, TIME_TO_ANSWER)?;
-            stream.set_read_timeout(Some(TIME_TO_ANSWER))?;
-            let mut greeting = [0; 4];
-            match stream.read_exact(&mut greeting) {
-                Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
-                read => read.map(|()| greeting == *b"SSH-"),
-            }
-        };
-        if greeted().attempt(attempted)? {
+        if greets(address).attempt(attempted)? {
             return Ok(());
         }
         let said = self.last_words();
@@ -205,6 +199,17 @@ impl Connection {
     /// Name of the node, as it was given.
     pub(crate) fn host(&self) -> &str {
         &self.host
+    }
+}
+
+/// Returns whether an sshd greets at `address`.
+pub(crate) fn greets(address: SocketAddr) -> io::Result<bool> {
+    let mut stream = TcpStream::connect_timeout(&address, TIME_TO_ANSWER)?;
+    stream.set_read_timeout(Some(TIME_TO_ANSWER))?;
+    let mut greeting = [0; 4];
+    match stream.read_exact(&mut greeting) {
+        Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+        read => read.map(|()| greeting == *b"SSH-"),
     }
 }
 

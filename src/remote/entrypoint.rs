@@ -6,14 +6,16 @@ use std::path::{Path, PathBuf};
 use crate::environment::groundwork;
 use crate::environment::settings::Settings;
 use crate::error::{Attempt, Error, Result};
-use crate::image::boot::left_names;
+use crate::image::boot::{Names, left_names};
 use crate::job::Action;
 use crate::publish::settings as publishing;
 use crate::remote::connection::{Destination, is_host};
+use crate::remote::far::Wanted;
 use crate::remote::message::{Customize, Task, is_job_id};
-use crate::remote::relay::{self, Wanted};
+use crate::remote::relay;
 use crate::sshd::effective::Effective;
-use crate::volume::layout::REMOTE_PORT;
+use crate::sys::tree::Tree;
+use crate::volume::layout::BOOT_NAMES;
 
 /// Variables of the job that its environment on the node gets.
 const PASSED_ON: [&str; 21] = [
@@ -66,21 +68,17 @@ fn wanted(settings: &Settings, variables: Vec<(OsString, OsString)>) -> Result<W
     if !is_job_id(&job) {
         return Err(Error::bad_input(format!("IMS_JOB_ID is '{job}': expected letters, digits and dashes")));
     }
-    if settings.job.parent.join(REMOTE_PORT).exists() {
-        return Err(Error::new(format!("open the image on {host}"))
-            .because(format!("there is a file '{REMOTE_PORT}': the prepare of another image has begun the job there"))
-            .advise("let the containers prepare and sshd come from the same image"));
-    }
     groundwork::make_host_keys()?;
     let sshd = Effective::ask(&settings.sshd.asking, "root")?;
     let port = sshd.first("port").and_then(|port| port.parse().ok()).unwrap_or(22);
     let authorities = variables.iter().find(|(name, value)| name == "CA_CERT" && !value.is_empty());
     let authorities = authorities.and_then(|(_, file)| Path::new(file).parent()).unwrap_or(Path::new(AUTHORITIES));
     let authorities = certificates(authorities)?;
-    let names =
-        publishing::Settings::read(None, variables.iter().filter(|(name, _)| is_boot_name(name)).cloned())?.boot;
-    let boot = left_names(&names, settings.job.arch());
-    let variables = variables.into_iter().filter_map(|(name, value)| {
+    let mut boot_names = recorded_names(&settings.job.parent);
+    boot_names.extend(variables.iter().filter(|(name, value)| is_boot_name(name) && !value.is_empty()).cloned());
+    let boot = left_names(&publishing::Settings::read(None, boot_names.clone())?.boot, settings.job.arch());
+    let variables = variables.into_iter().filter(|(name, _)| !is_boot_name(name)).chain(boot_names);
+    let variables = variables.filter_map(|(name, value)| {
         let name = name.into_string().ok().filter(|name| PASSED_ON.contains(&name.as_str()))?;
         Some((name, value.into_string().ok()?))
     });
@@ -102,8 +100,19 @@ fn wanted(settings: &Settings, variables: Vec<(OsString, OsString)>) -> Result<W
     })
 }
 
+/// Variables of the boot files' names.
+const BOOT_VARIABLES: [&str; 3] = ["KERNEL_FILENAME", "INITRD_FILENAME", "KERNEL_PARAMETERS_FILENAME"];
+
 fn is_boot_name(name: &OsString) -> bool {
-    ["KERNEL_FILENAME", "INITRD_FILENAME", "KERNEL_PARAMETERS_FILENAME"].iter().any(|boot| name == boot)
+    BOOT_VARIABLES.iter().any(|boot| name == boot)
+}
+
+/// The names that `prepare` has recorded, if it was this program's.
+fn recorded_names(parent: &Path) -> Vec<(OsString, OsString)> {
+    let text = Tree::open(parent).and_then(|volume| volume.read(BOOT_NAMES, LARGEST));
+    let recorded = text.ok().and_then(|text| serde_json::from_slice::<Names>(&text).ok());
+    let named = |names: Names| BOOT_VARIABLES.into_iter().zip([names.kernel, names.initrd, names.parameters]);
+    recorded.into_iter().flat_map(named).map(|(name, value)| (name.into(), value.into())).collect()
 }
 
 /// Public keys that sshd's configuration lets in as root.

@@ -3,7 +3,9 @@
 
 pub(crate) mod channel;
 pub(crate) mod connection;
+mod container;
 pub(crate) mod entrypoint;
+pub(crate) mod far;
 pub(crate) mod hello;
 pub mod inside;
 pub(crate) mod job_directory;

@@ -38,14 +38,16 @@ is_whole() {
 }
 "#;
 
-/// Prints the node's architecture, and whether it has the programs.
+/// Prints the node's architecture, and whether it has the programs. Their directory's time says when they were last
+/// wanted.
 const LOOK: &str = r#"
 uname -m
-if is_whole "$@"; then echo whole; else echo missing; fi
+if is_whole "$@"; then touch "$place/$1"; echo whole; else echo missing; fi
 "#;
 
-/// Takes the programs, of which the first has $4 bytes, within $5 seconds each. Removes what a node that went down has left. The directory gets its name when both are
-/// whole; another job may have been faster.
+/// Takes the programs, of which the first has $4 bytes, within $5 seconds each. The directory gets its name when both are
+/// whole; another job may have been faster. Removes what a node that went down has left, and other versions that nobody
+/// has wanted for a day and that no job runs.
 const TAKE: &str = r#"
 set -e
 mkdir -m 700 "$place" 2>/dev/null || [ -d "$place" ]
@@ -63,6 +65,13 @@ if ! mv -T "$new" "$place/$1" 2>/dev/null && ! is_whole "$@"; then
     rm -rf "$old"
     mv -T "$new" "$place/$1"
 fi
+for old in "$place"/*; do
+    name=${old##*/}
+    case $name in "$1" | *[!0-9a-f]*) continue ;; esac
+    [ ${#name} = 64 ] && [ -f "$old/ims-sshd" ] && [ -f "$old/ims-jail-shell" ] || continue
+    [ -n "$(find "$old" -maxdepth 0 -mmin +1440)" ] || continue
+    readlink /proc/[0-9]*/exe 2>/dev/null | grep -q -F "$old/" || rm -rf "$old"
+done
 "#;
 
 /// Provides the node with this program, and returns its path there.

@@ -2,7 +2,6 @@
 //! environment: what that does here, this has done on the node, and relays marks and results.
 
 use std::collections::VecDeque;
-use std::fs::File;
 use std::io::Seek;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -19,16 +18,16 @@ use crate::error::{Attempt, Error, Result};
 use crate::image::boot::Names;
 use crate::printable::Printable;
 use crate::remote::channel::{Channel, Frame};
-use crate::remote::connection::{Connection, Destination, Heed};
+use crate::remote::connection::{Connection, Heed};
+use crate::remote::container::Container;
+use crate::remote::far::{Far, Told, Wanted, give_names, part_name};
 use crate::remote::message::{Hello, Judged, Message, Order, Part, Task, is_of_log};
 use crate::remote::provision;
 use crate::remote::transfer::{Receiving, Sending};
 use crate::sys::poll;
 use crate::sys::signals::Signals;
 use crate::verdict::Verdict;
-use crate::volume::layout::{
-    ARCHIVE, EXITING, POD_ERROR, READY, REMOTE_CHANGES, REMOTE_PARTS, SSHD_LISTENING, TRANSFER,
-};
+use crate::volume::layout::{ARCHIVE, EXITING, POD_ERROR, READY, REMOTE_PARTS, REMOTE_PORT, SSHD_LISTENING};
 use crate::volume::signal_files::{LOOK_EVERY, SignalFiles, Stamp, Watch};
 use crate::volume::state_directory::StateDirectory;
 
@@ -37,25 +36,6 @@ const TIME_FOR_PARENT: Duration = Duration::from_secs(30);
 
 /// Time for the node to remove everything at the end. Afterwards its own limit of silence ends it.
 const TIME_TO_CLEAR: Duration = Duration::from_secs(20);
-
-/// A remote job.
-#[derive(Debug)]
-pub(crate) struct Wanted {
-    /// The node.
-    pub(crate) to: Destination,
-    /// The job's ID.
-    pub(crate) job: String,
-    /// The work done there.
-    pub(crate) task: Task,
-    /// The image, a squashfs; `None` for the one in the image root's parent.
-    pub(crate) image: Option<File>,
-    /// The port here that leads to the environment, on this address or on all.
-    pub(crate) listen: (Option<IpAddr>, u16),
-    /// Names for the boot files that come back, where a sidecar looks for them.
-    pub(crate) boot: Names,
-    /// Limit of silence.
-    pub(crate) silence: Duration,
-}
 
 /// Runs a remote job from start to end, on the image root's parent `parent`. `files` is that directory if the caller has
 /// claimed it. `wanted` is called once the job may begin, and `listening` once the environment can be reached, with the
@@ -95,7 +75,7 @@ struct Relay<W, L> {
     watch: Watch,
     wanted: Option<W>,
     listening: Option<L>,
-    node: Option<Node>,
+    node: Option<Box<dyn Far>>,
     /// True after an error, of which the sidecar hears by 'pod_error'.
     is_broken: bool,
 }
@@ -142,13 +122,13 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
             },
             Action::AwaitSessions(_) => {
                 // A mark is passed on, and the node tells when it has closed. After a signal nobody waits.
-                let awaits = self.node.as_ref().is_some_and(|node| node.is_marked && node.step == Step::Open);
+                let awaits = self.node.as_ref().is_some_and(|node| node.is_closing());
                 (!awaits).then_some(Event::Idle)
             }
             Action::EndProcesses => match &mut self.node {
                 None => Some(Event::AllEnded),
                 Some(node) => {
-                    if !(node.step == Step::Closed && self.machine.verdict() == Some(Verdict::Complete)) {
+                    if !(node.has_closed() && self.machine.verdict() == Some(Verdict::Complete)) {
                         node.end();
                     }
                     None
@@ -180,7 +160,7 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
     /// Sleeps until something happens. Returns the events.
     fn wait(&mut self) -> Result<Vec<Event>> {
         let mut sources = vec![PollFd::new(&self.signals, PollFlags::IN), PollFd::new(&self.watch, PollFlags::IN)];
-        sources.extend(self.node.iter().flat_map(|node| node.channel.sources()));
+        sources.extend(self.node.iter().flat_map(|node| node.sources()));
         let _ = poll::wait(&mut sources, LOOK_EVERY / 2);
         drop(sources);
         self.watch.drain();
@@ -308,11 +288,6 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
         files.remove_marks_of_earlier_jobs(self.old_marks)?;
         files.reserve()?;
         let mut wanted = wanted()?;
-        let attempted = || format!("open {}", files.path().join(ARCHIVE).display());
-        let open = || files.parent().open_regular(ARCHIVE, OFlags::RDONLY | OFlags::NOFOLLOW);
-        let mut image = wanted.image.take().map_or_else(open, Ok).attempt(attempted)?;
-        image.rewind().attempt(attempted)?;
-        let size = image.metadata().attempt(attempted)?.len();
         let state = StateDirectory::of(&self.parent)?;
         let heed = || -> Result<()> {
             let mut signals = [PollFd::new(&self.signals, PollFlags::IN)];
@@ -324,6 +299,18 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
                 _ => Ok(()),
             }
         };
+        if files.stands(REMOTE_PORT)? {
+            let attempted = || format!("read {}", files.path().join(REMOTE_PORT).display());
+            let text = files.parent().read(REMOTE_PORT, 16).attempt(attempted)?;
+            let port = String::from_utf8_lossy(&text).trim().parse().attempt(attempted)?;
+            self.node = Some(Box::new(Container::begin(wanted, port, state.path(), &heed)?));
+            return Ok(());
+        }
+        let attempted = || format!("open {}", files.path().join(ARCHIVE).display());
+        let open = || files.parent().open_regular(ARCHIVE, OFlags::RDONLY | OFlags::NOFOLLOW);
+        let mut image = wanted.image.take().map_or_else(open, Ok).attempt(attempted)?;
+        image.rewind().attempt(attempted)?;
+        let size = image.metadata().attempt(attempted)?.len();
         let began = Instant::now();
         let mut node = Node::begin(wanted, size, state.path(), &heed)?;
         let hello = node.hello(&heed)?;
@@ -336,7 +323,7 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
         );
         let sending = Sending::begin(&mut node.channel, Part::Source, image)?;
         node.sending = Some(sending);
-        self.node = Some(node);
+        self.node = Some(Box::new(node));
         Ok(())
     }
 
@@ -361,17 +348,6 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
         tracing::info!(verdict, "closed: '{EXITING}' created");
         succeeded(announced)
     }
-}
-
-/// News from a node that changes the job's state.
-#[derive(Debug, Clone)]
-enum Told {
-    /// The environment can be reached; its public host key.
-    Listening(String),
-    /// The environment has closed, with this exit code.
-    Closed(Verdict, u8),
-    /// Nothing is left there.
-    Gone,
 }
 
 /// How far the node is.
@@ -452,49 +428,6 @@ impl Node {
         }
     }
 
-    fn mark(&mut self, verdict: Verdict) {
-        self.is_marked = true;
-        self.channel.say(&Message::Mark(verdict.into()));
-    }
-
-    /// Has the node end everything.
-    fn end(&mut self) {
-        if !matches!(self.step, Step::Ending(_)) {
-            self.step = Step::Ending(Instant::now());
-            self.sending = None;
-            self.channel.say(&Message::End);
-        }
-    }
-
-    /// Reads and writes what is possible now.
-    fn turn(&mut self, files: Option<&SignalFiles>, signals: &Signals) -> Result<Option<Told>> {
-        let lost = |e: Error, host: &str| Error::new(format!("go on with the job on {host}")).because(e);
-        self.channel.turn()?;
-        if let Some(sending) = &mut self.sending
-            && sending.go_on(&mut self.channel)?
-        {
-            self.sending = None;
-            tracing::info!("the image is on the node");
-        }
-        if let Step::Ending(since) = self.step {
-            return Ok(self.ending(since));
-        }
-        while let Some(frame) = self.channel.next()? {
-            if let Some(told) = self.heard(frame, files, signals)? {
-                return Ok(Some(told));
-            }
-            if matches!(self.step, Step::Ending(_)) {
-                return Ok(None);
-            }
-        }
-        self.channel.check().map_err(|e| {
-            let said = self.connection.last_words();
-            let error = lost(e, self.connection.host());
-            if said.is_empty() { error } else { error.advise(said) }
-        })?;
-        Ok(None)
-    }
-
     /// Waits for the node's last message. Whatever comes before it no longer counts.
     fn ending(&mut self, since: Instant) -> Option<Told> {
         loop {
@@ -567,7 +500,7 @@ impl Node {
             }
             (Message::Sent, Step::Closed) if self.receiving.is_none() && self.received.contains(&Part::Image) => {
                 let files = files.ok_or_else(|| refused("the image root parent is gone"))?;
-                self.give_names(files)?;
+                give_names(files, &self.received, &self.boot)?;
                 tracing::info!("the packed image has come from {host}, whole and unaltered");
                 self.end();
                 Ok(None)
@@ -575,23 +508,60 @@ impl Node {
             _ => Err(refused("it has sent something unexpected")),
         }
     }
+}
 
-    /// Gives the files that have come their names, the image last.
-    fn give_names(&self, files: &SignalFiles) -> Result<()> {
-        let mut parts = self.received.clone();
-        parts.sort_by_key(|part| *part == Part::Image);
-        for part in parts {
-            let name = match part {
-                Part::Kernel => &self.boot.kernel,
-                Part::Initrd => &self.boot.initrd,
-                Part::Parameters => &self.boot.parameters,
-                Part::Changes => REMOTE_CHANGES,
-                Part::Source | Part::Image => TRANSFER,
-            };
-            let from = part_name(part);
-            files.parent().rename(from, name).attempt(|| format!("rename {from} to {name}"))?;
+impl Far for Node {
+    fn sources(&self) -> Vec<PollFd<'_>> {
+        self.channel.sources().into()
+    }
+
+    fn mark(&mut self, verdict: Verdict) {
+        self.is_marked = true;
+        self.channel.say(&Message::Mark(verdict.into()));
+    }
+
+    fn is_closing(&self) -> bool {
+        self.is_marked && self.step == Step::Open
+    }
+
+    fn has_closed(&self) -> bool {
+        self.step == Step::Closed
+    }
+
+    fn end(&mut self) {
+        if !matches!(self.step, Step::Ending(_)) {
+            self.step = Step::Ending(Instant::now());
+            self.sending = None;
+            self.channel.say(&Message::End);
         }
-        Ok(())
+    }
+
+    fn turn(&mut self, files: Option<&SignalFiles>, signals: &Signals) -> Result<Option<Told>> {
+        let lost = |e: Error, host: &str| Error::new(format!("go on with the job on {host}")).because(e);
+        self.channel.turn()?;
+        if let Some(sending) = &mut self.sending
+            && sending.go_on(&mut self.channel)?
+        {
+            self.sending = None;
+            tracing::info!("the image is on the node");
+        }
+        if let Step::Ending(since) = self.step {
+            return Ok(self.ending(since));
+        }
+        while let Some(frame) = self.channel.next()? {
+            if let Some(told) = self.heard(frame, files, signals)? {
+                return Ok(Some(told));
+            }
+            if matches!(self.step, Step::Ending(_)) {
+                return Ok(None);
+            }
+        }
+        self.channel.check().map_err(|e| {
+            let said = self.connection.last_words();
+            let error = lost(e, self.connection.host());
+            if said.is_empty() { error } else { error.advise(said) }
+        })?;
+        Ok(None)
     }
 }
 
@@ -599,18 +569,6 @@ impl Drop for Node {
     fn drop(&mut self) {
         let _ = self.program.kill();
         let _ = self.program.wait();
-    }
-}
-
-/// Name of a file until it is whole.
-fn part_name(part: Part) -> &'static str {
-    let [image, kernel, initrd, parameters, changes] = REMOTE_PARTS;
-    match part {
-        Part::Source | Part::Image => image,
-        Part::Kernel => kernel,
-        Part::Initrd => initrd,
-        Part::Parameters => parameters,
-        Part::Changes => changes,
     }
 }
 

@@ -1,7 +1,7 @@
 //! Files on a channel: sent with their length before and their digest after, and accepted only if both fit.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{Read, Seek, Write};
 
 use ring::digest::{Context, SHA256};
 
@@ -61,23 +61,21 @@ pub(crate) struct Receiving {
 impl Receiving {
     /// Begins with an empty file that is to have `size` bytes.
     pub(crate) fn begin(part: Part, size: u64, file: File) -> Result<Self> {
-        let room = rustix::fs::fstatvfs(&file).attempt(|| receiving(part))?;
-        let free = room.f_bavail.saturating_mul(room.f_frsize);
-        if room.f_blocks > 0 && size > free {
-            let why = format!("it has {size} bytes, and {free} are free");
-            return Err(Error::new(receiving(part)).because(why).advise("free space there"));
-        }
+        check_room(part, size, &file)?;
         Ok(Self { part, file, left: size, digest: Context::new(&SHA256) })
     }
 
     /// Takes data.
     pub(crate) fn take(&mut self, data: &[u8]) -> Result<()> {
-        let attempted = || receiving(self.part);
+        self.count(data)?;
+        self.file.write_all(data).attempt(|| receiving(self.part))
+    }
+
+    fn count(&mut self, data: &[u8]) -> Result<()> {
         let Some(left) = self.left.checked_sub(data.len() as u64) else {
-            return Err(Error::new(attempted()).because("it is longer than announced"));
+            return Err(Error::new(receiving(self.part)).because("it is longer than announced"));
         };
         self.digest.update(data);
-        self.file.write_all(data).attempt(attempted)?;
         self.left = left;
         Ok(())
     }
@@ -93,6 +91,32 @@ impl Receiving {
         }
         self.file.sync_all().attempt(|| receiving(self.part))?;
         Ok(self.part)
+    }
+}
+
+/// Fails if `size` bytes do not fit where `file` is.
+pub(crate) fn check_room(part: Part, size: u64, file: &File) -> Result<()> {
+    let room = rustix::fs::fstatvfs(file).attempt(|| receiving(part))?;
+    let free = room.f_bavail.saturating_mul(room.f_frsize);
+    if room.f_blocks > 0 && size > free {
+        let why = format!("it has {size} bytes, and {free} are free");
+        return Err(Error::new(receiving(part)).because(why).advise("free space there"));
+    }
+    Ok(())
+}
+
+/// Checks a file that another program has received.
+pub(crate) fn check_whole(part: Part, file: &File, size: u64, sha256: &str) -> Result<()> {
+    let attempted = || receiving(part);
+    let mut copy = file.try_clone().attempt(attempted)?;
+    copy.rewind().attempt(attempted)?;
+    let mut received = Receiving { part, file: copy, left: size, digest: Context::new(&SHA256) };
+    let mut bytes = vec![0; CHUNK];
+    loop {
+        match received.file.read(&mut bytes).attempt(attempted)? {
+            0 => return received.finish(sha256).map(drop),
+            length => received.count(&bytes[..length])?,
+        }
     }
 }
 

@@ -39,6 +39,8 @@ pub(crate) const BUILD: &str = ".ims-sshd.build";
 
 /// The packed image of a remote job.
 pub(crate) const TRANSFER: &str = "transfer.sqsh";
+/// Names of the boot files of a remote job: only `prepare` and the sidecar are told them.
+pub(crate) const BOOT_NAMES: &str = ".ims-sshd.boot";
 /// Report of the changes of a remote job.
 pub(crate) const REMOTE_CHANGES: &str = ".ims-sshd.changes";
 /// Results of a remote build node, until they are whole: the packed image, its boot files, and the report of changes.

@@ -104,20 +104,41 @@ fn signal_ends_the_job_on_both_sides_at_any_moment() {
 }
 
 #[test]
-fn node_program_that_is_killed_fails_the_job_and_the_next_one_removes_what_is_left() {
+fn node_program_that_is_ended_fails_the_job_and_the_next_one_removes_what_is_left() {
     let lab = Lab::new();
     let node = &lab.nodes[0];
     let before = node.state();
-    for line in ["ims-sshd node", "ims-sshd node --inside task"] {
-        let mut remote = Remote::new(&lab, node, Mode::Jailed);
-        remote.open();
+    let (outer, inner) = ("ims-sshd node", "ims-sshd node --inside task");
+    for (kind, line, moment) in [
+        ("KILL", outer, "sending"),
+        ("TERM", outer, "sending"),
+        ("KILL", outer, "open"),
+        ("TERM", outer, "open"),
+        ("KILL", inner, "open"),
+        ("KILL", outer, "receiving"),
+        ("TERM", outer, "receiving"),
+    ] {
+        let mut remote =
+            if moment == "open" { Remote::new(&lab, node, Mode::Jailed) } else { Remote::large(&lab, node) };
+        remote.start(&[]);
+        remote.job.volume.touch("ready");
+        if moment == "sending" {
+            remote.wait_for_log("is able");
+        } else {
+            remote.wait_for("sshd_listening");
+        }
+        if moment == "receiving" {
+            remote.run("touch /tmp/complete");
+            remote.wait_for(".ims-sshd.remote.image");
+        }
         let (number, _) = node.processes().into_iter().find(|(_, found)| found.ends_with(line)).unwrap();
         let began = Instant::now();
-        node.kill(number);
+        node.send(number, kind);
         remote.fails(1, "cannot go on with the job");
-        assert!(began.elapsed() < SOON, "{:?}", began.elapsed());
-        let is_left = line.ends_with("node");
-        assert_eq!(node.jobs().len(), usize::from(is_left));
+        // A loaded disk takes its time to remove what has come.
+        assert!(began.elapsed() < SILENCE, "{kind} {line} {moment}: {:?}", began.elapsed());
+        let is_left = line == outer && kind == "KILL";
+        wait_until("the node to clean up", || node.jobs().len() == usize::from(is_left));
         let mut next = Remote::new(&lab, node, Mode::Jailed);
         next.open();
         assert_eq!(node.jobs(), [next.directory()]);
@@ -184,13 +205,10 @@ fn image_that_is_altered_or_cut_off_on_the_way_is_neither_opened_nor_published()
     std::fs::set_permissions(programs.join("ssh"), PermissionsExt::from_mode(0o755)).unwrap();
     let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", programs.display());
     // The image has about one MB.
-    let cut_at = (0..8).map(|eighth| ("back", "cut", 2_000 + eighth * 120_000));
-    let altered = [
-        ("there", "alter", 500_000),
-        ("back", "alter", 500_000),
-        ("back", "alter", 900_000),
-        ("there", "cut", 500_000),
-    ];
+    let cut_back = (0..14).map(|part| ("back", "cut", 2_000 + part * 69_000));
+    let cut_there = (0..6).map(|part| ("there", "cut", 2_000 + part * 160_000));
+    let cut_at = cut_back.chain(cut_there);
+    let altered = [("there", "alter", 500_000), ("back", "alter", 500_000), ("back", "alter", 900_000)];
     for (way, how, at) in cut_at.chain(altered) {
         let mut remote = Remote::new(&lab, node, Mode::Jailed);
         remote.start(&[("PATH", &path), ("WAY", way), ("HOW", how), ("AT", &at.to_string())]);
@@ -263,6 +281,56 @@ fn directory_of_somebody_else_is_refused_and_left_as_it_is() {
         remote.fails(1, "no job of this program made it");
         node.is_as_before(&before);
     }
+}
+
+#[test]
+fn tmp_that_is_mounted_noexec_nosuid_and_nodev_serves() {
+    let lab = Lab::with(&[NodeOptions { tmp: "noexec,nosuid,nodev", sshd: "" }]);
+    let node = &lab.nodes[0];
+    let before = node.state();
+    for mode in [Mode::Jailed, Mode::Plain] {
+        let mut remote = Remote::new(&lab, node, mode);
+        remote.open();
+        let (root, mark) = if mode == Mode::Jailed { ("", "/tmp") } else { ("/mnt/image/image-root", "/mnt/image") };
+        remote.says(&format!("echo changed > {root}/etc/changed; touch {mark}/complete"));
+        assert_eq!(remote.end(), 0, "{}", remote.log());
+        node.is_as_before(&before);
+    }
+}
+
+#[test]
+fn eight_jobs_at_once_neither_meet_nor_leave_anything() {
+    let lab = Lab::new();
+    let node = &lab.nodes[0];
+    let before = node.state();
+    let mut jobs: Vec<_> = (0..8)
+        .map(|number| Remote::new(&lab, node, if number % 2 == 0 { Mode::Jailed } else { Mode::Plain }))
+        .collect();
+    for job in &mut jobs {
+        job.start(&[]);
+        job.job.volume.touch("ready");
+    }
+    for job in &jobs {
+        job.wait_for("sshd_listening");
+    }
+    assert_eq!(node.jobs().len(), 8);
+    let ids: std::collections::BTreeSet<_> = jobs.iter().map(|job| job.says("echo $IMS_JOB_ID")).collect();
+    assert_eq!(ids.len(), 8);
+    for (number, job) in jobs.iter().enumerate() {
+        let root = if job.mode == Mode::Jailed { "" } else { "/mnt/image/image-root" };
+        job.says(&format!("echo {number} > {root}/etc/number"));
+        job.job.volume.touch(if number < 6 { "complete" } else { "failed" });
+    }
+    for (number, job) in jobs.iter_mut().enumerate() {
+        assert_eq!(job.end(), 0, "{}", job.log());
+        let packed = job.job.volume.signal("transfer.sqsh");
+        assert_eq!(packed.exists(), number < 6);
+        if number < 6 {
+            let said = succeed(Command::new("unsquashfs").arg("-cat").arg(packed).arg("etc/number"));
+            assert_eq!(said, format!("{number}\n"));
+        }
+    }
+    node.is_as_before(&before);
 }
 
 #[test]

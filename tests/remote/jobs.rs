@@ -21,8 +21,14 @@ fn image_is_changed_and_packed_on_the_node_and_published_from_the_pod() {
         // The names are searched for in one of the jobs.
         let kernel = if mode == Mode::Plain { "auto" } else { "vmlinuz" };
         let names = [("REMOTE_BUILD_NODE", node.address.as_str()), ("KERNEL_FILENAME", kernel)];
+        // The container that opens the image is not told the names; prepare is.
+        let (parent, source) = (&remote.job.volume.parent, remote.job.volume.dir.path().join("source.sqsh"));
+        std::fs::rename(parent.join("image.sqsh"), &source).unwrap();
+        let given = names.map(|(name, value)| (name, value.to_owned()));
+        let mut prepare = ims_sshd(&["prepare", parent.to_str().unwrap(), source.to_str().unwrap()], &given);
+        succeed(&mut prepare);
         let sidecar = remote.job.sidecar(mode, &names).spawn().unwrap();
-        remote.start(&names[1..]);
+        remote.start(&[]);
         remote.wait_for("sshd_listening");
         wait_until("'waiting_on_user'", || remote.job.ims.status() == "waiting_on_user");
         assert_eq!(node.jobs(), [remote.directory()]);
@@ -83,6 +89,35 @@ fn second_job_sends_no_program_and_a_damaged_one_is_replaced() {
         assert_eq!(std::fs::metadata(&place).unwrap().permissions().mode() & 0o777, 0o700);
     }
     assert_eq!(sent, [true, false, true]);
+}
+
+#[test]
+fn programs_of_other_versions_that_nobody_uses_are_removed_from_a_node() {
+    let lab = Lab::new();
+    let node = &lab.nodes[0];
+    let place = node.path("/var/lib/ims-sshd");
+    let [old, new, used, other] = ["a".repeat(64), "b".repeat(64), "c".repeat(64), "d".repeat(64)];
+    for name in [&old, &new, &used] {
+        let directory = place.join(name);
+        std::fs::create_dir_all(&directory).unwrap();
+        for program in ["ims-sshd", "ims-jail-shell"] {
+            std::fs::copy("/bin/sleep", directory.join(program)).unwrap();
+        }
+    }
+    // Something else of the administrator's.
+    std::fs::create_dir(place.join(&other)).unwrap();
+    let aged = |name: &str| succeed(Command::new("touch").args(["-d", "2 days ago"]).arg(place.join(name)));
+    for name in [&old, &used, &other] {
+        aged(name);
+    }
+    let run = format!("setsid /var/lib/ims-sshd/{used}/ims-sshd 1000 </dev/null >/dev/null 2>&1 &");
+    assert!(lab.ssh(node, &run).status.success());
+    let mut remote = Remote::new(&lab, node, Mode::Jailed);
+    remote.open();
+    let names: Vec<_> = [&old, &new, &used, &other].map(|name| place.join(name).exists()).into();
+    assert_eq!(names, [false, true, true, true], "{}", remote.log());
+    remote.run("touch /tmp/failed");
+    assert_eq!(remote.end(), 0, "{}", remote.log());
 }
 
 #[test]

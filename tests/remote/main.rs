@@ -1,6 +1,9 @@
 //! Remote build nodes: real ones with an sshd, a root and a network of their own, from prepare to a published image.
 
+mod clients;
 mod faults;
+mod figures;
 mod jobs;
 mod offloaded;
 mod remote;
+mod upstream;

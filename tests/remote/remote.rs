@@ -47,10 +47,46 @@ impl<'a> Remote<'a> {
         Self::on(lab, node, Mode::Jailed, job)
     }
 
+    /// A job whose image is a Debian that Ansible manages, without boot files.
+    pub fn managed(lab: &'a Lab, node: &'a Node, mode: Mode) -> Self {
+        static MANAGED: OnceLock<File> = OnceLock::new();
+        let squashfs = MANAGED.get_or_init(|| {
+            let dir = directory();
+            let squashfs = dir.path().join("managed.sqsh");
+            let mut pack = Command::new("mksquashfs");
+            pack.arg(Image::Managed.root()).arg(&squashfs).args([
+                "-noI",
+                "-noD",
+                "-noF",
+                "-noX",
+                "-quiet",
+                "-no-progress",
+            ]);
+            succeed(&mut pack);
+            File::open(squashfs).unwrap()
+        });
+        let job = Job::new();
+        let squashfs = format!("/proc/self/fd/{}", squashfs.as_raw_fd());
+        std::fs::copy(squashfs, job.volume.parent.join("image.sqsh")).unwrap();
+        Self::on(lab, node, mode, job)
+    }
+
     fn on(lab: &'a Lab, node: &'a Node, mode: Mode, job: Job) -> Self {
         std::fs::remove_dir_all(&job.volume.image_root).unwrap();
         let id = format!("job-{}", job.volume.port);
         Self { lab, node, job, entrypoint: None, mode, id }
+    }
+
+    /// A job whose container on the node was started by upstream's prepare, and listens on that port there.
+    pub fn begun_by_upstream(lab: &'a Lab, node: &'a Node, mode: Mode, port: u16) -> Self {
+        let remote = Self::new(lab, node, mode);
+        std::fs::write(remote.job.volume.signal("remote_port"), format!("{port}\n")).unwrap();
+        remote
+    }
+
+    /// The job's ID.
+    pub fn id(&self) -> &str {
+        &self.id
     }
 
     pub fn variables(&self) -> Vec<(&'static str, String)> {
@@ -142,7 +178,7 @@ impl<'a> Remote<'a> {
         assert_eq!(self.job.volume.signal("pod_error").exists(), code == 1, "{log}");
         let names: Vec<_> =
             std::fs::read_dir(&self.job.volume.parent).unwrap().map(|e| e.unwrap().file_name()).collect();
-        assert!(!names.iter().any(|name| name.to_string_lossy().contains("remote")), "{names:?}");
+        assert!(!names.iter().any(|name| name.to_string_lossy().starts_with(".ims-sshd.remote")), "{names:?}");
     }
 }
 

@@ -249,8 +249,13 @@ impl Node {
 
     /// Kills a process of the node, by its number there.
     pub fn kill(&self, number: i32) {
+        self.send(number, "KILL");
+    }
+
+    /// Sends a signal to a process of the node.
+    pub fn send(&self, number: i32, signal: &str) {
         let mut kill = Command::new("nsenter");
-        kill.args(["-t", &self.pid.to_string(), "--pid", "--mount", "kill", "-KILL", &number.to_string()]);
+        kill.args(["-t", &self.pid.to_string(), "--pid", "--mount", "kill", "-s", signal, &number.to_string()]);
         succeed(&mut kill);
     }
 

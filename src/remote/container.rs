@@ -1,0 +1,449 @@
+//! The far side of a job that upstream's prepare has begun: its container runs on the node already, with an sshd on a port
+//! of the node's. This speaks that container's protocol of signal files, and checks what upstream's scripts do not: the
+//! port is open before anybody is told, results have their length and digest, and the container ends before its directory
+//! is removed.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, Read};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::Path;
+use std::process::{Child, ChildStdout, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags};
+use rustix::fs::OFlags;
+
+use crate::error::{Attempt, Error, Result};
+use crate::publish::settings::boot_file;
+use crate::remote::connection::{Connection, Heed, greets};
+use crate::remote::far::{Far, Told, Wanted, part_name};
+use crate::remote::job_directory::JobDirectory;
+use crate::remote::message::{Part, Task};
+use crate::remote::transfer::{check_room, check_whole};
+use crate::sys::signals::Signals;
+use crate::verdict::Verdict;
+use crate::volume::layout::{ARCHIVE, BUILD_FAILED, EXITING, KIWI_LOG, POD_ERROR, READY, SSHD_LISTENING, TRANSFER};
+use crate::volume::signal_files::SignalFiles;
+
+/// Interval at which it is tried whether the container's sshd answers.
+const TRY_EVERY: Duration = Duration::from_secs(1);
+
+/// Time between two of the container's heartbeats, which `REMOTE_HEARTBEAT_TIMEOUT_COUNT` counts.
+const HEARTBEAT: Duration = Duration::from_secs(5);
+
+/// Time for the container to be removed.
+const TIME_TO_CLEAR: Duration = Duration::from_secs(30);
+
+/// Most bytes that a command on the node may print.
+const MOST_OUTPUT: usize = 64 << 10;
+
+/// Places for the files that a container leaves beside the packed image: its boot files, whose names only it knows.
+const PLACES: [Part; 4] = [Part::Kernel, Part::Initrd, Part::Parameters, Part::Changes];
+
+/// Names on the volume that are no boot files.
+const OTHERS: [&str; 7] = [ARCHIVE, BUILD_FAILED, EXITING, KIWI_LOG, POD_ERROR, READY, SSHD_LISTENING];
+
+/// Prints a line each second: the signal files of the container, and every fifth time whether it lives. Arguments: the
+/// job's directory, the container.
+const LOOK: &str = r#"
+number=0
+while :; do
+    for name in remote_exiting remote_error complete failed; do
+        if [ -f "$1/image/$name" ]; then printf '%s ' "$name"; fi
+    done
+    if [ $((number % 5)) = 0 ]; then
+        if podman exec "$2" echo heartbeat >/dev/null 2>&1; then printf 'alive '; else printf 'dead '; fi
+    fi
+    number=$((number + 1))
+    echo
+    sleep 1
+done
+"#;
+
+/// Ends the container, so that nothing changes the files any more, and prints length, digest and name of each file that
+/// may be a result. Arguments: the job's directory, the container.
+const STOP: &str = r#"
+cd "$1/image" || exit 1
+podman stop -t 3 "$2" >/dev/null 2>&1
+for name in *; do
+    case $name in image.sqsh | complete | failed | remote_*) continue ;; esac
+    if [ -f "./$name" ] && [ ! -L "./$name" ]; then
+        size=$(stat -c %s "./$name") && sum=$(sha256sum <"./$name") && echo "$size ${sum%% *} $name" || exit 1
+    fi
+done
+"#;
+
+/// Removes the container, its image and its directory. Nothing else of podman's is touched. Arguments: the job's
+/// directory, the container, the image.
+const CLEAR: &str = r#"
+podman stop -t 3 "$2" >/dev/null 2>&1
+podman rm -f "$2" >/dev/null 2>&1
+podman rmi -f "$3" >/dev/null 2>&1
+if [ -d "$1" ] && [ ! -L "$1" ] && [ "$(stat -c %u "$1")" = 0 ]; then rm -rf "$1"; fi
+"#;
+
+/// Has a mark reach the container, which looks in the image if sessions are jailed there. Arguments: the container, the
+/// mark, and "True" for a jail.
+const MARK: &str = r#"
+if [ "$3" = True ]; then place=/mnt/image/image-root/tmp; else place=/mnt/image; fi
+podman exec "$1" touch "$place/$2"
+"#;
+
+/// How far the container is.
+enum Step {
+    /// It unpacks the image. Its sshd was last tried then.
+    Opening(Option<Instant>),
+    /// People can log in.
+    Open,
+    /// It has ended well, and is stopped.
+    Stopping(Running),
+    /// Its files come.
+    Fetching(Option<Fetching>),
+    /// It is removed; `None` if that could not begin.
+    Clearing(Option<Running>, Instant),
+}
+
+/// A file of the container's, with the place that it has here until all have come.
+struct Fetched {
+    place: Part,
+    name: String,
+    size: u64,
+    sha256: String,
+}
+
+/// A file that comes from the node.
+struct Fetching {
+    child: Child,
+    file: File,
+    /// `None` once it has come.
+    result: Option<Fetched>,
+}
+
+impl Drop for Fetching {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A command that runs on the node, and what it prints.
+struct Running {
+    child: Child,
+    output: ChildStdout,
+    printed: Vec<u8>,
+    is_over: bool,
+}
+
+impl Running {
+    fn start(connection: &Connection, script: &str, arguments: &[&str]) -> Result<Self> {
+        let attempted = || format!("run a command on the build node {}", connection.host());
+        let mut command = connection.command(&[&["sh", "-c", script, "sh"], arguments].concat());
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().attempt(attempted)?;
+        let output = child.stdout.take().ok_or_else(|| Error::new(attempted()).because("ssh has no pipes"))?;
+        let flags = rustix::fs::fcntl_getfl(&output).attempt(attempted)?;
+        rustix::fs::fcntl_setfl(&output, flags | OFlags::NONBLOCK).attempt(attempted)?;
+        Ok(Self { child, output, printed: Vec::new(), is_over: false })
+    }
+
+    /// Reads what has come.
+    fn read(&mut self) -> Result<()> {
+        let mut bytes = [0; 4096];
+        while !self.is_over && self.printed.len() < MOST_OUTPUT {
+            match self.output.read(&mut bytes) {
+                Ok(0) => self.is_over = true,
+                Ok(length) => self.printed.extend(&bytes[..length]),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e).attempt(|| "read what the node says"),
+            }
+        }
+        Ok(())
+    }
+
+    /// Whole lines that were printed, and not returned before.
+    fn lines(&mut self) -> Vec<String> {
+        let end = self.printed.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+        let lines: Vec<u8> = self.printed.drain(..end).collect();
+        String::from_utf8_lossy(&lines).lines().map(str::to_owned).collect()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A container of upstream's on a node.
+pub(super) struct Container {
+    connection: Connection,
+    directory: String,
+    name: String,
+    image: String,
+    port: u16,
+    listen: (Option<IpAddr>, u16),
+    is_jailed: bool,
+    looking: Running,
+    /// Heartbeats that failed in a row, and how many may.
+    missed: u64,
+    limit: u64,
+    silence: Duration,
+    heard: Instant,
+    step: Step,
+    marking: Option<Running>,
+    is_marked_complete: bool,
+    to_fetch: VecDeque<Fetched>,
+    fetched: Vec<Fetched>,
+    /// An error after which the container is removed.
+    error: Option<Error>,
+    /// True if the node cannot be reached any more.
+    is_lost: bool,
+}
+
+impl Container {
+    /// Connects to the node of a container that listens on `port` there.
+    pub(super) fn begin(wanted: Wanted, port: u16, state: &Path, heed: Heed<'_>) -> Result<Self> {
+        let Wanted { to, job, task, listen, silence, .. } = wanted;
+        let Task::Customize(order) = task;
+        let connection = Connection::open(&to, state, silence, heed)?;
+        let directory = JobDirectory::path(&job).display().to_string();
+        let (name, image) = (format!("ims-{job}"), format!("ims-remote-{job}:1.0.0"));
+        let looking = Running::start(&connection, LOOK, &[&directory, &name])?;
+        connection.forward(listen, port, heed)?;
+        tracing::info!("the container {name} on {} was started by IMS's own prepare", connection.host());
+        Ok(Self {
+            connection,
+            directory,
+            name,
+            image,
+            port,
+            listen,
+            is_jailed: order.variables.iter().any(|(name, value)| name == "SSH_JAIL" && value == "True"),
+            looking,
+            missed: 0,
+            limit: silence.as_secs() / HEARTBEAT.as_secs(),
+            silence,
+            heard: Instant::now(),
+            step: Step::Opening(None),
+            marking: None,
+            is_marked_complete: false,
+            to_fetch: VecDeque::new(),
+            fetched: Vec::new(),
+            error: None,
+            is_lost: false,
+        })
+    }
+
+    fn refused(&self, why: &str) -> Error {
+        Error::new(format!("go on with the job on {}", self.connection.host())).because(why)
+    }
+
+    /// Looks at the container's signal files and heartbeats.
+    fn look(&mut self) -> Result<Option<Told>> {
+        self.looking.read()?;
+        for line in self.looking.lines() {
+            self.heard = Instant::now();
+            let has = |word: &str| line.split(' ').any(|found| found == word);
+            if has("remote_error") {
+                return Err(self.refused("its container has ended with an error ('remote_error')"));
+            }
+            if has("remote_exiting") {
+                let verdict = if has("failed") || !has("complete") { Verdict::Failed } else { Verdict::Complete };
+                if verdict == Verdict::Complete {
+                    let stopping = Running::start(&self.connection, STOP, &[&self.directory, &self.name])?;
+                    self.step = Step::Stopping(stopping);
+                }
+                tracing::info!("the container {} has closed as {}", self.name, verdict.signal_file());
+                return Ok(Some(Told::Closed(verdict, 0)));
+            }
+            self.missed = match (has("alive"), has("dead")) {
+                (true, _) => 0,
+                (_, true) => self.missed + 1,
+                _ => self.missed,
+            };
+            if self.missed > self.limit {
+                return Err(self.refused(&format!("its container {} does not run any more", self.name)));
+            }
+        }
+        if self.looking.is_over {
+            self.is_lost = true;
+            let said = self.connection.last_words();
+            let lost = self.refused("the other side has closed the connection");
+            return Err(if said.is_empty() { lost } else { lost.advise(said) });
+        }
+        if self.heard.elapsed() > self.silence {
+            self.is_lost = true;
+            let why = format!("nothing was heard from the other side for {} s", self.silence.as_secs());
+            return Err(self.refused(&why));
+        }
+        Ok(None)
+    }
+
+    /// Tries whether the container's sshd greets.
+    fn try_to_reach(&mut self) -> Result<Option<Told>> {
+        let Step::Opening(tried) = &mut self.step else { return Ok(None) };
+        if tried.is_some_and(|tried| tried.elapsed() < TRY_EVERY) {
+            return Ok(None);
+        }
+        *tried = Some(Instant::now());
+        let here = SocketAddr::new(self.listen.0.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)), self.listen.1);
+        if greets(here).unwrap_or(false) {
+            self.step = Step::Open;
+            tracing::info!("port {} of {} can be reached on port {}", self.port, self.connection.host(), self.listen.1);
+            return Ok(Some(Told::Listening(String::new())));
+        }
+        let said = self.connection.last_words();
+        if said.contains("administratively prohibited") {
+            return Err(self.refused(&said).advise("AllowTcpForwarding of the node's sshd has to be 'yes' or 'local'"));
+        }
+        Ok(None)
+    }
+
+    /// Goes on with fetching.
+    fn fetch(&mut self, files: Option<&SignalFiles>) -> Result<()> {
+        let parent = files.ok_or_else(|| self.refused("the image root parent is gone"))?.parent();
+        let Step::Fetching(fetching) = &mut self.step else { return Ok(()) };
+        if let Some(Fetching { child, file, result: Some(result) }) = fetching {
+            let attempted = || format!("receive {}", result.name);
+            let Some(status) = child.try_wait().attempt(attempted)? else { return Ok(()) };
+            if !status.success() {
+                return Err(Error::new(attempted()).because(format!("ssh ended: {status}")));
+            }
+            check_whole(result.place, file, result.size, &result.sha256)?;
+        }
+        self.fetched.extend(fetching.take().and_then(|mut fetching| fetching.result.take()));
+        let Some(result) = self.to_fetch.pop_front() else {
+            for Fetched { place, name, .. } in &self.fetched {
+                let from = part_name(*place);
+                parent.rename(from, name).attempt(|| format!("rename {from} to {name}"))?;
+            }
+            tracing::info!("the packed image has come from {}, whole and unaltered", self.connection.host());
+            self.end();
+            return Ok(());
+        };
+        let attempted = || format!("receive {}", result.name);
+        let file = parent.create_file(part_name(result.place)).attempt(attempted)?;
+        check_room(result.place, result.size, &file)?;
+        let path = format!("{}/image/{}", self.directory, result.name);
+        let mut command = self.connection.command(&["cat", "--", &path]);
+        let to = file.try_clone().attempt(attempted)?;
+        let child = command.stdin(Stdio::null()).stdout(to).spawn().attempt(attempted)?;
+        self.step = Step::Fetching(Some(Fetching { child, file, result: Some(result) }));
+        Ok(())
+    }
+
+    /// Takes note of the files that the stopped container has left.
+    fn stopped(&mut self) -> Result<()> {
+        let Step::Stopping(stopping) = &mut self.step else { return Ok(()) };
+        stopping.read()?;
+        if !stopping.is_over {
+            return Ok(());
+        }
+        let mut places = PLACES.into_iter();
+        let mut image = None;
+        for line in stopping.lines() {
+            let mut words = line.splitn(3, ' ');
+            let (Some(Ok(size)), Some(sha256), Some(name)) = (words.next().map(str::parse), words.next(), words.next())
+            else {
+                continue;
+            };
+            let fetched = |place| Fetched { place, name: name.to_owned(), size, sha256: sha256.to_owned() };
+            if name == TRANSFER {
+                image = Some(fetched(Part::Image));
+            } else if boot_file(name).is_ok()
+                && !name.starts_with('.')
+                && !OTHERS.contains(&name)
+                && let Some(place) = places.next()
+            {
+                self.to_fetch.push_back(fetched(place));
+            }
+        }
+        let image = image.ok_or_else(|| self.refused("its container has left no packed image"))?;
+        // Last: a sidecar takes it for the sign that all is there.
+        self.to_fetch.push_back(image);
+        self.step = Step::Fetching(None);
+        Ok(())
+    }
+}
+
+impl Far for Container {
+    fn sources(&self) -> Vec<PollFd<'_>> {
+        let running = match &self.step {
+            Step::Opening(_) | Step::Open => &self.looking,
+            Step::Stopping(running) | Step::Clearing(Some(running), _) => running,
+            Step::Fetching(_) | Step::Clearing(None, _) => return Vec::new(),
+        };
+        if running.is_over { Vec::new() } else { vec![PollFd::new(&running.output, PollFlags::IN)] }
+    }
+
+    fn mark(&mut self, verdict: Verdict) {
+        // An image that has failed needs no orderly close.
+        if verdict == Verdict::Complete && matches!(self.step, Step::Open) {
+            let jailed = if self.is_jailed { "True" } else { "False" };
+            let marking = Running::start(&self.connection, MARK, &[&self.name, verdict.signal_file(), jailed]);
+            self.marking = marking.inspect_err(|e| tracing::error!("{e}")).ok();
+            self.is_marked_complete = self.marking.is_some();
+        }
+    }
+
+    fn is_closing(&self) -> bool {
+        self.is_marked_complete && matches!(self.step, Step::Open)
+    }
+
+    fn has_closed(&self) -> bool {
+        matches!(self.step, Step::Stopping(_) | Step::Fetching(_))
+    }
+
+    fn end(&mut self) {
+        if matches!(self.step, Step::Clearing(..)) {
+            return;
+        }
+        let clearing = Running::start(&self.connection, CLEAR, &[&self.directory, &self.name, &self.image]);
+        self.step = Step::Clearing(clearing.inspect_err(|e| tracing::error!("{e}")).ok(), Instant::now());
+    }
+
+    fn turn(&mut self, files: Option<&SignalFiles>, _: &Signals) -> Result<Option<Told>> {
+        self.go_on(files).or_else(|error| {
+            if self.is_lost || matches!(self.step, Step::Clearing(..)) {
+                return Err(error);
+            }
+            // The container does not end by itself. The error is told when it is removed.
+            self.error = Some(error);
+            self.end();
+            Ok(None)
+        })
+    }
+}
+
+impl Container {
+    fn go_on(&mut self, files: Option<&SignalFiles>) -> Result<Option<Told>> {
+        match &mut self.step {
+            Step::Opening(_) => match self.look()? {
+                None => return self.try_to_reach(),
+                told => return Ok(told),
+            },
+            Step::Open => return self.look(),
+            Step::Stopping(_) => self.stopped()?,
+            Step::Fetching(_) => self.fetch(files)?,
+            Step::Clearing(clearing, since) => {
+                let is_over = match clearing {
+                    Some(clearing) => clearing.read().map(|()| clearing.is_over)?,
+                    None => false,
+                };
+                if !is_over && clearing.is_some() && since.elapsed() < TIME_TO_CLEAR {
+                    return Ok(None);
+                }
+                if is_over {
+                    tracing::info!("the container and its directory are removed from the node");
+                } else {
+                    let (host, name, directory) = (self.connection.host(), &self.name, &self.directory);
+                    tracing::warn!("{name} and {directory} may be left on {host}; remove them by hand");
+                }
+                return self.error.take().map_or(Ok(Some(Told::Gone)), Err);
+            }
+        }
+        Ok(None)
+    }
+}
