@@ -147,6 +147,9 @@ pub(super) enum Command {
         /// Part that runs inside the job's namespaces
         #[arg(long, value_enum)]
         inside: Option<RemoteStage>,
+        /// Answer only what IMS and a job ask over SSH; for a key that is tied to this command
+        #[arg(long, conflicts_with = "inside")]
+        shell: bool,
     },
     /// Print completions for a shell
     #[command(after_help = COMPLETIONS_EXAMPLES)]

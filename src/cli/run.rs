@@ -90,7 +90,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
             let settings = publishing::Settings::read(None, variables(options))?;
             steps::upload(&settings, image_root.as_deref(), archive.as_deref(), debug_kernel.as_deref())
         }
-        Command::Node { inside } => node::run(inside),
+        Command::Node { inside, shell } => node::run(inside, shell),
         Command::Completions { shell } => {
             let mut to = std::io::stdout();
             let written = manual::write_completions(&mut Arguments::command(), shell, &mut to);

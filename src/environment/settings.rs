@@ -116,7 +116,9 @@ impl Settings {
         let written = reader.text("SSHD_CONFIG_FILE").map(PathBuf::from);
         let sshd_config = sshd.as_ref().and_then(|o| reader.accept(o.config_file(written.as_ref())));
 
-        let dkms = reader.dkms();
+        // On a build node the jail may stay closed, although modules are to be built in it.
+        let is_closed = reader.choice("IMS_REMOTE_DKMS", &[("open", false), ("closed", true)], Case::Any);
+        let dkms = reader.dkms() && !(is_closed == Some(true) && job.node.is_some());
         let tiers = reader.tiers();
         let hostname = reader.host_name("IMS_JAIL_HOSTNAME");
         let binds = reader.binds("IMS_JAIL_BINDS");

@@ -100,6 +100,13 @@ pub const VARIABLES: &[Variable] = &[
         readers: &[Environment],
     },
     Variable {
+        name: "IMS_REMOTE_DKMS",
+        format: "`open` or `closed`, in any case; `closed` keeps the jail on a remote build node as it is without \
+            `JOB_ENABLE_DKMS`",
+        default: "`open`",
+        readers: &[Environment],
+    },
+    Variable {
         name: "IMS_REMOTE_KEY",
         format: "absolute path of the private key for remote build nodes; if there is a file `known_hosts` beside it, \
             only host keys in that are accepted",

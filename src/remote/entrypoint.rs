@@ -18,7 +18,7 @@ use crate::sys::tree::Tree;
 use crate::volume::layout::BOOT_NAMES;
 
 /// Variables of the job that its environment on the node gets.
-const PASSED_ON: [&str; 21] = [
+const PASSED_ON: [&str; 22] = [
     "BUILD_ARCH",
     "IMAGE_COMPRESSION",
     "IMAGE_FROM_SCRATCH",
@@ -30,6 +30,7 @@ const PASSED_ON: [&str; 21] = [
     "IMS_JAIL_HOSTNAME",
     "IMS_JAIL_TIER",
     "IMS_JOB_ID",
+    "IMS_REMOTE_DKMS",
     "IMS_SESSION_LIMIT",
     "INITRD_FILENAME",
     "JOB_ENABLE_DKMS",

@@ -88,6 +88,13 @@ impl JobDirectory {
     }
 }
 
+/// The number of jobs, as IMS counts them.
+pub(crate) fn count() -> Result<usize> {
+    let attempted = || format!("list {TMP}");
+    let names = Tree::open(Path::new(TMP)).and_then(|tmp| tmp.names()).attempt(attempted)?;
+    Ok(names.iter().filter(|name| name.to_string_lossy().starts_with(PREFIX)).count())
+}
+
 fn fill(tree: &Tree) -> io::Result<OwnedFd> {
     for name in [IMAGE, RESULTS] {
         tree.make_private(name)?;

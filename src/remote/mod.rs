@@ -14,4 +14,5 @@ pub mod node;
 pub(crate) mod node_root;
 pub(crate) mod provision;
 pub(crate) mod relay;
+mod shell;
 pub(crate) mod transfer;

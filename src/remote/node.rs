@@ -18,6 +18,7 @@ use crate::remote::hello::hello;
 use crate::remote::inside::{self, Stage};
 use crate::remote::job_directory::{IMAGE, JobDirectory, RESULTS};
 use crate::remote::message::{Judged, Message, Order, Part, Task, is_job_id, is_of_log};
+use crate::remote::shell;
 use crate::remote::transfer::{Receiving, Sending};
 use crate::sys::poll;
 use crate::sys::signals::{Signals, unblock_signals};
@@ -31,8 +32,11 @@ const SOON: Duration = Duration::from_secs(30);
 /// Interval at which limits are checked.
 const TICK: Duration = Duration::from_millis(500);
 
-/// Runs the far side, or one of the stages inside.
-pub fn run(stage: Option<Stage>) -> Result<u8> {
+/// Runs the far side, or one of the stages inside, or what a key is tied to.
+pub fn run(stage: Option<Stage>, is_shell: bool) -> Result<u8> {
+    if is_shell {
+        return shell::run();
+    }
     if let Some(stage) = stage {
         return inside::run(stage);
     }

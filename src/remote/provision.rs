@@ -1,8 +1,8 @@
 //! Sends this program to a node, below a directory that is named after its digest: a second job sends nothing, and
 //! another version is another directory.
 
-use std::fs::File;
-use std::io::{Read, Seek};
+use std::io::Seek;
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
@@ -76,23 +76,13 @@ done
 
 /// Provides the node with this program, and returns its path there.
 pub(crate) fn provide(connection: &Connection, heed: Heed<'_>) -> Result<String> {
-    let mut programs = Vec::new();
-    let mut digests = Vec::new();
-    let mut first = 0;
-    for program in [std::env::current_exe().attempt(|| "find this program's own file")?, open::program()?] {
-        let attempted = || format!("read {}", program.display());
-        let from = programs.len();
-        File::open(&program).and_then(|mut file| file.read_to_end(&mut programs)).attempt(attempted)?;
-        digests.push(sha256_of(&programs[from..]));
-        first = if from == 0 { programs.len() } else { first };
-    }
-    let list = format!("{}  ims-sshd\n{}  {NAME}\n", digests[0], digests[1]);
-    let name = sha256_of(list.as_bytes());
+    let Programs { content, first, digests, name } = &Programs::own()?;
     let arguments = [name.as_str(), &digests[0], &digests[1], &first.to_string(), &TIME_TO_TAKE.as_secs().to_string()];
 
     let attempted = || format!("look at the build node {}", connection.host());
-    let mut look = script(connection, LOOK, &arguments);
-    let output = run(look.stdin(Stdio::null()), TIME_TO_LOOK, heed).map_err(|e| Error::new(attempted()).because(e))?;
+    let mut looking = script(connection, &look(), &arguments);
+    let output =
+        run(looking.stdin(Stdio::null()), TIME_TO_LOOK, heed).map_err(|e| Error::new(attempted()).because(e))?;
     let said = succeeded(&output, attempted)?;
     let (arch, state) = said.trim().split_once('\n').unwrap_or((said.trim(), ""));
     let own = Architecture::OWN.name();
@@ -104,19 +94,61 @@ pub(crate) fn provide(connection: &Connection, heed: Heed<'_>) -> Result<String>
     }
     if state != "whole" {
         let attempted = || format!("send ims-sshd to the build node {}", connection.host());
-        let mut input = inheritable(&programs).attempt(attempted)?;
+        let mut input = inheritable(content).attempt(attempted)?;
         input.rewind().attempt(attempted)?;
-        let mut take = script(connection, TAKE, &arguments);
-        let output = run(take.stdin(input), TIME_TO_TAKE, heed).map_err(|e| Error::new(attempted()).because(e))?;
+        let mut taking = script(connection, &take(), &arguments);
+        let output = run(taking.stdin(input), TIME_TO_TAKE, heed).map_err(|e| Error::new(attempted()).because(e))?;
         succeeded(&output, attempted)?;
-        tracing::info!(bytes = programs.len(), "sent ims-sshd to {}:{PLACE}/{name}", connection.host());
+        tracing::info!(bytes = content.len(), "sent ims-sshd to {}:{PLACE}/{name}", connection.host());
     }
-    Ok(format!("{PLACE}/{name}/ims-sshd"))
+    Ok(Programs::path_of(name))
+}
+
+/// The text of the script that looks for the programs.
+pub(crate) fn look() -> String {
+    format!("{IS_WHOLE}{LOOK}")
+}
+
+/// The text of the script that takes them.
+pub(crate) fn take() -> String {
+    format!("{IS_WHOLE}{TAKE}")
+}
+
+/// This program and `ims-jail-shell`.
+pub(crate) struct Programs {
+    /// Both, one after the other.
+    content: Vec<u8>,
+    /// Length of the first.
+    first: usize,
+    digests: [String; 2],
+    /// Name of their directory on a node.
+    pub(crate) name: String,
+}
+
+impl Programs {
+    /// Those that this process runs.
+    pub(crate) fn own() -> Result<Self> {
+        let read = |program: &Path| std::fs::read(program).attempt(|| format!("read {}", program.display()));
+        let mut content = read(&std::env::current_exe().attempt(|| "find this program's own file")?)?;
+        let (first, second) = (content.len(), read(&open::program()?)?);
+        let digests = [sha256_of(&content), sha256_of(&second)];
+        content.extend(second);
+        let list = format!("{}  ims-sshd\n{}  {NAME}\n", digests[0], digests[1]);
+        Ok(Self { content, first, digests, name: sha256_of(list.as_bytes()) })
+    }
+
+    fn path_of(name: &str) -> String {
+        format!("{PLACE}/{name}/ims-sshd")
+    }
+
+    /// Path of the first on a node.
+    pub(crate) fn path(&self) -> String {
+        Self::path_of(&self.name)
+    }
 }
 
 fn script(connection: &Connection, text: &str, arguments: &[&str]) -> Command {
-    let text = format!("{IS_WHOLE}{text}");
-    connection.command(&[&["sh", "-c", &text, "sh"], arguments].concat())
+    connection.command(&[&["sh", "-c", text, "sh"], arguments].concat())
 }
 
 fn run(command: &mut Command, limit: Duration, heed: Heed<'_>) -> Result<Output> {

@@ -121,6 +121,60 @@ fn programs_of_other_versions_that_nobody_uses_are_removed_from_a_node() {
 }
 
 #[test]
+fn key_that_is_tied_to_jobs_answers_ims_runs_jobs_and_nothing_else() {
+    let lab = Lab::new();
+    let node = &lab.nodes[0];
+    let installed = node.path("/usr/local/bin");
+    std::fs::copy(&*IMS_SSHD, installed.join("ims-sshd")).unwrap();
+    std::fs::copy(&*IMS_JAIL_SHELL, installed.join("ims-jail-shell")).unwrap();
+    let public = std::fs::read_to_string(lab.key.with_extension("pub")).unwrap();
+    let line = format!("restrict,port-forwarding,command=\"/usr/local/bin/ims-sshd node --shell\" {public}");
+    std::fs::write(node.path("/root/.ssh/authorized_keys"), line).unwrap();
+    for (command, answer) in [
+        ("uname -i", "x86_64\n"),
+        ("which podman", "/usr/bin/podman\n"),
+        ("ls -d1 /tmp/* | grep /tmp/ims_ | wc -l", "0\n"),
+    ] {
+        let output = lab.ssh(node, command);
+        assert_eq!((output.status.code(), text(output.stdout)), (Some(0), answer.into()), "{command}");
+    }
+    for command in ["id", "", "uname -i; id", "sh -c id sh", "env /bin/sh node", "/usr/local/bin/ims-sshd status"] {
+        let output = lab.ssh(node, command);
+        assert_eq!((output.status.code(), text(output.stdout)), (Some(1), String::new()), "{command}");
+        assert!(text(output.stderr).contains("for build jobs of IMS alone"), "{command}");
+    }
+    let before = node.state();
+    let mut remote = Remote::new(&lab, node, Mode::Jailed);
+    remote.open();
+    assert_eq!(remote.says("cat /etc/passwd > /etc/copied; echo $IMS_JOB_ID"), remote.id());
+    remote.run("touch /tmp/complete");
+    assert_eq!(remote.end(), 0, "{}", remote.log());
+    node.is_as_before(&before);
+    std::fs::write(installed.join("ims-jail-shell"), "another version").unwrap();
+    let mut remote = Remote::new(&lab, node, Mode::Jailed);
+    remote.start(&[]);
+    remote.job.volume.touch("ready");
+    remote.fails(1, "this node runs the one that is installed");
+    node.is_as_before(&before);
+}
+
+#[test]
+fn jail_of_a_job_with_dkms_can_stay_closed_on_a_node() {
+    let lab = Lab::new();
+    let node = &lab.nodes[0];
+    for (value, code) in [("open", 0), ("closed", 1)] {
+        let mut remote = Remote::new(&lab, node, Mode::Jailed);
+        remote.start(&[("JOB_ENABLE_DKMS", "True"), ("IMS_REMOTE_DKMS", value)]);
+        remote.job.volume.touch("ready");
+        remote.wait_for("sshd_listening");
+        assert_eq!(remote.says("echo $IMS_DKMS_ENABLED"), "True");
+        assert_eq!(remote.run("test -e /dev/loop-control").status.code(), Some(code), "{value}");
+        remote.run("touch /tmp/failed");
+        assert_eq!(remote.end(), 0, "{}", remote.log());
+    }
+}
+
+#[test]
 fn two_jobs_at_once_have_an_environment_each() {
     let lab = Lab::new();
     let node = &lab.nodes[0];

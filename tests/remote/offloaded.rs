@@ -10,6 +10,8 @@ use testbed::job::*;
 use testbed::node::{Lab, signal};
 use testbed::*;
 
+use crate::remote::Remote;
+
 /// A machine with a source, a store, and a configuration of ssh in which the node is called `builder`.
 struct Machine<'a> {
     lab: &'a Lab,
@@ -215,6 +217,67 @@ fn packed_image_that_could_not_be_published_is_kept_and_the_same_command_publish
         }
         machine.keeps_nothing();
     }
+}
+
+#[test]
+fn commands_of_the_page_do_what_they_are_there_for() {
+    let page = include_str!("../../docs/REMOTE_NODES.md");
+    let blocks = page.split("```console\n").skip(1).map(|rest| rest.split("\n```").next().unwrap());
+    let lab = Lab::new();
+    let machine = Machine::new(&lab);
+    // The page's image has a package manager.
+    let tree = machine.dir.path().join("tree");
+    std::fs::create_dir_all(tree.join("usr/bin")).unwrap();
+    std::fs::write(
+        tree.join("usr/bin/zypper"),
+        "#!/bin/sh\n[ \"$*\" = '--non-interactive update' ] && echo updated > /etc/updated\n",
+    )
+    .unwrap();
+    std::fs::set_permissions(tree.join("usr/bin/zypper"), PermissionsExt::from_mode(0o755)).unwrap();
+    std::fs::rename(squashfs_of(&tree), machine.path("image.sqsh")).unwrap();
+    std::os::unix::fs::symlink(&*IMS_SSHD, machine.path("bin/ims-sshd")).unwrap();
+    let mut seen = 0;
+    for line in blocks.flat_map(str::lines) {
+        seen += 1;
+        let command = line.strip_prefix("# ").unwrap_or_else(|| panic!("{line}"));
+        let mut shell = lab.command("sh");
+        let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", machine.path("bin"));
+        shell.env("PATH", path).current_dir(machine.dir.path()).stdin(Stdio::null());
+        if command.starts_with("ssh root@NODE ") {
+            let said = succeed(shell.arg("-c").arg(command.replace("NODE", "builder")));
+            assert!(said.contains("/sshd") && said.contains("/tmp"), "{said}");
+        } else if command.starts_with("ssh-keyscan NODE ") {
+            succeed(shell.arg("-c").arg(command.replace("NODE", &lab.nodes[0].address)));
+            std::fs::rename(machine.path("known_hosts"), lab.key.with_file_name("known_hosts")).unwrap();
+            let mut remote = Remote::new(&lab, &lab.nodes[0], Mode::Jailed);
+            remote.open();
+            remote.run("touch /tmp/failed");
+            assert_eq!(remote.end(), 0, "{}", remote.log());
+        } else {
+            assert!(command.starts_with("ims-sshd customize --node root@builder ./image.sqsh"), "{command}");
+            let log = std::fs::File::create(machine.path("log")).unwrap();
+            let mut child = shell.arg("-c").arg(command).stdout(Stdio::null()).stderr(log).spawn().unwrap();
+            if !command.contains(" -- ") {
+                let marked = || {
+                    let mut mark = ims_sshd(&["complete", &machine.path("image.sqsh")], &[]);
+                    mark.output().unwrap().status.success()
+                };
+                wait_until("it to be open and marked", marked);
+            }
+            assert!(child.wait().unwrap().success(), "{}", std::fs::read_to_string(machine.path("log")).unwrap());
+            let published = std::fs::read_dir(machine.path("out")).unwrap().flatten();
+            let is_updated = |place: std::fs::DirEntry| {
+                let mut look = Command::new("unsquashfs");
+                look.arg("-cat").arg(place.path().join("rootfs")).arg("etc/updated");
+                text(look.output().unwrap().stdout).contains("updated")
+            };
+            assert_eq!(
+                published.filter(|place| place.file_type().unwrap().is_dir()).any(is_updated),
+                command.contains(" -- ")
+            );
+        }
+    }
+    assert_eq!(seen, 4);
 }
 
 #[test]
