@@ -104,13 +104,19 @@ impl Archive<'_> {
     }
 
     /// Creates the file that the image is written to before it gets its name, and locks it: another run may pack into
-    /// the same archive. One that a killed run has left is replaced.
+    /// the same archive. One that a killed run has left, or that other users can lock, is replaced.
     fn create_part(&self, work: &Work) -> Result<File> {
         let (directory, name) = (self.directory, self.part());
         let attempted = || format!("create {}.part", self.shown());
         let identity = |found: Stat| (found.st_dev, found.st_ino);
         let is_named = |file: &File| -> io::Result<bool> {
             Ok(directory.look(&name)?.map(identity) == Some(identity(rustix::fs::fstat(file)?)))
+        };
+        // Nobody else can open such a file, and so hold its lock.
+        let is_own = |file: &File| {
+            let user = rustix::process::geteuid().as_raw();
+            rustix::fs::fstat(file)
+                .is_ok_and(|found| found.st_uid == user && found.st_mode & 0o066 == 0 && found.st_nlink <= 1)
         };
         let began = Instant::now();
         loop {
@@ -120,10 +126,10 @@ impl Archive<'_> {
                 Ok(file) => (file.into(), true),
                 Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e).attempt(attempted),
                 Err(_) => match directory.open_regular(&name, OFlags::RDWR | OFlags::NOFOLLOW) {
-                    Ok(file) => (file, false),
+                    Ok(file) if is_own(&file) => (file, false),
                     Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
-                    Err(_) => {
-                        // It is no regular file.
+                    _ => {
+                        // It is somebody else's, or no regular file.
                         directory.remove(&name).attempt(attempted)?;
                         continue;
                     }

@@ -398,13 +398,23 @@ fn second_run_that_packs_into_one_archive_is_refused() {
         kill(packing, Signal::SIGCONT).unwrap();
         assert!(first.wait().unwrap().success());
         succeed(Command::new("unsquashfs").arg("-s").arg(dir.path().join("image.sqsh")));
-        // What a killed run has left is replaced, whatever it is.
+        // What a killed run or another user has left is replaced, whatever it is.
+        let part = dir.path().join("image.sqsh.part");
         std::fs::remove_file(dir.path().join("image.sqsh")).unwrap();
-        std::os::unix::fs::symlink("/etc/passwd", dir.path().join("image.sqsh.part")).unwrap();
+        std::os::unix::fs::symlink("/etc/passwd", &part).unwrap();
         assert!(pack(&[]).status.success());
-        std::fs::write(dir.path().join("image.sqsh.part"), "left").unwrap();
-        assert!(pack(&[]).status.success());
-        assert!(!dir.path().join("image.sqsh.part").exists());
+        for (owner, mode) in [(0, 0o600), (0, 0o644), (1234, 0o600)] {
+            std::fs::write(&part, "left").unwrap();
+            std::fs::set_permissions(&part, std::fs::Permissions::from_mode(mode)).unwrap();
+            std::os::unix::fs::chown(&part, Some(owner), None).unwrap();
+            let lock = std::fs::File::open(&part).unwrap();
+            if (owner, mode) != (0, 0o600) {
+                lock.lock().unwrap();
+            }
+            let output = pack(&[]);
+            assert!(output.status.success(), "{owner} {mode:o}: {output:?}");
+        }
+        assert!(!part.exists());
     }
 }
 
