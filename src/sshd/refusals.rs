@@ -42,9 +42,10 @@ const ENDS_SESSION: [&str; 10] = [
 ];
 
 /// Prefixes of lines that are no reason for the end of a login: debugging, records of logins that cannot be written,
-/// configuration that a connection reads again, and sessions at LogLevel VERBOSE.
-const NO_REASON: [&str; 8] = [
+/// configuration that a connection reads again, scanners of ports, and sessions at LogLevel VERBOSE.
+const NO_REASON: [&str; 9] = [
     "debug",
+    "kex_",
     "syslogin_perform_logout",
     "lastlog_",
     "rexec line ",
@@ -360,7 +361,7 @@ mod tests {
             ),
             // Probes, scanners, and ends of accepted logins.
             ("Connection closed by 192.0.2.1 port 7 [preauth]", of()),
-            ("kex_exchange_identification: Connection closed by remote host [preauth]", None),
+            ("kex_exchange_identification: Connection closed by remote host", None),
             ("Connection closed by 192.0.2.1 port 7", of()),
             ("Received disconnect from 192.0.2.1 port 7:11: disconnected by user", of()),
             ("banner exchange: Connection from 192.0.2.1 port 7: invalid format", of()),
