@@ -114,6 +114,9 @@ pub fn run(run: Run, entry: &Entry) -> Result<u8> {
         let stopped = stopped.filter(|_| decides || entry.answer == Some(Answer::Yes));
         let status = stopped.map_or(status, |signal| exited(128 + signal as i32));
         if !decides {
+            if let Some(signal) = stopped {
+                tracing::warn!("interrupted by {signal}");
+            }
             let marked_to_discard = mark == Some(Verdict::Failed) || mark.is_some() && is_discarded;
             let fate = if marked_to_discard { Fate::Discard } else { Fate::Keep };
             if verdict == Some(Verdict::Complete) && !is_discarded {

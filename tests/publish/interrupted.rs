@@ -70,7 +70,7 @@ fn signal_at_any_moment_of_packing_sets_the_exit_code() {
             command.arg(&tree);
             command
         };
-        interrupted(packer, 15, package, |dir| has_no(dir, "image.sqsh"));
+        interrupted(packer, 12, package, |dir| has_no(dir, "image.sqsh"));
     }
 }
 
@@ -82,13 +82,13 @@ fn signal_at_any_moment_of_preparing_and_uploading_sets_the_exit_code() {
         command.arg(&squashfs);
         command
     };
-    interrupted("prepare", 20, prepare, |dir| has_no(dir, "image-root"));
+    interrupted("prepare", 16, prepare, |dir| has_no(dir, "image-root"));
     let upload = |_: &Path| {
         let mut command = ims_sshd(&["upload", "--name", "compute", "--store", "store", "--archive"], &[]);
         command.args([&squashfs, &tree]);
         command
     };
-    interrupted("upload", 12, upload, |dir| has_no(dir, "manifest.json"));
+    interrupted("upload", 8, upload, |dir| has_no(dir, "manifest.json"));
 }
 
 #[test]
@@ -105,7 +105,7 @@ fn signal_at_any_moment_of_a_sidecar_sets_the_exit_code() {
         ];
         ims_sshd(&["sidecar"], &variables)
     };
-    interrupted("sidecar", 15, sidecar, |dir| has_no(dir, "manifest.json"));
+    interrupted("sidecar", 12, sidecar, |dir| has_no(dir, "manifest.json"));
 }
 
 #[test]
@@ -117,14 +117,16 @@ fn signal_at_any_moment_of_an_unattended_run_sets_the_exit_code() {
         command.arg(&squashfs).args(["--kernel", "vmlinuz", "--initrd", "initrd", "--", "touch", "/etc/new"]);
         command
     };
-    interrupted("customize", 12, customize, |dir| has_no(dir, "manifest.json"));
-    let enter = |dir: &Path| {
-        let own = dir.join("tree");
-        succeed(Command::new("cp").arg("-aT").arg(&tree).arg(&own));
-        let mut command = ims_sshd(&["customize", "--work", "work"], &[]);
-        std::fs::create_dir(dir.join("work")).unwrap();
-        command.arg(own).args(["--", "touch", "/etc/new"]);
-        command
-    };
-    interrupted("customize DIRECTORY", 8, enter, |_| {});
+    interrupted("customize", 8, customize, |dir| has_no(dir, "manifest.json"));
+    for in_place in [&[][..], &["--in-place"]] {
+        let customize = |dir: &Path| {
+            let own = dir.join("tree");
+            succeed(Command::new("cp").arg("-aT").arg(&tree).arg(&own));
+            let mut command = ims_sshd(&["customize", "--work", "work"], &[]);
+            std::fs::create_dir(dir.join("work")).unwrap();
+            command.args(in_place).arg(own).args(["--", "touch", "/etc/new"]);
+            command
+        };
+        interrupted("customize DIRECTORY", 6, customize, |_| {});
+    }
 }
