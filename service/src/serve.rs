@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 
+use chrono::TimeDelta;
 use ims_sshd::error::{Attempt, Error, Result};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -64,7 +65,9 @@ async fn run(settings: Settings) -> Result<()> {
         }
     };
     let service = Arc::new(Service::new(settings, database, store, runner));
-    service.clear_starts().await;
+    // A database of one process has no start that another one might be at.
+    let age = if service.database.is_shared() { http::LONGEST_START } else { TimeDelta::zero() };
+    service.clear_starts(age).await;
     let sweeping = service.clone();
     let sweep = tokio::spawn(async move { sweeping.sweep().await });
     let watch = tokio::spawn(watch(service.clone()));

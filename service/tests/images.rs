@@ -47,7 +47,9 @@ impl Stored {
         self.bucket.put(&format!("{id}/kernel"), b"kernel");
         let entry =
             |name: &str, kind: &str| json!({ "link": self.link(&format!("{id}/{name}")), "md5": name, "type": kind });
-        let artifacts = [entry("rootfs", ROOTFS), entry("kernel", "application/vnd.cray.image.kernel")];
+        let kernel = entry("kernel", "application/vnd.cray.image.kernel");
+        // One object is listed twice.
+        let artifacts = [entry("rootfs", ROOTFS), kernel.clone(), kernel];
         let manifest = json!({ "version": "1.0", "created": "x", "artifacts": artifacts });
         self.bucket.put(&format!("{id}/manifest.json"), manifest.to_string().as_bytes());
         self.link(&format!("{id}/manifest.json"))
@@ -75,8 +77,8 @@ fn an_image_is_moved_with_its_objects_and_back() {
     let deleted = server.get(&format!("/v3/deleted/images/{id}")).good();
     assert_eq!(deleted["link"], stored.link(&own));
     let manifest: Value = serde_json::from_slice(&bucket.get(&own).body).unwrap();
-    assert_eq!(manifest["artifacts"].as_array().unwrap().len(), 3);
-    assert_eq!(manifest["artifacts"][2]["type"], "application/vnd.cray.image.manifest");
+    assert_eq!(manifest["artifacts"].as_array().unwrap().len(), 4);
+    assert_eq!(manifest["artifacts"][3]["type"], "application/vnd.cray.image.manifest");
 
     assert_eq!(server.undelete(&format!("/v3/deleted/images/{id}")).status, 204);
     assert_eq!(stored.keys(), before);
@@ -244,4 +246,65 @@ fn a_refused_move_leaves_the_record_and_its_objects() {
             .iter()
             .all(|key| keys.contains(&(*key).into()))
     );
+}
+
+/// An S3 server of one object of 6 GiB that belongs to `STS`; keeps the heads of requests.
+fn sts_server() -> (String, std::sync::Arc<std::sync::Mutex<Vec<String>>>) {
+    use std::io::{BufRead, BufReader, Read, Write};
+    let heads = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+    let heard = heads.clone();
+    let address = testbed::listen(move |mut connection| {
+        let mut reader = BufReader::new(connection.try_clone().unwrap());
+        let lines: Vec<_> = reader.by_ref().lines().map_while(Result::ok).take_while(|line| !line.is_empty()).collect();
+        let Some(request) = lines.first() else { return };
+        let length = lines.iter().find_map(|line| line.to_lowercase().strip_prefix("content-length: ")?.parse().ok());
+        std::io::copy(&mut reader.take(length.unwrap_or(0)), &mut std::io::sink()).unwrap();
+        heard.lock().unwrap().push(lines.join("\n"));
+        let body = match request.split(' ').next().unwrap() {
+            "HEAD" => {
+                let headers = "content-length: 6442450944\r\netag: \"e\"\r\nx-amz-meta-md5sum: m";
+                let _ = write!(connection, "HTTP/1.1 200 OK\r\n{headers}\r\nconnection: close\r\n\r\n");
+                return;
+            }
+            "GET" => "<AccessControlPolicy><Owner><ID>STS</ID></Owner></AccessControlPolicy>",
+            "PUT" => "<CopyPartResult><ETag>\"p\"</ETag></CopyPartResult>",
+            "POST" if request.contains("uploads=") => {
+                "<InitiateMultipartUploadResult><UploadId>u</UploadId></InitiateMultipartUploadResult>"
+            }
+            "POST" => "<CompleteMultipartUploadResult><ETag>\"e\"</ETag></CompleteMultipartUploadResult>",
+            _ => "",
+        };
+        let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\nconnection: close\r\n\r\n", body.len());
+        let _ = connection.write_all((head + body).as_bytes());
+    });
+    (format!("http://{address}"), heads)
+}
+
+#[test]
+fn large_objects_are_copied_in_parts_with_metadata_and_the_keys_of_their_owner() {
+    let data = tempfile::tempdir().unwrap();
+    let (endpoint, heads) = sts_server();
+    let keys = [
+        ("S3_ENDPOINT", endpoint.as_str()),
+        ("S3_ACCESS_KEY", "own"),
+        ("S3_SECRET_KEY", "secret"),
+        ("S3_STS_ACCESS_KEY", "other"),
+        ("S3_STS_SECRET_KEY", "secret"),
+    ];
+    let server = Server::with(data.path(), &keys);
+    let link = json!({"path": "s3://b/k", "type": "s3"});
+    let recipe = json!({"name": "r", "recipe_type": "kiwi-ng", "linux_distribution": "sles15", "link": link});
+    let id = server.post("/recipes", &recipe).id();
+    assert_eq!(server.delete(&format!("/v3/recipes/{id}")).status, 204);
+    let heads = heads.lock().unwrap();
+    let with = |start: &str| heads.iter().filter(|head| head.starts_with(start)).collect::<Vec<_>>();
+    let parts = with("PUT /b/deleted/k?partNumber=");
+    assert_eq!(parts.len(), 6, "{heads:#?}");
+    let ranges = ["bytes=0-1073741823", "bytes=5368709120-6442450943"];
+    assert!(ranges.iter().all(|range| parts.iter().any(|part| part.contains(range))), "{parts:#?}");
+    assert!(parts.iter().all(|part| part.contains("Credential=other/") && part.contains("x-amz-copy-source: /b/k")));
+    let create = with("POST /b/deleted/k?uploads=");
+    assert!(create.len() == 1 && create[0].contains("x-amz-meta-md5sum: m"), "{create:#?}");
+    assert!(with("DELETE /b/k").iter().all(|head| head.contains("Credential=own/")));
+    assert_eq!(with("DELETE /b/k").len(), 1);
 }

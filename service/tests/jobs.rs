@@ -241,7 +241,7 @@ fn a_start_that_fails_or_is_cut_off_leaves_nothing() {
         let mut change = running.service.database.change(&[kind]).await.unwrap();
         change.insert_into(kind, &job).await.unwrap();
         change.commit().await.unwrap();
-        running.service.clear_starts().await;
+        running.service.clear_starts(chrono::TimeDelta::zero()).await;
         assert_eq!(running.service.database.ids(kind).await.unwrap(), [""; 0]);
     });
     assert_eq!(running.runner.told.lock().unwrap().last(), Some(&format!("remove {}", job.id)));

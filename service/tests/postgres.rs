@@ -93,6 +93,12 @@ fn two_replicas_share_one_database_which_may_be_gone_for_a_while() {
     assert_eq!(replicas[0].delete(&format!("/v3/images/{id}")).status, 204);
     assert_eq!(replicas[1].undelete(&format!("/v3/deleted/images/{id}")).status, 204);
 
+    assert_eq!(replicas[0].get("/images/%00").status, 404);
+    assert_eq!(replicas[0].post("/images", &json!({"name": "\0"})).status, 201);
+    assert_eq!(replicas[0].post("/v3/remote-build-nodes", &json!({"xname": "\0"})).status, 422);
+    let nul = json!({"name": "n", "link": {"path": "s3://b/\0", "type": "s3"}});
+    assert_eq!(replicas[0].post("/images", &nul).status, 422);
+
     postgres.stop();
     assert_eq!(replicas[0].get("/healthz/live").status, 200);
     let refused = replicas[0].post("/images", &json!({"name": "n"}));
@@ -101,5 +107,5 @@ fn two_replicas_share_one_database_which_may_be_gone_for_a_while() {
     wait_until("the service to find the database again", || {
         replicas.iter().all(|replica| replica.get("/images").status == 200)
     });
-    assert_eq!(replicas[1].get("/images").json().as_array().unwrap().len(), 2);
+    assert_eq!(replicas[1].get("/images").json().as_array().unwrap().len(), 3);
 }

@@ -100,3 +100,35 @@ fn lists_have_pages_filters_and_etags() {
     let metrics = server.get("/metrics").body;
     assert!(metrics.contains("ims_requests_total{target=\"images\",method=\"POST\",status=\"201\"} 6"), "{metrics}");
 }
+
+#[test]
+fn requests_are_logged_in_one_line_each() {
+    let data = tempfile::tempdir().unwrap();
+    let store = format!("file://{}", data.path().join("store").display());
+    let server = Server::with(data.path(), &[("S3_ENDPOINT", &store)]);
+    server.post("/v3/images", &json!({"name": "n"}));
+    server.get("/v3/images/x%0ax?a=b");
+    let log = || std::fs::read_to_string(data.path().join("log")).unwrap();
+    testbed::wait_until("the second line", || log().contains("a=b HTTP/1.1"));
+    for line in ["\"POST /v3/images HTTP/1.1\" 201", "\"GET /v3/images/x%0ax?a=b HTTP/1.1\" 404"] {
+        assert!(log().lines().any(|logged| logged.contains(line)), "{line}: {}", log());
+    }
+}
+
+#[test]
+fn hostile_bodies_and_paths_are_refused() {
+    let server = Server::start();
+    let deep = |open: &str, close: &str| open.repeat(100_000) + &close.repeat(100_000);
+    let post =
+        |body: &str| ask(server.address, "POST", "/v3/images", "content-type: application/json\r\n", body).status;
+    assert_eq!(post(&deep("[", "]")), 400);
+    assert_eq!(post(&deep("{\"a\":", "}")), 400);
+    assert_eq!(post(&format!("{{\"name\":\"{}\"}}", "x".repeat(10 << 20))), 201);
+    assert_eq!(post(&"x".repeat(17 << 20)), 413);
+    assert_eq!(post("{\"name\":\"\\ud800\"}"), 400);
+    assert_eq!(post("{\"name\":\"a\",\"name\":\"b\"}"), 201);
+    for path in ["/v3/images/%", "/v3/images/%ff", "/v3/images/..", "/v3/images/%00", "/downloads/../../etc/passwd"] {
+        assert!([403, 404].contains(&server.get(path).status), "{path}");
+    }
+    assert_eq!(server.get("/v3/images?%ff=%ff&limit=%31").status, 200);
+}

@@ -37,6 +37,9 @@ impl Service {
     /// POST of a remote build node; one that is there stays as it is.
     pub async fn create_node(&self, request: &Request) -> Result<Response<Body>, Problem> {
         let node: Node = record(checked(request, rules::NEW_NODE)?);
+        if node.xname.contains('\0') {
+            return Err(Problem::unprocessable("the xname holds NUL, which no host name does"));
+        }
         let mut change = self.database.change(&[Kind::Nodes]).await?;
         if change.record::<Node>(&node.xname).await?.is_none() {
             change.insert(&node).await?;

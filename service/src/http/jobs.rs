@@ -19,6 +19,9 @@ use crate::store::Failure;
 /// Name of user metadata with the MD5 of an object.
 const MD5: &str = "md5sum";
 
+/// Age from which on a start is taken for cut off, though another replica might be at it.
+pub const LONGEST_START: TimeDelta = TimeDelta::minutes(15);
+
 /// What a job begins with.
 struct Source {
     arch: String,
@@ -103,8 +106,8 @@ impl Service {
         Ok(created(&job))
     }
 
-    /// Removes what jobs have left whose start was cut off by a kill.
-    pub async fn clear_starts(&self) {
+    /// Removes what jobs have left whose start was cut off by a kill, at least `age` ago: others are being started.
+    pub async fn clear_starts(&self, age: TimeDelta) {
         let starting = match self.database.all_in::<Job>(Kind::Starting).await {
             Ok(starting) => starting,
             Err(error) => {
@@ -113,9 +116,8 @@ impl Service {
             }
         };
         for job in starting {
-            // Another replica may be starting it just now.
-            let age = Local::now().naive_local().signed_duration_since(time(&job.created).unwrap_or_default());
-            if !self.database.is_shared() || age > TimeDelta::minutes(15) {
+            let old = Local::now().naive_local().signed_duration_since(time(&job.created).unwrap_or_default());
+            if old >= age {
                 tracing::warn!("the start of job {} was cut off: removing what it has left", job.id);
                 self.end_start(&job).await;
             }

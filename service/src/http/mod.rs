@@ -34,6 +34,8 @@ pub mod openapi;
 pub mod problem;
 pub mod routes;
 
+pub use jobs::LONGEST_START;
+
 /// Size from which on a body is refused.
 const LONGEST_BODY: usize = 16 << 20;
 
@@ -239,5 +241,6 @@ fn decoded(segment: &str) -> String {
             }
         }
     }
-    String::from_utf8(bytes).unwrap_or_default()
+    // PostgreSQL refuses NUL.
+    String::from_utf8(bytes).ok().filter(|text| !text.contains('\0')).unwrap_or_default()
 }

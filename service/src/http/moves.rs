@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use futures_util::future::join_all;
 
 use super::Service;
+use super::jobs::LONGEST_START;
 use super::links::AT_ONCE;
 use super::problem::Problem;
 use crate::database::Change;
@@ -58,6 +59,9 @@ impl Service {
                 }
             }
         }
+        // A manifest may list an object twice.
+        new.sort();
+        new.dedup();
         self.claim(&new).await?;
         let work = async {
             let mut etags = Vec::new();
@@ -150,13 +154,14 @@ impl Service {
         }
     }
 
-    /// Removes what is due, until the service stops.
+    /// Removes what is due, and what starts of jobs have left, until the service stops.
     pub async fn sweep(&self) {
         loop {
             if let Err(error) = self.sweep_once().await {
                 tracing::warn!("cannot look for objects to remove: {error}");
             }
             tokio::time::sleep(SWEEP).await;
+            self.clear_starts(LONGEST_START).await;
         }
     }
 

@@ -42,7 +42,7 @@ impl Location {
         let (_, rest) = url.split_once("://")?;
         let (bucket, key) = rest.split_once('/')?;
         let key = key.split('#').next().unwrap_or_default();
-        let fits = !bucket.is_empty() && !key.is_empty();
+        let fits = !bucket.is_empty() && !key.is_empty() && !url.contains('\0');
         fits.then(|| Self { bucket: bucket.to_owned(), key: key.to_owned() })
     }
 
@@ -78,7 +78,7 @@ mod tests {
         let pair = |bucket: &str, key: &str| Some((bucket.to_owned(), key.to_owned()));
         assert_eq!(parsed("s3://boot-images/a/b c"), pair("boot-images", "a/b c"));
         assert_eq!(parsed("http://ims/k?v=1"), pair("ims", "k?v=1"));
-        for wrong in ["", "k", "/a/b", "s3://", "s3://b", "s3://b/", "s3:///k"] {
+        for wrong in ["", "k", "s3://b/\0", "/a/b", "s3://", "s3://b", "s3://b/", "s3:///k"] {
             assert_eq!(parsed(wrong), None, "{wrong}");
         }
     }
