@@ -252,14 +252,14 @@ fn a_refused_move_leaves_the_record_and_its_objects() {
 fn sts_server() -> (String, std::sync::Arc<std::sync::Mutex<Vec<String>>>) {
     use std::io::{BufRead, BufReader, Read, Write};
     let heads = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
-    let heard = heads.clone();
+    let kept = heads.clone();
     let address = testbed::listen(move |mut connection| {
         let mut reader = BufReader::new(connection.try_clone().unwrap());
         let lines: Vec<_> = reader.by_ref().lines().map_while(Result::ok).take_while(|line| !line.is_empty()).collect();
         let Some(request) = lines.first() else { return };
         let length = lines.iter().find_map(|line| line.to_lowercase().strip_prefix("content-length: ")?.parse().ok());
         std::io::copy(&mut reader.take(length.unwrap_or(0)), &mut std::io::sink()).unwrap();
-        heard.lock().unwrap().push(lines.join("\n"));
+        kept.lock().unwrap().push(lines.join("\n"));
         let body = match request.split(' ').next().unwrap() {
             "HEAD" => {
                 let headers = "content-length: 6442450944\r\netag: \"e\"\r\nx-amz-meta-md5sum: m";

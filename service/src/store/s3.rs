@@ -185,7 +185,12 @@ impl S3 {
 
     pub(super) async fn remove(&self, at: &Location) -> Result<()> {
         match self.ask(&self.own, &Call::new(Method::DELETE, at)).await {
-            Ok(_) | Err(Failure::Missing) => Ok(()),
+            // A server may answer 200 and say in the body that it has failed.
+            Ok(answer) => match answer.text().await.map_err(|e| unreachable(&e))? {
+                text if text.contains("<Error>") => Err(Failure::Refused(format!("the store has not removed {at}"))),
+                _ => Ok(()),
+            },
+            Err(Failure::Missing) => Ok(()),
             Err(failure) => Err(failure),
         }
     }
