@@ -16,7 +16,6 @@ use nix::sched::CloneFlags;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
-use nix::unistd::{Pid, getpid};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::FdFlags;
@@ -77,12 +76,13 @@ fn make_namespaces(plan: &Plan) -> io::Result<()> {
 pub(crate) fn unshare_with_users(flags: CloneFlags) -> io::Result<()> {
     // Only a process outside may write a map of more than one user (user_namespaces(7)).
     let (here, outside) = Packets::pair()?;
-    let this = getpid();
+    // By descriptor: /proc may be that of an outer PID namespace, which numbers this process otherwise.
+    let this = Tree::open(Path::new("/proc/self/."))?;
     match fork()? {
         Fork::Child => {
             drop(here);
             let told = matches!(outside.receive(), Ok(Some(_)));
-            let mapped = if told { map_identity(this) } else { Ok(()) };
+            let mapped = if told { map_identity(&this) } else { Ok(()) };
             let code = mapped.map_or_else(|e| e.raw_os_error().unwrap_or(libc::EIO), |()| 0);
             exit_now(u8::try_from(code).unwrap_or(1))
         }
@@ -107,7 +107,7 @@ pub(crate) fn unshare_with_users(flags: CloneFlags) -> io::Result<()> {
 /// Gives all users and groups of the user namespace of `process` the same IDs as in this one.
 ///
 /// Each line of the map has the first ID inside, the first ID outside, and the count (user_namespaces(7)).
-fn map_identity(process: Pid) -> io::Result<()> {
+fn map_identity(process: &Tree) -> io::Result<()> {
     for file in ["uid_map", "gid_map"] {
         let ours = std::fs::read_to_string(format!("/proc/self/{file}"))?;
         let lines = ours.lines().map(|line| {
@@ -118,7 +118,9 @@ fn map_identity(process: Pid) -> io::Result<()> {
             }
         });
         let map = lines.collect::<Vec<_>>().join("\n");
-        std::fs::write(format!("/proc/{process}/{file}"), map)?;
+        let file = process.open_at(file, OFlags::WRONLY, Mode::empty())?;
+        // In one call, because the kernel takes a map only once.
+        rustix::io::write(file, map.as_bytes())?;
     }
     Ok(())
 }
