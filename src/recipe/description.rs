@@ -1,6 +1,7 @@
 //! A recipe's description, as far as the steps around kiwi-ng need it.
 
 use std::collections::BTreeSet;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use roxmltree::{Document, Node};
@@ -24,6 +25,8 @@ pub(crate) struct Description {
     pub(crate) file: PathBuf,
     /// The image's name.
     pub(crate) name: String,
+    /// Addresses of further descriptions, whose sections belong to this one.
+    includes: Vec<String>,
     /// Profiles that are built if none is asked for.
     pub(crate) imported: BTreeSet<String>,
     /// All profiles, each with those that it requires.
@@ -80,20 +83,32 @@ impl Description {
     pub(crate) fn read(recipe: &Tree) -> Result<Self> {
         let file = find(recipe)?;
         let attempted = || format!("read {} of the recipe", file.display());
-        let text = recipe.read(&file, LONGEST).attempt(attempted)?;
-        let text = String::from_utf8(text).attempt(attempted)?;
-        Self::parse(&text, file.clone()).attempt(attempted)
+        let text = read(recipe, &file).attempt(attempted)?;
+        let mut found = Self::parse(&text, file.clone()).attempt(attempted)?;
+        // kiwi-ng includes once: what is included in an included file is passed over (`kiwi/xsl/include.xsl`).
+        for from in std::mem::take(&mut found.includes) {
+            let included = || format!("read '{from}', which {} of the recipe includes", file.display());
+            let text = match from.split_once(":/").map(|(scheme, rest)| (scheme, rest.trim_start_matches('/'))) {
+                Some(("this", rest)) => read(recipe, &file.with_file_name(rest)).attempt(included)?,
+                // This container may lack a file that the one for builds has.
+                _ => match Tree::open(Path::new("/")).and_then(|root| read(&root, Path::new(local_path(&from)))) {
+                    Ok(text) => text,
+                    Err(e) => {
+                        tracing::info!("the repositories in '{from}' are not known here: {e}");
+                        continue;
+                    }
+                },
+            };
+            found.add(&text).attempt(included)?;
+        }
+        Ok(found)
     }
 
     fn parse(text: &str, file: PathBuf) -> std::result::Result<Self, String> {
-        let document = Document::parse(text).map_err(|e| format!("it is not XML: {e}"))?;
-        let image = document.root_element();
-        if image.tag_name().name() != "image" {
-            return Err(format!("its element is <{}>, and must be <image>", image.tag_name().name()));
-        }
         let mut found = Self {
             file,
-            name: attribute(image, "name"),
+            name: String::new(),
+            includes: Vec::new(),
             imported: BTreeSet::new(),
             profiles: Vec::new(),
             package_managers: Vec::new(),
@@ -102,22 +117,34 @@ impl Description {
             release: None,
             repositories: Vec::new(),
         };
+        found.name = found.add(text)?;
+        Ok(found)
+    }
+
+    /// Adds the sections of a description, and returns its name.
+    fn add(&mut self, text: &str) -> std::result::Result<String, String> {
+        let document = Document::parse(text).map_err(|e| format!("it is not XML: {e}"))?;
+        let image = document.root_element();
+        if image.tag_name().name() != "image" {
+            return Err(format!("its element is <{}>, and must be <image>", image.tag_name().name()));
+        }
         for section in image.children().filter(Node::is_element) {
             let scope = Scope::of(section, &Scope::default());
             match section.tag_name().name() {
                 "profiles" => {
-                    section.children().filter(|n| n.has_tag_name("profile")).for_each(|p| found.add_profile(p));
+                    section.children().filter(|n| n.has_tag_name("profile")).for_each(|p| self.add_profile(p));
                 }
-                "preferences" => found.add_preferences(section, &scope),
-                "repository" => found.add_repository(section, scope),
+                "preferences" => self.add_preferences(section, &scope),
+                "repository" => self.add_repository(section, scope),
+                "include" => self.includes.push(attribute(section, "from")),
                 "packages" if section.attribute("type") == Some("bootstrap") => {
                     let packages = section.children().filter(|n| n.has_tag_name("package"));
-                    found.bootstrap.extend(packages.map(|p| (Scope::of(p, &scope), attribute(p, "name"))));
+                    self.bootstrap.extend(packages.map(|p| (Scope::of(p, &scope), attribute(p, "name"))));
                 }
                 _ => {}
             }
         }
-        Ok(found)
+        Ok(attribute(image, "name"))
     }
 
     fn add_profile(&mut self, profile: Node) {
@@ -204,6 +231,16 @@ fn attribute(node: Node, name: &str) -> String {
     node.attribute(name).unwrap_or_default().to_owned()
 }
 
+/// Text of a description.
+fn read(tree: &Tree, file: &Path) -> io::Result<String> {
+    String::from_utf8(tree.read(file, LONGEST)?).map_err(io::Error::other)
+}
+
+/// Path of an include that is not the recipe's own.
+fn local_path(from: &str) -> &str {
+    from.split_once("://").map_or(from, |(_, path)| path)
+}
+
 /// Path of the description below `recipe`.
 fn find(recipe: &Tree) -> Result<PathBuf> {
     let attempted = || "find the recipe's description".to_owned();
@@ -282,6 +319,35 @@ mod tests {
             (of(&description.types), of(&description.bootstrap)),
             (vec!["tbz".to_owned()], vec!["a".to_owned()])
         );
+    }
+
+    #[test]
+    fn sections_of_included_files_belong_to_the_description() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
+        let repository = |alias: &str| format!("<repository alias='{alias}'><source path='https://h/r'/></repository>");
+        let include = |from: &str| format!("<include from='{from}'/>");
+        let outside = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(&outside, format!("<image>{}</image>", repository("outside"))).unwrap();
+        let from = format!("file://{}", outside.path().display());
+        let includes = [include("this://./parts.xml"), include(&from), include("file:///nowhere.xml")].concat();
+        write("config.xml", &format!("<image name='whole'>{includes}{}</image>", repository("own")));
+        write("parts.xml", &format!("<image>{}{}</image>", repository("part"), include("this://config.xml")));
+        let read = || Description::read(&Tree::open(dir.path()).unwrap());
+        let description = read().unwrap();
+        assert_eq!(
+            (description.name.as_str(), names(&description, &[], "x86_64")),
+            ("whole", vec!["own".into(), "part".into(), "outside".into()])
+        );
+        write("config.xml", &format!("<image>{}</image>", include("this://gone.xml")));
+        let refused = read().unwrap_err().to_string();
+        assert!(
+            refused.contains("cannot read 'this://gone.xml', which config.xml of the recipe includes"),
+            "{refused}"
+        );
+        // Nothing outside of the recipe is read by the recipe's own scheme.
+        write("config.xml", &format!("<image>{}</image>", include("this://../etc/passwd")));
+        assert!(read().is_err());
     }
 
     #[test]
