@@ -2,22 +2,24 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use rustix::fs::{AtFlags, Mode};
+use rustix::fs::{AtFlags, Mode, OFlags};
 
 use crate::error::{Attempt, Error, Result};
 use crate::ims::records::Status;
+use crate::jail::binfmt;
 use crate::log::redaction;
 use crate::printable::{Printable, listed};
 use crate::publish::settings::Settings;
 use crate::recipe::ca_rpm::{self, ANCHORS};
 use crate::recipe::description::{Description, Selection};
 use crate::recipe::outcome::{self, Outcome};
-use crate::recipe::sandbox::{CACHE, DEBIAN_ANCHORS, Ended, Order, Running, STATE};
+use crate::recipe::sandbox::{CACHE, DEBIAN_ANCHORS, Ended, Order, PROGRAMS, Running, STATE};
 use crate::sys::architecture::Architecture;
+use crate::sys::file_kind::FileKind;
 use crate::sys::named;
 use crate::sys::tree::Tree;
 use crate::transfer::{Work, installed};
@@ -31,6 +33,10 @@ const TYPE: &str = "tbz";
 /// Package managers, with the program of each that has to be there.
 const PACKAGE_MANAGERS: [(&str, &str); 5] =
     [("zypper", "zypper"), ("dnf", "dnf"), ("dnf4", "dnf"), ("dnf5", "dnf5"), ("apt", "apt-get")];
+
+/// The compressor of kiwi-ng's archive of the image root, which is deleted: kiwi-ng makes it in any case, by
+/// `tar … | xz -f …`. Whoever else calls it, with a file or to decompress, gets the machine's own.
+const NO_ARCHIVE: &str = "#!/bin/sh\n[ \"$1\" != -f ] || [ ! -p /dev/stdin ] || exec cat > /dev/null\nexec XZ \"$@\"\n";
 
 /// Free space without which no build is begun, in bytes.
 const LEAST_SPACE: u64 = 256 << 20;
@@ -59,6 +65,9 @@ const BUNDLES: [&str; 4] = [
     "etc/ssl/ca-bundle.pem",
 ];
 
+/// Files of kiwi-ng's scripts at the top of an image root.
+const LEFT: [&str; 2] = [".kconfig", ".profile"];
+
 /// Lines of kiwi-ng that begin a stage, with the stage's name.
 const STAGES: [(&str, &str); 7] = [
     ("Setup root directory", "preparing the image root"),
@@ -69,6 +78,12 @@ const STAGES: [(&str, &str); 7] = [
     ("compressed tar archive", "making the archive of kiwi-ng"),
     ("Export rpm packages metadata", "listing packages"),
 ];
+
+/// Part of kiwi-ng's log in which the output of a script that failed is looked for, in bytes.
+const LONGEST_TAIL: u64 = 64 << 10;
+
+/// Longest line of a script that is quoted, in characters.
+const LONGEST_LINE: usize = 200;
 
 /// Longest error of kiwi-ng that is quoted, in bytes.
 const LONGEST_ERROR: usize = 1 << 10;
@@ -132,6 +147,8 @@ struct Build<'a> {
     version: (u32, u32),
     authority: Authority,
     keys: Vec<PathBuf>,
+    /// True if QEMU has to be registered for the image's programs.
+    is_emulated: bool,
 }
 
 impl<'a> Build<'a> {
@@ -165,15 +182,19 @@ impl<'a> Build<'a> {
             return Err(Error::new(attempted()).because(why));
         };
         installed(program)?;
+        let mut is_emulated = false;
         if architecture != Architecture::OWN {
             let name = architecture.name();
             if manager == "apt" {
                 let why = format!("kiwi-ng builds for {name} by apt on such a machine only");
                 return Err(Error::new(attempted()).because(why).advise("build it on a node of that architecture"));
             }
-            if !architecture.runs() {
+            is_emulated = !architecture.runs();
+            if is_emulated && !binfmt::interpreter(architecture).exists() {
                 let why = format!("this machine runs no programs for {name}");
-                return Err(Error::new(attempted()).because(why).advise("install qemu-user-static on the node"));
+                let interpreter = binfmt::interpreter(architecture);
+                let advice = format!("install qemu-user-static, which has {}", interpreter.display());
+                return Err(Error::new(attempted()).because(why).advise(advice));
             }
         }
         let image_root = parent.join(CREATED_IMAGE_ROOT);
@@ -209,7 +230,20 @@ impl<'a> Build<'a> {
         let authority = Authority::read(settings, wanted)?;
         let keys = keys(wanted, &manager)?;
         let profiles = &wanted.profiles;
-        Ok(Self { settings, parent, recipe, description, selection, profiles, manager, kiwi, version, authority, keys })
+        Ok(Self {
+            settings,
+            parent,
+            recipe,
+            description,
+            selection,
+            profiles,
+            manager,
+            kiwi,
+            version,
+            authority,
+            keys,
+            is_emulated,
+        })
     }
 
     /// Runs kiwi-ng, and checks what it has built.
@@ -220,7 +254,7 @@ impl<'a> Build<'a> {
         }
         volume.remove_whole(BUILD.as_ref()).attempt(attempted)?;
         let private = volume.make_private(BUILD).attempt(attempted)?;
-        for name in [STATE, CACHE, "home", "keys"] {
+        for name in [STATE, CACHE, "home", "keys", PROGRAMS] {
             private.make_directories(name).attempt(attempted)?;
         }
         let before = archives(volume)?;
@@ -253,6 +287,13 @@ impl<'a> Build<'a> {
             Some(Ended::Code(0)) => {}
             Some(Ended::Code(code)) => {
                 let why = error.unwrap_or_else(|| format!("kiwi-ng ended with exit code {code}"));
+                let why = match silent_script(&why) {
+                    Some(script) => {
+                        let log = end_of(volume, KIWI_LOG, LONGEST_TAIL).unwrap_or_default();
+                        format!("{why}: {}", what_it_said(script, &String::from_utf8_lossy(&log)))
+                    }
+                    None => why,
+                };
                 return Err(Error::new(attempted()).because(why).advise(format!("see {}", at())));
             }
             Some(Ended::Signal(signal)) => {
@@ -316,13 +357,18 @@ impl<'a> Build<'a> {
         }
         let home = place.join("home");
         self.prepare_home(work, &home)?;
-        let path = std::env::var("PATH").unwrap_or_default();
+        let path = format!("{}:{}", at(PROGRAMS), std::env::var("PATH").unwrap_or_default());
+        if let Some(xz) = program_in_path("xz") {
+            let name = Path::new(PROGRAMS).join("xz");
+            private
+                .replace(&name, NO_ARCHIVE.replace("XZ", &shell_words::quote(&xz.to_string_lossy())).as_bytes())
+                .attempt(attempted)?;
+            rustix::fs::chmodat(private, &name, Mode::from_raw_mode(0o755), AtFlags::empty()).attempt(attempted)?;
+        }
         let mut variables = vec![
             ("PATH".to_owned(), path),
             ("LANG".to_owned(), "C.UTF-8".to_owned()),
             ("HOME".to_owned(), home.display().to_string()),
-            // Compression of the archive, which is deleted.
-            ("XZ_OPT".to_owned(), "-0".to_owned()),
         ];
         variables.extend(PROXIES.iter().filter_map(|name| Some(((*name).to_owned(), std::env::var(name).ok()?))));
         let oauth = self.settings.ims.as_ref().and_then(|ims| ims.oauth.clone());
@@ -331,7 +377,8 @@ impl<'a> Build<'a> {
         let kept = vec![self.parent.clone(), self.recipe.clone()];
         let is_left_out = self.manager == "apt" && self.version < TAKES_AUTHORITY;
         let trusts_later = is_left_out.then(|| self.parent.join(CREATED_IMAGE_ROOT));
-        Ok(Order { command, variables, private: place, kept, hidden, authority, trusts_later })
+        let emulated = self.is_emulated.then(|| self.selection.architecture.to_owned());
+        Ok(Order { command, variables, private: place, kept, hidden, authority, emulated, trusts_later })
     }
 
     /// Gives rpm its database's usual place: where it is below the home directory, as on Debian, the image's database
@@ -355,11 +402,7 @@ impl<'a> Build<'a> {
         let root =
             volume.directory_without_links(CREATED_IMAGE_ROOT).attempt(|| "open the image root that was built")?;
         self.check_authority(&root)?;
-        // The recipe in it may hold passwords of repositories.
-        if let Ok(image) = root.directory_without_links("image") {
-            rustix::fs::chmodat(&image, ".", Mode::RWXU, AtFlags::empty())
-                .attempt(|| "close /image of the image root")?;
-        }
+        clean(&root)?;
         for name in archives(volume)?.difference(before) {
             volume.remove(name).attempt(|| format!("remove {}", Path::new(name).display()))?;
         }
@@ -395,6 +438,21 @@ impl<'a> Build<'a> {
         }
         Ok(())
     }
+}
+
+/// Removes what kiwi-ng has left in an image root for its own use, and closes the description to others: it may hold
+/// passwords of repositories.
+pub(crate) fn clean(root: &Tree) -> Result<()> {
+    for name in LEFT {
+        let is_file = |found: &rustix::fs::Stat| FileKind::of(found) == FileKind::Regular;
+        if root.look(name).is_ok_and(|found| found.as_ref().is_some_and(is_file)) {
+            root.remove(name).attempt(|| format!("remove /{name} of the image root"))?;
+        }
+    }
+    if let Ok(image) = root.directory_without_links("image") {
+        rustix::fs::chmodat(&image, ".", Mode::RWXU, AtFlags::empty()).attempt(|| "close /image of the image root")?;
+    }
+    Ok(())
 }
 
 /// The beginning of the first certificate's base64, by which a bundle is searched.
@@ -539,6 +597,38 @@ impl Errors {
     }
 }
 
+/// The last `length` bytes of a file.
+fn end_of(volume: &Tree, name: &str, length: u64) -> std::io::Result<Vec<u8>> {
+    let mut file = volume.open_regular(name, OFlags::RDONLY | OFlags::NOFOLLOW)?;
+    let size = file.metadata()?.len();
+    file.seek(SeekFrom::Start(size.saturating_sub(length)))?;
+    let mut text = Vec::new();
+    file.take(length).read_to_end(&mut text)?;
+    Ok(text)
+}
+
+/// The script in an error of kiwi-ng that has no cause: kiwi-ng quotes what a script writes to standard error alone.
+fn silent_script(error: &str) -> Option<&str> {
+    let rest = error.strip_prefix("KiwiScriptFailed: ")?;
+    let script = rest.strip_suffix(" failed with").or_else(|| rest.strip_suffix(" failed"))?;
+    (!script.contains(' ')).then_some(script)
+}
+
+/// The last line that `script` wrote to standard output, of the end of kiwi-ng's log.
+fn what_it_said(script: &str, log: &str) -> String {
+    let begun = log.rsplit_once("out start-----").map_or("", |(_, rest)| rest);
+    let lines = begun.split("out stop-----").next().unwrap_or_default().lines().filter(|line| !line.contains("-----"));
+    let mut said = lines.filter_map(|line| line.split_once(" | ")).map(|(_, said)| said.trim());
+    let advice = format!("'set -x' in {script} shows its commands");
+    match said.rfind(|said| !said.is_empty()) {
+        Some(said) => {
+            let said: String = redaction::without_secrets(said).chars().take(LONGEST_LINE).collect();
+            format!("it wrote nothing to standard error, and last to standard output '{said}'; {advice}")
+        }
+        None => format!("it wrote nothing; {advice}"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -550,6 +640,18 @@ mod tests {
         let wanted = "KiwiBootStrapPhaseFailed: Bootstrap package installation failed: No provider of 'b' found, more";
         assert_eq!(tell_output(said.as_bytes()).as_deref(), Some(wanted));
         assert_eq!(tell_output(&b"[ INFO    ]: 1 | x\n\xff\n"[..]), None);
+    }
+
+    #[test]
+    fn script_that_failed_without_an_error_gets_a_cause() {
+        let log = "[ INFO    ]: 1 | Calling config.sh script\n[ DEBUG   ]: 1 | --------------out start-------------\n\
+            [ DEBUG   ]: 1 | one\n[ DEBUG   ]: 1 | two | three\n[ DEBUG   ]: 1 | --------------out stop--------------\n\
+            [ ERROR   ]: 1 | KiwiScriptFailed: config.sh failed with: \n";
+        let script = silent_script("KiwiScriptFailed: config.sh failed with").unwrap();
+        assert!(what_it_said(script, log).contains("last to standard output 'two | three'"));
+        assert!(what_it_said(script, "").starts_with("it wrote nothing; "));
+        assert_eq!(silent_script("KiwiScriptFailed: images.sh failed"), Some("images.sh"));
+        assert_eq!(silent_script("KiwiScriptFailed: config.sh failed with: no such file"), None);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileExt, symlink};
+use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -23,12 +23,15 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
 use rustix::mount::MountAttrFlags;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Advise, Attempt, Error, Result};
 use crate::image::packer::inheritable;
+use crate::jail::binfmt;
 use crate::jail::init::unshare_with_users;
+use crate::sys::architecture::Architecture;
 use crate::sys::mounts::{self, Detached};
 use crate::sys::poll;
 use crate::sys::process::{Fork, children, end_with_us, exit_now, fork, reap};
@@ -74,11 +77,39 @@ const AUTHORITIES: [(&str, &str); 3] = [
     ("/etc/pki/ca-trust/source/anchors", "update-ca-trust"),
 ];
 
+/// Search path of those tools: this process has no variables.
+const SYSTEM_PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
+
 /// Place of further authorities in an image root of Debian packages.
 pub(crate) const DEBIAN_ANCHORS: &str = "usr/local/share/ca-certificates";
 
 /// Device nodes in /dev of a build in a user namespace, where the machine's /dev cannot be bound further.
 const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
+
+/// Directory of programs of the build's own, first in its search path.
+pub(crate) const PROGRAMS: &str = "bin";
+
+/// What kiwi-ng calls to mount, in a user namespace: there a bind of a directory fails that has locked mounts below it,
+/// and a bind of them all succeeds, which can be removed as a whole only.
+const MOUNT_PROGRAMS: [(&str, &str); 2] = [
+    (
+        "mount",
+        "#!/bin/sh
+PATH=${PATH#*:}
+said=$(mount \"$@\" 2>&1) && exit
+[ \"$1 $2\" = '-n --bind' ] && mount -n --rbind \"$3\" \"$4\" && exit
+echo \"$said\" >&2
+exit 32
+",
+    ),
+    (
+        "umount",
+        "#!/bin/sh
+PATH=${PATH#*:}
+said=$(umount \"$@\" 2>&1) || umount -l \"$@\" || { echo \"$said\" >&2; exit 32; }
+",
+    ),
+];
 
 /// Longest report of the child, in bytes.
 const LONGEST_REPORT: u64 = 64 << 10;
@@ -98,6 +129,8 @@ pub(crate) struct Order {
     pub(crate) hidden: Vec<PathBuf>,
     /// Certificate of the site's authority, for the package manager's own downloads.
     pub(crate) authority: Option<PathBuf>,
+    /// Architecture whose programs QEMU runs in this build only.
+    pub(crate) emulated: Option<String>,
     /// Image root of Debian packages that gets the authority after kiwi-ng, which cannot put it there.
     pub(crate) trusts_later: Option<PathBuf>,
 }
@@ -208,7 +241,11 @@ fn make(order: &Order, report: &File) -> Result<Option<Ended>> {
     let namespaces =
         CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS;
     let attempted = || "make the build's namespaces";
-    let has_users = match nix::sched::unshare(namespaces) {
+    // The kernel's table of interpreters belongs to a user namespace (since Linux 6.7): one of the build's own leaves
+    // nothing on the machine.
+    let unshared =
+        if order.emulated.is_some() { Err(nix::errno::Errno::EPERM) } else { nix::sched::unshare(namespaces) };
+    let has_users = match unshared {
         Ok(()) => false,
         // Without CAP_SYS_ADMIN.
         Err(nix::errno::Errno::EPERM) => {
@@ -251,11 +288,19 @@ fn first_process(order: &Order, has_users: bool, alive: &OwnedFd) -> Result<Ende
         return Ok(Ended::Signal(libc::SIGKILL));
     }
     hide(&order.hidden)?;
+    let emulated = order.emulated.as_deref().and_then(Architecture::from_name);
+    // Registered as long as it lives.
+    let _interpreter = emulated.map(|architecture| binfmt::provide(architecture, "build", true)).transpose()?;
     set_up(order, has_users)?;
     // An overlay shows what a directory has below the mounts in it, the covers among them.
     hide(&order.hidden)?;
     if let Some(authority) = &order.authority {
         trust(authority)?;
+    }
+    if has_users {
+        // Root of the build must not uncover what is hidden: mounts are locked in a namespace of fewer rights.
+        unshare_with_users(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS)
+            .attempt(|| "make the namespaces of kiwi-ng")?;
     }
     let signals = Signals::block(&[Signal::SIGCHLD]).attempt(|| "block signals")?;
     let (program, arguments) = order.command.split_first().ok_or_else(|| Error::new("start kiwi-ng"))?;
@@ -315,6 +360,11 @@ fn set_up(order: &Order, has_users: bool) -> Result<()> {
         if !is_plain || order.kept.iter().any(|kept| kept.starts_with(place)) {
             continue;
         }
+        if has_users && has_mounts_below(place).attempt(attempted)? {
+            let copy = || copied(place, &state.join(number.to_string()));
+            copy().attempt(|| format!("copy {} for the build", place.display()))?;
+            continue;
+        }
         let files = MOUNTED_FILES.map(|name| (name, std::fs::read(place.join(name)).ok()));
         overlay(place, &state.join(number.to_string()), has_users).attempt(attempted)?;
         if place == Path::new("/etc") {
@@ -339,8 +389,18 @@ fn set_up(order: &Order, has_users: bool) -> Result<()> {
         MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
     let procfs =
         Detached::filesystem("proc", &[], restricted).and_then(|proc| proc.attach(Tree::open(Path::new("/proc"))?));
-    procfs.attempt(|| "mount the build's /proc")?;
+    match procfs {
+        // Parts of the container's /proc are masked, and a user namespace gets no other one (mount_too_revealing).
+        Err(e) if has_users && Errno::from_io_error(&e) == Some(Errno::PERM) => {}
+        other => drop(other.attempt(|| "mount the build's /proc")?),
+    }
     if has_users {
+        for (name, text) in MOUNT_PROGRAMS {
+            let file = order.private.join(PROGRAMS).join(name);
+            let written = std::fs::write(&file, text)
+                .and_then(|()| std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o755)));
+            written.attempt(|| format!("write {}", file.display()))?;
+        }
         own_devices(&state).attempt(|| "mount the build's /dev and /sys")?;
     }
     Ok(())
@@ -354,6 +414,23 @@ fn tmpfs(place: &Path, options: &str) -> io::Result<()> {
 
 fn bind(from: &Path, to: &Path) -> io::Result<()> {
     Detached::copy_of(from, false, MountAttrFlags::empty())?.attach(Tree::open(to)?).map(drop)
+}
+
+/// True if something is mounted below `place`: in a user namespace such mounts are locked, and an overlay above them
+/// fails (`clone_private_mount` in the kernel).
+fn has_mounts_below(place: &Path) -> io::Result<bool> {
+    let mountinfo = std::fs::read("/proc/self/mountinfo")?;
+    Ok(mounts::mount_points(&mountinfo).iter().any(|point| point.starts_with(place) && point != place))
+}
+
+/// Mounts a copy of `place` on it.
+fn copied(place: &Path, copy: &Path) -> io::Result<()> {
+    let mut tool = Command::new("cp");
+    let output = unblock_signals(tool.arg("-aT").args([place, copy]).stdin(Stdio::null())).output()?;
+    if !output.status.success() {
+        return Err(io::Error::other(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
+    }
+    bind(copy, place)
 }
 
 fn overlay(place: &Path, state: &Path, has_users: bool) -> io::Result<()> {
@@ -410,11 +487,7 @@ fn trust_in_image(root: &Path, authority: &Path) -> Result<()> {
     tree.make_directories(DEBIAN_ANCHORS).attempt(attempted)?;
     tree.replace(Path::new(DEBIAN_ANCHORS).join("cray_certificate_authority.crt"), &content).attempt(attempted)?;
     let mut tool = Command::new("chroot");
-    tool.arg(root)
-        .arg("update-ca-certificates")
-        .stdin(Stdio::null())
-        .env_clear()
-        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+    tool.arg(root).arg("update-ca-certificates").stdin(Stdio::null()).env_clear().env("PATH", SYSTEM_PATH);
     // An image without the tool is warned of later.
     let _ = unblock_signals(&mut tool).output();
     Ok(())
@@ -435,7 +508,7 @@ fn trust(authority: &Path) -> Result<()> {
     let attempted = || format!("add {} to the authorities of the build", authority.display());
     std::fs::copy(authority, Path::new(place).join("ims-sshd-site.crt")).attempt(attempted)?;
     // Its output is of no use to the reader of a build's log.
-    let ran = unblock_signals(Command::new(tool).stdin(Stdio::null())).output();
+    let ran = unblock_signals(Command::new(tool).stdin(Stdio::null()).env("PATH", SYSTEM_PATH)).output();
     match ran {
         Ok(output) if output.status.success() => {}
         Ok(output) => tell_untrusted(tool, String::from_utf8_lossy(&output.stderr).lines().last().unwrap_or_default()),

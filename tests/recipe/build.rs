@@ -1,6 +1,7 @@
 //! kiwi-ng builds image roots: the real one, of PyPI, with Debian's zypper and dnf, from a repository of four tiny rpms.
 
 use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -27,7 +28,11 @@ struct Volume {
 
 impl Volume {
     fn new(manager: &str) -> Self {
-        let values = [format!("REPOSITORY=dir://{}", REPOSITORY.display()), format!("PACKAGE_MANAGER={manager}")];
+        Self::from(&REPOSITORY, manager)
+    }
+
+    fn from(packages: &Path, manager: &str) -> Self {
+        let values = [format!("REPOSITORY=dir://{}", packages.display()), format!("PACKAGE_MANAGER={manager}")];
         Self::of("rpm-local", &values)
     }
 
@@ -115,6 +120,9 @@ impl Volume {
         let packages: BTreeSet<_> = packages.lines().collect();
         let wanted = ["cray_ca_cert", "tiny-busybox", "tiny-certificates", "tiny-filesystem", "tiny-kernel"];
         assert_eq!(packages, wanted.into());
+        for name in [".kconfig", ".profile"] {
+            assert!(!self.root().join(name).exists(), "/{name}");
+        }
         let mode = self.root().join("image").metadata().unwrap().permissions().mode();
         assert_eq!(mode & 0o7777, 0o700, "it may hold passwords of repositories");
         let names: Vec<_> = std::fs::read_dir(self.at("image")).unwrap().map(|e| e.unwrap().file_name()).collect();
@@ -157,16 +165,19 @@ fn image_root_is_built_by_zypper_and_by_dnf_and_the_machine_stays_as_it_is() {
     assert_eq!(state_of_machine(), before);
 }
 
+/// The same command as root without CAP_SYS_ADMIN.
+fn without_privileges(build: &Command) -> Command {
+    let mut command = Command::new("capsh");
+    command.args(["--drop=cap_sys_admin", "--", "-c", "exec \"$0\" \"$@\""]);
+    command.arg(build.get_program()).args(build.get_args()).env_clear();
+    command.envs(build.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    command
+}
+
 #[test]
 fn container_without_privileges_builds_in_a_user_namespace() {
     let volume = Volume::new("zypper").with_script("stat -c '%u' /usr/bin/busybox > /owner; ls /sys > /sys-of-build");
-    let build = volume.build(&[]);
-    let mut words =
-        vec!["--drop=cap_sys_admin".to_owned(), "--".to_owned(), "-c".to_owned(), "exec \"$0\" \"$@\"".to_owned()];
-    words.push(IMS_SSHD.to_owned());
-    words.extend(build.get_args().map(|word| word.to_string_lossy().into_owned()));
-    let output = Command::new("capsh").args(words).env_clear().env("PATH", path()).output().unwrap();
-    succeeded(&output);
+    succeeded(&without_privileges(&volume.build(&[])).output().unwrap());
     volume.is_built();
     assert_eq!((volume.file("owner").as_str(), volume.file("sys-of-build").as_str()), ("0\n", ""));
 }
@@ -218,6 +229,9 @@ fn failed_build_of_a_job_is_told_by_the_sidecar_with_the_reason_of_kiwi() {
     let mut sidecar = ims_sshd(&["sidecar"], &variables);
     sidecar.arg("--authorized-keys").arg(volume.at("keys")).arg("--sshd-directory").arg(volume.at("ims"));
     let output = sidecar.arg("--authorities").arg(volume.at("ca")).output().unwrap();
+    // kiwi-ng's last line is its error.
+    let since = volume.at("image/kiwi.log").metadata().unwrap().modified().unwrap().elapsed().unwrap();
+    assert!(since < Duration::from_secs(5), "IMS hears of it {since:?} after kiwi-ng's end");
     assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
     assert!(report(&output)["error"].as_str().unwrap().contains(reason), "{}", text(&output.stdout));
     assert_eq!(volume.ims.statuses().last().unwrap(), "error");
@@ -380,4 +394,112 @@ fn credentials_in_a_plain_directory_are_covered_below_an_overlay_too() {
     succeeded(&volume.build(&variables).output().unwrap());
     assert!(volume.file("found").contains("No such file"), "{}", volume.file("found"));
     volume.nothing_is_left();
+}
+
+/// Names in the machine's table of interpreters.
+fn interpreters() -> String {
+    let list = "mount -t binfmt_misc none /mnt && ls /mnt";
+    succeed(Command::new("unshare").args(["--mount", "sh", "-ec", list]))
+}
+
+#[test]
+fn image_for_another_architecture_is_built_and_qemu_is_registered_for_that_build_alone() {
+    for manager in ["zypper", "dnf4"] {
+        let script = "uname -m > /machine; echo arm > /etc/hostname";
+        let volume = Volume::from(&REPOSITORY_FOR_ARM, manager).with_script(script);
+        let arch = [("BUILD_ARCH", "aarch64".to_owned())];
+        succeeded(&volume.build(&arch).output().unwrap());
+        assert_eq!((volume.file("machine").as_str(), volume.file("etc/hostname").as_str()), ("aarch64\n", "arm\n"));
+        let authority = std::fs::read_to_string(volume.at("ca.crt")).unwrap();
+        assert_eq!(volume.file("var/lib/ca-certificates/ca-bundle.pem"), authority, "by the package's script");
+        volume.nothing_is_left();
+    }
+    let volume = Volume::from(&REPOSITORY_FOR_ARM, "zypper").with_script(WAITS);
+    let mut child = waiting(&volume, volume.build(&[("BUILD_ARCH", "aarch64".to_owned())]));
+    assert!(!interpreters().contains("-build"), "{}", interpreters());
+    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(143));
+    volume.nothing_is_left();
+    let volume = Volume::of("debian", &["MIRROR=http://localhost".to_owned(), "SUITE=bookworm".to_owned()]);
+    let output = volume.build(&[("BUILD_ARCH", "aarch64".to_owned())]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("builds for aarch64 by apt on such a machine only"), "{output:?}");
+}
+
+#[test]
+fn hostile_script_uncovers_no_credentials_and_reaches_no_device_without_privileges() {
+    let secrets = tempfile::tempdir_in("/srv").unwrap();
+    let place = secrets.path().display();
+    std::fs::write(secrets.path().join("client-secret"), "hidden-7").unwrap();
+    let script = format!(
+        "for p in /proc/[0-9]*; do busybox umount $p/root{place}; busybox umount -l $p/root{place}
+        cat $p/root{place}/client-secret $p/environ; done > /found 2> /refused
+        busybox mknod /disk b 7 0 && cat /disk > /found-on-disk
+        for p in /proc/[0-9]*; do read comm < $p/comm; [ $comm = ims-sshd ] && kill -9 ${{p#/proc/}}; done; true"
+    );
+    let volume = Volume::new("zypper").with_script(&script);
+    let variables =
+        [("OAUTH_CONFIG_DIR", place.to_string()), ("S3_SECRET_KEY", "hidden-7".into()), ("S3_ACCESS_KEY", "a".into())];
+    succeeded(&without_privileges(&volume.build(&variables)).output().unwrap());
+    volume.is_built();
+    assert!(!volume.file("found").contains("hidden-7"), "{}", volume.file("found"));
+    assert!(!volume.root().join("disk").exists() && !volume.root().join("found-on-disk").exists());
+    assert!(volume.file("refused").contains("Invalid argument"), "{}", volume.file("refused"));
+    assert_eq!(std::fs::read_to_string(secrets.path().join("client-secret")).unwrap(), "hidden-7");
+}
+
+#[test]
+fn build_that_is_killed_at_any_stage_leaves_no_mount_and_no_process() {
+    let before = state_of_machine();
+    let stages = [
+        "building 'rpm-local'",
+        "preparing the image root",
+        "installing the first packages",
+        "running config.sh",
+        "running images.sh",
+        "making the archive",
+    ];
+    std::thread::scope(|scope| {
+        for stage in stages {
+            scope.spawn(move || {
+                let volume = Volume::new("zypper");
+                write(&volume.at("image/recipe"), "images.sh", "#!/bin/bash\ntrue\n");
+                let mut child = Ended::killed(volume.build(&[]).spawn().unwrap());
+                let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
+                assert!(lines.any(|line| line.contains(stage)), "{stage}");
+                kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGKILL).unwrap();
+                child.wait().unwrap();
+                let here = volume.dir.path().display().to_string();
+                wait_until(&format!("the end of all processes after '{stage}'"), || processes_with(&here).is_empty());
+                assert!(!std::fs::read_to_string("/proc/self/mountinfo").unwrap().contains(&here), "{stage}");
+                // Nothing is mounted in it.
+                std::fs::remove_dir_all(volume.at("image")).unwrap();
+            });
+        }
+    });
+    assert_eq!(state_of_machine(), before);
+}
+
+/// Further versions of kiwi-ng: `make test KIWIS="9.24.61 10.2.45"` installs them.
+#[test]
+fn further_versions_of_kiwi_build_by_each_package_manager() {
+    let versions = std::env::var("IMS_SSHD_TEST_KIWIS").unwrap_or_default();
+    let server = RepositoryServer::start(&cache().join("debian-archive"));
+    for version in versions.split_whitespace() {
+        let programs = cache().join("kiwis").join(version).join("kiwi/bin");
+        assert!(programs.join("kiwi-ng").exists(), "{}: make test-recipes KIWIS={version}", programs.display());
+        let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", programs.display());
+        // 9.24 has another name for dnf.
+        let dnf = if version.starts_with("9.") { "dnf" } else { "dnf4" };
+        for manager in ["zypper", dnf] {
+            let volume = Volume::new(manager);
+            succeeded(&volume.build(&[]).env("PATH", &path).output().unwrap());
+            volume.is_built();
+        }
+        let volume = Volume::of("debian", &[format!("MIRROR={}", server.url), "SUITE=bookworm".to_owned()]);
+        succeeded(&volume.build(&[]).env("PATH", &path).output().unwrap());
+        assert!(volume.file("var/lib/dpkg/status").contains("Package: kmod\n"), "{version}");
+        let authority = std::fs::read_to_string(volume.at("ca.crt")).unwrap();
+        assert!(volume.file("etc/ssl/certs/ca-certificates.crt").contains(authority.lines().nth(2).unwrap()));
+    }
 }

@@ -38,23 +38,35 @@ pub fn listed(tree: &Path) -> String {
 }
 
 /// The repository, made once for all tests.
-pub static REPOSITORY: LazyLock<PathBuf> = LazyLock::new(|| {
-    let place = cache().join("tests/rpm-repository");
+pub static REPOSITORY: LazyLock<PathBuf> = LazyLock::new(|| repository_for("x86_64"));
+
+/// The same for aarch64, whose shell is Debian's.
+pub static REPOSITORY_FOR_ARM: LazyLock<PathBuf> = LazyLock::new(|| repository_for("aarch64"));
+
+fn repository_for(architecture: &str) -> PathBuf {
+    let place = cache().join("tests/rpm-repository").join(architecture);
     let made = place.with_extension(std::process::id().to_string());
-    let specs = repository().join("tests/recipe/rpm-local/specs");
+    let recipe = repository().join("tests/recipe/rpm-local");
+    let specs = std::fs::read_dir(recipe.join("specs")).unwrap().map(|spec| spec.unwrap().path());
+    let is_for_arm = architecture == "aarch64";
+    let specs = specs.map(|spec| match spec.file_name() {
+        Some(name) if is_for_arm && name == "tiny-busybox.spec" => recipe.join("tiny-arm.spec"),
+        _ => spec,
+    });
     let top = directory();
-    for spec in std::fs::read_dir(specs).unwrap() {
+    for spec in specs {
         let define = |name: &str, path: &Path| format!("{name} {}", path.display());
         let mut build = Command::new("rpmbuild");
         build.args(["-bb", "--quiet", "--nodeps", "--define", &define("_topdir", top.path())]);
         build.args(["--define", &define("_rpmdir", &made), "--define", &define("_dbpath", &top.path().join("db"))]);
-        succeed(build.args(["--define", "busybox /bin/busybox"]).arg(spec.unwrap().path()));
+        build.args(["--define", "busybox /bin/busybox", "--define", &define("arm", &cache().join("debian-arm64"))]);
+        succeed(build.args(["--target", architecture]).arg(spec));
     }
     succeed(Command::new("createrepo_c").arg("--quiet").arg(&made));
     let _ = std::fs::remove_dir_all(&place);
     std::fs::rename(&made, &place).unwrap();
     place
-});
+}
 
 /// A search path with kiwi-ng.
 pub fn path() -> String {
