@@ -446,6 +446,9 @@ pub(super) struct CreateArguments {
     /// Seconds to wait for repositories [variable: TIMEOUT] [default: 500]
     #[arg(long, value_name = "SECONDS")]
     pub(super) timeout: Option<String>,
+    /// Open the image root over SSH if its build fails, as 'ims-sshd customize' does; marked complete, it is published
+    #[arg(long)]
+    pub(super) debug_shell: bool,
     /// Directory for what is built, until it is published [default: /var/lib]
     #[arg(long, value_name = "DIRECTORY")]
     pub(super) work: Option<PathBuf>,

@@ -243,6 +243,8 @@ fn run_create(arguments: CreateArguments) -> Result<u8> {
         authority: arguments.authority,
         signing_keys: arguments.keys.signing_key,
         exclude: arguments.packing.exclude,
+        has_debug_shell: arguments.debug_shell,
+        command_line: CommandLine::new("customize", &std::env::args_os().collect::<Vec<_>>(), 0),
         settings,
     })
 }

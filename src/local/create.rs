@@ -1,20 +1,24 @@
 //! `ims-sshd create`: from a recipe to a published image, on one machine.
 
 use std::fs::DirBuilder;
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::fs::FlockOperation;
+use rustix::fs::{FlockOperation, Mode, OFlags};
 
 use crate::error::{Attempt, Error, Result};
 use crate::image::exclude::Pattern;
+use crate::local::command_line::CommandLine;
+use crate::local::customize::{self, Customization};
+use crate::local::run::{End, Reports, Run};
 use crate::local::source::need_root;
-use crate::local::steps;
+use crate::local::{steps, work_directory};
 use crate::publish::settings::Settings;
 use crate::recipe::{fetch, kiwi, repositories};
 use crate::sys::named;
-use crate::volume::layout::{BUILD, RECIPE};
+use crate::volume::layout::{BUILD, CREATED_IMAGE_ROOT, RECIPE};
 use crate::volume::open_tree;
 
 /// Directory in which recipes are built, below that for changes.
@@ -22,6 +26,9 @@ pub const DIRECTORY: &str = "ims-sshd.create";
 
 /// Name of the directory of the image root, kiwi-ng's layout.
 const BUILT: &str = "build";
+
+/// Shells of an image root without which no session can begin.
+const SHELLS: [&str; 2] = ["bin/sh", "usr/bin/sh"];
 
 /// Arguments of the command line.
 #[derive(Debug)]
@@ -40,6 +47,10 @@ pub struct Creation {
     pub signing_keys: Vec<PathBuf>,
     /// Patterns of paths that are not packed.
     pub exclude: Vec<Pattern>,
+    /// True if the image root of a build that failed is opened over SSH.
+    pub has_debug_shell: bool,
+    /// The command line.
+    pub command_line: CommandLine,
     /// Settings of a create job, whose image root parent is this build's own directory.
     pub settings: Settings,
 }
@@ -74,12 +85,60 @@ pub fn run(creation: &Creation) -> Result<u8> {
         is_authority_optional: true,
         signing_keys: creation.signing_keys.clone(),
     };
-    kiwi::run(settings, &wanted)?;
+    if let Err(failed) = kiwi::run(settings, &wanted) {
+        let code = mend(creation, &place, failed)?;
+        if code != 0 {
+            return Ok(code);
+        }
+    }
     steps::pack(settings, None, None, &creation.exclude, None)?;
     steps::upload(settings, None, None, None)?;
     drop(volume);
     std::fs::remove_dir_all(&place).attempt(|| format!("remove {}", place.display()))?;
     Ok(0)
+}
+
+/// Opens what a build that `failed` has left, and returns 0 if it was marked complete.
+fn mend(creation: &Creation, place: &Path, failed: Error) -> Result<u8> {
+    let image_root = place.join(CREATED_IMAGE_ROOT);
+    if !creation.has_debug_shell || failed.is_interruption() || !image_root.is_dir() {
+        return Err(failed);
+    }
+    let root = open_tree(&image_root)?;
+    if SHELLS.iter().all(|shell| root.open_at(shell, OFlags::PATH, Mode::empty()).is_err()) {
+        return Err(failed.advise_also("no shell is opened: the image root has none yet"));
+    }
+    drop(root);
+    tracing::error!("{failed}");
+    tracing::info!("opening what was built; marked complete, it is published as it is then");
+    let run = Run {
+        source: image_root.display().to_string(),
+        command_line: creation.command_line.clone(),
+        name: Some(creation.settings.name.clone()),
+        in_place: true,
+        fresh: false,
+        discards: false,
+        end: End::Published,
+        settings: None,
+        node: None,
+        work: work_directory::DEFAULT.into(),
+        exclude: Vec::new(),
+        reports: Reports { changes: None, result: false },
+    };
+    let shell = Customization {
+        port: None,
+        listen: IpAddr::V4(Ipv4Addr::LOCALHOST),
+        authorized_key: None,
+        jailed: true,
+        binds: Vec::new(),
+        variables: Vec::new(),
+        host_script: None,
+    };
+    let code = customize::run(run, &shell)?;
+    if code == 0 {
+        kiwi::clean(&open_tree(&image_root)?)?;
+    }
+    Ok(code)
 }
 
 /// Makes the directory; users must not reach setuid programs of the image root.

@@ -124,9 +124,10 @@ impl Run {
 
     /// Name of the image as a label of a host name.
     fn label(&self) -> String {
-        match &self.settings {
-            Some(settings) => names::host_label(&settings.name),
-            None => names::host_label(&names::of_source(&self.source)),
+        match (&self.name, &self.settings) {
+            (Some(name), _) => names::host_label(name),
+            (_, Some(settings)) => names::host_label(&settings.name),
+            _ => names::host_label(&names::of_source(&self.source)),
         }
     }
 

@@ -1,7 +1,8 @@
 //! From a recipe to a published image by one command.
 
+use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use testbed::job::*;
 use testbed::s3_server::Bucket;
@@ -11,12 +12,17 @@ use testbed::*;
 use crate::recipes::*;
 
 fn create(dir: &Path, recipe: &Path, output: &str, options: &[&str], variables: &[(&str, String)]) -> Output {
+    creation(dir, recipe, output, options, variables).output().unwrap()
+}
+
+fn creation(dir: &Path, recipe: &Path, output: &str, options: &[&str], variables: &[(&str, String)]) -> Command {
     let mut command = ims_sshd(&["create", recipe.to_str().unwrap(), "--output", output], variables);
     command.args(["--work", &dir.join("work").display().to_string(), "--name", "compute"]);
     command
         .args(["--set", &format!("REPOSITORY=dir://{}", REPOSITORY.display()), "--authority"])
         .arg(dir.join("ca.crt"));
-    command.args(options).env("PATH", path()).current_dir(dir).output().unwrap()
+    command.args(options).env("PATH", path()).current_dir(dir);
+    command
 }
 
 fn prepared() -> (tempfile::TempDir, std::path::PathBuf) {
@@ -66,4 +72,65 @@ fn failed_creation_keeps_what_was_built_and_the_next_one_begins_anew() {
     assert!(output.status.success(), "{}", text(&output.stderr));
     // Without a kernel in the image, none is published.
     assert!(dir.path().join("out/compute/manifest.json").exists());
+}
+
+/// A creation whose build fails and has opened a shell; with what it has printed.
+fn with_shell(dir: &Path, recipe: &Path) -> (std::process::Child, std::thread::JoinHandle<String>, String) {
+    let options = ["--set", "PACKAGE_MANAGER=zypper", "--debug-shell"];
+    let mut command = creation(dir, recipe, "./out", &options, &[]);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut errors = child.stderr.take().unwrap();
+    let errors = std::thread::spawn(move || {
+        let mut said = String::new();
+        errors.read_to_string(&mut said).unwrap();
+        said
+    });
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
+    let login = lines.find(|line| line.trim_start().starts_with("ssh -F ")).expect("a line that logs in");
+    // Nobody else reads what it prints.
+    std::thread::spawn(move || lines.count());
+    (child, errors, login)
+}
+
+#[test]
+fn failed_build_opens_a_shell_and_is_published_only_if_marked_complete() {
+    let (dir, recipe) = prepared();
+    let broken = dir.path().join("compute");
+    succeed(Command::new("cp").arg("-aT").arg(recipe).arg(&broken));
+    write(&broken, "config.sh", "echo 'the licence server is away'; false\n");
+    let cause = "config.sh failed with: it wrote nothing to standard error, and last to standard output 'the licence \
+                 server is away'";
+    for is_mended in [false, true] {
+        let (mut child, errors, login) = with_shell(dir.path(), &broken);
+        let line = if is_mended { "echo mended > /etc/motd; touch /tmp/complete" } else { "touch /tmp/failed" };
+        let session = Command::new("sh").args(["-c", &format!("{login} '{line}'")]).output().unwrap();
+        let code = child.wait().unwrap().code();
+        let errors = errors.join().unwrap();
+        assert!(session.status.success(), "{session:?}\n{errors}");
+        assert_eq!(code, Some(i32::from(!is_mended)), "{errors}");
+        assert_eq!(errors.matches(cause).count(), 1, "{errors}");
+        assert_eq!(dir.path().join("out").exists(), is_mended);
+        assert_eq!(dir.path().join("work/ims-sshd.create/compute/build/image-root").exists(), !is_mended);
+    }
+    let motd = ["-cat", "out/compute/rootfs", "etc/motd"];
+    assert_eq!(succeed(Command::new("unsquashfs").args(motd).current_dir(dir.path())), "mended\n");
+    let list = succeed(Command::new("unsquashfs").args(["-lls", "out/compute/rootfs"]).current_dir(dir.path()));
+    let image = list.lines().find(|line| line.ends_with("squashfs-root/image")).unwrap();
+    assert!(image.starts_with("drwx------ "), "{image}");
+    for name in ["/.profile", "/.kconfig", "/tmp/complete"] {
+        assert!(!list.contains(&format!("squashfs-root{name}")), "{name}");
+    }
+}
+
+#[test]
+fn build_that_fails_before_there_is_a_shell_opens_none() {
+    let (dir, recipe) = prepared();
+    let broken = dir.path().join("compute");
+    succeed(Command::new("cp").arg("-aT").arg(recipe).arg(&broken));
+    let description = std::fs::read_to_string(broken.join("config.xml")).unwrap();
+    write(&broken, "config.xml", &description.replace("tiny-kernel", "tiny-kernl"));
+    let output = create(dir.path(), &broken, "./out", &["--set", "PACKAGE_MANAGER=zypper", "--debug-shell"], &[]);
+    assert_eq!(output.status.code(), Some(1));
+    let said = text(&output.stderr);
+    assert!(said.contains("No provider of 'tiny-kernl' found") && said.contains("no shell is opened"), "{said}");
 }
