@@ -234,15 +234,7 @@ impl<'a> Sidecar<'a> {
             Action::Customize => true,
             Action::Create if !self.files.stands(BUILD_FAILED)? => false,
             Action::Create if self.settings.job.debug => true,
-            Action::Create => {
-                // kiwi-ng's own error, if this program has built it.
-                let reason = self.files.parent().read(BUILD_FAILED, LONGEST_REASON).unwrap_or_default();
-                let reason = String::from_utf8_lossy(&reason).trim().to_owned();
-                let why = if reason.is_empty() { String::new() } else { format!(": {reason}") };
-                return Err(Error::new("publish the image")
-                    .because(format!("its build failed{why}"))
-                    .advise("ENABLE_DEBUG=true opens a shell in a failed build"));
-            }
+            Action::Create => return Err(self.build_failed("ENABLE_DEBUG=true opens a shell in a failed build")),
         };
         let image_root = self.image_root()?;
         if self.journal.phase < Phase::Packing {
@@ -257,6 +249,12 @@ impl<'a> Sidecar<'a> {
                     if SIDECAR.restore(image_root)? == Some(true) {
                         tracing::info!("/{RESOLV_CONF} of the image was changed, and keeps its new content");
                     }
+                }
+                // IMS records images of recipes: one that was mended by hand is not what its recipe makes.
+                if action == Action::Create && self.settings.ims.is_some() && self.settings.job.id.is_some() {
+                    return Err(
+                        self.build_failed("correct the recipe; a tree that was mended by hand is not published")
+                    );
                 }
                 if ended == Ended::Failed {
                     return self.end_as_failed(action);
@@ -282,6 +280,14 @@ impl<'a> Sidecar<'a> {
             let _ = shown.next(Stage::Uploading);
         }
         self.publish(image)
+    }
+
+    /// Error of a create job whose build failed, with kiwi-ng's own reason if this program has built it.
+    fn build_failed(&self, advice: &str) -> Error {
+        let reason = self.files.parent().read(BUILD_FAILED, LONGEST_REASON).unwrap_or_default();
+        let reason = String::from_utf8_lossy(&reason).trim().to_owned();
+        let why = if reason.is_empty() { String::new() } else { format!(": {reason}") };
+        Error::new("publish the image").because(format!("its build failed{why}")).advise(advice)
     }
 
     /// Returns whether there is a verdict file, as an environment leaves it before `exiting`.
