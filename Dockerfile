@@ -1,3 +1,5 @@
+# Two images: 'ims-sshd' is that of the build environment and of the containers beside it, 'builder' that of a create job's build.
+#
 # The build environment's image: OpenSSH's server, what unpacks and packs an image root, and the two programs. Both bases can be replaced
 # by others of the same distribution, and named by digest: make image BASE_IMAGE=debian@sha256:… RUST_IMAGE=rust@sha256:…
 ARG RUST_IMAGE=rust:1-slim-bookworm
@@ -29,7 +31,34 @@ RUN apt-get -q update \
         | tar -x -C /out "./usr/bin/qemu-$other-static" ./usr/share/doc/qemu-user-static/copyright \
     && rm -rf qemu-user-static_*.deb /var/lib/apt/lists/*
 
-FROM ${BASE_IMAGE}
+# The image of the container that builds recipes: kiwi-ng and the package managers, as Debian has them.
+FROM ${BASE_IMAGE} AS builder
+RUN apt-get -q update \
+    && DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends \
+        ca-certificates createrepo-c debootstrap dnf gpg kiwi rpm rsync xz-utils zypper \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /var/cache/debconf/*-old /var/log/apt /var/log/dpkg.log
+COPY --from=qemu /out/ /
+COPY --from=build /stage/ /usr/
+ENV RECIPE_ROOT_PARENT=/mnt/image/recipe \
+    IMAGE_ROOT_PARENT=/mnt/image
+ENTRYPOINT ["/usr/bin/ims-sshd", "build"]
+
+ARG LICENSES=MIT
+ARG VERSION=unknown
+ARG REVISION=unknown
+ARG CREATED=unknown
+ARG SOURCE=unknown
+ARG BASE_IMAGE
+LABEL org.opencontainers.image.title="ims-sshd-builder" \
+      org.opencontainers.image.description="Builds an image root from a recipe of kiwi-ng" \
+      org.opencontainers.image.licenses="${LICENSES}" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.created="${CREATED}" \
+      org.opencontainers.image.source="${SOURCE}" \
+      org.opencontainers.image.base.name="${BASE_IMAGE}"
+
+FROM ${BASE_IMAGE} AS ims-sshd
 # Host keys are the environment's own: made at its start, never shared by all that run this image.
 RUN apt-get -q update \
     && DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends \

@@ -24,6 +24,8 @@ TEST_PYTHON_PACKAGES := kubernetes-validate==1.37.0 ansible-core==2.19.14 'moto[
 # kiwi-ng, and the package managers that it builds by.
 RECIPE_PACKAGES := rpm createrepo-c zypper dnf debootstrap dpkg-dev busybox-static xz-utils
 KIWI := kiwi==11.1.6
+# Further versions that tests build by: make test KIWIS="9.24.61 10.2.45"
+KIWIS ?=
 BENCH_PACKAGES := $(RUN_PACKAGES) $(DEMO_PACKAGES) gcc libc6-dev bubblewrap systemd-container util-linux podman runc curl rsync ansible-core
 
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
@@ -36,6 +38,7 @@ IMAGE_COMMIT := $(or $(shell git log -1 --format='%H %cI' -- \
 SOURCE := $(or $(shell git config --get remote.origin.url 2>/dev/null | sed 's|://[^/]*@|://|; s|?.*||'),unknown)
 CREATED ?= $(shell date -u +%Y-%m-%dT%H:%M:%SZ)
 IMAGE ?= ims-sshd:$(VERSION)
+BUILDER_IMAGE ?= ims-sshd-builder:$(VERSION)
 
 STAGE := target/stage
 SOURCES := $(shell find src sshd_config.d .cargo -type f) Cargo.toml Cargo.lock deploy/stage
@@ -50,23 +53,32 @@ NEEDED := $(if $(filter squashfs suite publish recipe remote service pod,$(TEST_
 	$(if $(filter deploy suite publish recipe remote service pod,$(TEST_PROGRAMS)),test-python) \
 	$(if $(filter recipe,$(TEST_PROGRAMS)),test-recipes) $(if $(filter pod,$(TEST_PROGRAMS)),test-containers)
 
-.PHONY: help run build install uninstall check test bench image clean tools demo test-roots test-python test-recipes test-containers \
+.PHONY: help run build install uninstall check test bench image clean tools demo kiwi test-roots test-python test-recipes test-containers \
 	install-run install-demo install-test install-recipe install-bench
 
 help:
 	@echo 'make run FROM=IMAGE     opens IMAGE (a squashfs, an archive, a URL) over SSH and publishes the result in out/; OUT=… puts it'
 	@echo '                        elsewhere. Without FROM it makes a small Debian first; IMAGE_ROOT=DIRECTORY has the changes applied to it'
+	@echo 'make run RECIPE=PATH    builds an image from a recipe of kiwi-ng and publishes it in out/; SET="NAME=VALUE …" fills its templates in'
 	@echo 'make build              builds the programs, man pages and completions'
 	@echo 'make install            installs them below /usr/local (PREFIX=…, DESTDIR=…); make uninstall removes them'
 	@echo 'make check              quick: formatting, clippy, unit tests'
 	@echo 'make test               all tests; TEST=NAME those whose name contains NAME, with what they need'
 	@echo 'make bench              the benchmarks beside those of the peers, for docs/BENCHMARKS.md'
-	@echo 'make image              the container image (IMAGE=NAME:TAG, BUILDER=…, RUST_IMAGE=…, BASE_IMAGE=…, BUILD_FLAGS=…)'
+	@echo 'make image              the container images, and that for recipes (IMAGE=NAME:TAG, BUILDER_IMAGE=NAME:TAG, BUILDER=…,'
+	@echo '                        RUST_IMAGE=…, BASE_IMAGE=…, BUILD_FLAGS=…)'
 	@echo 'make clean              removes what was built; images for tests and for make run stay in $(CACHE)'
 
+ifdef RECIPE
+# The whole job on one machine: fetch, build, pack, publish.
+run: install-run kiwi build
+	$(if $(SUDO),$(SUDO) -E) env PATH=$(call quoted,$(CACHE)/kiwi/bin):"$$PATH" $(STAGE)/bin/ims-sshd create $(call quoted,$(RECIPE)) \
+		--output $(call quoted,$(OUT)) $(foreach value,$(SET),--set $(call quoted,$(value)))
+else
 run: install-run $(if $(or $(IMAGE_ROOT),$(filter-out file,$(origin FROM))),,demo) build
 	@echo "The program is $(CURDIR)/$(STAGE)/bin/ims-sshd; 'make install' installs it."
 	$(if $(SUDO),$(SUDO) -E) $(STAGE)/bin/ims-sshd customize $(OPENED)
+endif
 
 demo: install-demo
 	$(SUDO) tests/image-roots $(call quoted,$(CACHE)) debian busybox
@@ -104,7 +116,7 @@ check: tools
 
 test: tools $(NEEDED)
 	$(if $(TEST_PROGRAMS),,@echo "no test's name contains" $(call quoted,$(TEST)) >&2; exit 1)
-	IMS_SSHD_CACHE=$(call quoted,$(CACHE)) cargo $(AS_ROOT) test --locked --workspace \
+	IMS_SSHD_CACHE=$(call quoted,$(CACHE)) IMS_SSHD_TEST_KIWIS="$(KIWIS)" cargo $(AS_ROOT) test --locked --workspace \
 		$(if $(TEST),$(patsubst %,--test %,$(filter-out lib,$(TEST_PROGRAMS))) $(if $(filter lib,$(TEST_PROGRAMS)),--lib) $(call quoted,$(TEST)))
 
 test-roots: install-test
@@ -114,11 +126,16 @@ test-python:
 	@tests/install-packages python3-venv
 	$(SUDO) tests/python-packages $(call quoted,$(CACHE)) $(TEST_PYTHON_PACKAGES)
 
-test-recipes: install-recipe test-python
+kiwi: install-recipe
+	@tests/install-packages python3-venv
 	$(SUDO) tests/python-packages $(call quoted,$(CACHE)) $(KIWI)
+
+test-recipes: kiwi test-python
+	$(foreach version,$(KIWIS),$(SUDO) tests/python-packages $(call quoted,$(CACHE)/kiwis/$(version)) kiwi==$(version) &&) true
 	$(SUDO) tests/debian-archive $(call quoted,$(CACHE))
 
-test-containers: install-test test-roots
+test-containers: install-test install-recipe test-roots
+	$(SUDO) tests/debian-archive $(call quoted,$(CACHE))
 	$(SUDO) tests/container-images $(call quoted,$(CACHE)) $(VERSION) $(IMAGE_COMMIT)
 
 bench: install-bench build
@@ -128,10 +145,12 @@ bench: install-bench build
 
 image: export SOURCE := $(SOURCE)
 image:
-	@$(if $(BUILDER),,builder=$$(deploy/image-builder) && )$(or $(BUILDER),"$$builder") build $(BUILD_FLAGS) -t $(call quoted,$(IMAGE)) \
+	@$(if $(BUILDER),,builder=$$(deploy/image-builder) && )\
+		for target in ims-sshd:$(call quoted,$(IMAGE)) builder:$(call quoted,$(BUILDER_IMAGE)); do \
+		$(or $(BUILDER),"$$builder") build $(BUILD_FLAGS) --target "$${target%%:*}" -t "$${target#*:}" \
 		$(foreach argument,RUST_IMAGE BASE_IMAGE,$(if $($(argument)),--build-arg $(call quoted,$(argument)=$($(argument))))) \
 		--build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) --build-arg SOURCE="$$SOURCE" \
-		--build-arg CREATED=$(CREATED) .
+		--build-arg CREATED=$(CREATED) . || exit; done
 
 clean:
 	rm -rf $(STAGE)
