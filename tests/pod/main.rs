@@ -7,5 +7,6 @@ mod containers;
 mod image;
 mod podman;
 mod pods;
+mod recipes;
 mod walk;
 mod way_in;
