@@ -45,7 +45,9 @@ pub(crate) struct Channel {
     inbox: Vec<u8>,
     taken: usize,
     outbox: Vec<u8>,
-    heard: Instant,
+    /// How long the other side has been silent while this side listened.
+    silence: Duration,
+    listened: Instant,
     said: Instant,
     /// How long the other side may be silent; without a limit there are no signs of life either.
     patience: Option<Duration>,
@@ -66,7 +68,8 @@ impl Channel {
             inbox: Vec::new(),
             taken: 0,
             outbox: Vec::new(),
-            heard: now,
+            silence: Duration::ZERO,
+            listened: now,
             said: now,
             patience,
             is_over: false,
@@ -76,7 +79,7 @@ impl Channel {
     /// Sets how long the other side may be silent from now on.
     pub(crate) fn set_patience(&mut self, patience: Duration) {
         self.patience = Some(patience);
-        self.heard = Instant::now();
+        self.silence = Duration::ZERO;
     }
 
     /// Queues a message.
@@ -133,12 +136,15 @@ impl Channel {
     fn read(&mut self) -> io::Result<()> {
         self.inbox.drain(..self.taken);
         self.taken = 0;
+        // While this side was busy, or the whole machine stood still, nothing could be heard.
+        self.silence += self.listened.elapsed().min(BEAT);
+        self.listened = Instant::now();
         let mut bytes = vec![0; AT_ONCE];
         while !self.is_over && self.inbox.len() < LONGEST_LINE + ENOUGH {
             match self.input.read(&mut bytes) {
                 Ok(0) => self.is_over = true,
                 Ok(length) => {
-                    self.heard = Instant::now();
+                    self.silence = Duration::ZERO;
                     self.inbox.extend(&bytes[..length]);
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
@@ -212,7 +218,7 @@ impl Channel {
             return lost("the other side has closed the connection".into());
         }
         match self.patience {
-            Some(patience) if self.heard.elapsed() > patience => {
+            Some(patience) if self.silence > patience => {
                 lost(format!("nothing was heard from the other side for {} s", patience.as_secs()))
             }
             _ => Ok(()),
@@ -282,11 +288,33 @@ mod tests {
             let mut sources = ends[1].sources();
             let _ = crate::sys::poll::wait(&mut sources, BEAT / 10);
         }
-        ends[1].heard = Instant::now().checked_sub(BEAT * 3).unwrap();
-        assert!(ends[1].check().unwrap_err().to_string().contains("nothing was heard"));
-        let [ours, mut theirs] = ends;
+        // The first end says nothing any more.
+        let began = Instant::now();
+        let lost = loop {
+            ends[1].turn().unwrap();
+            if let Err(error) = ends[1].check() {
+                break error.to_string();
+            }
+            let mut sources = ends[1].sources();
+            let _ = crate::sys::poll::wait(&mut sources, BEAT / 10);
+        };
+        assert!(lost.contains("nothing was heard"), "{lost}");
+        assert!(began.elapsed() > BEAT, "{:?}", began.elapsed());
+        let [mut ours, mut theirs] = ends;
+        // A socket that is closed with bytes unread is reset.
+        ours.turn().unwrap();
         drop(ours);
         theirs.turn().unwrap();
         assert!(theirs.check().unwrap_err().to_string().contains("closed the connection"));
+    }
+
+    #[test]
+    fn time_in_which_nobody_listened_is_no_silence_of_the_other_side() {
+        let mut ends = pair(Some(BEAT * 3));
+        ends[1].turn().unwrap();
+        // As if the whole machine had stood still: the other side could not say anything either.
+        ends[1].listened = Instant::now().checked_sub(BEAT * 60).unwrap();
+        ends[1].turn().unwrap();
+        ends[1].check().unwrap();
     }
 }
