@@ -58,8 +58,9 @@ fn figures() {
     let through = median(|| drop(remote.says("true")));
     let direct = median(|| assert!(lab.ssh(node, "true").status.success()));
     let mut remote = remote;
-    lab.cut(node);
     let began = Instant::now();
+    lab.cut(node);
+    println!("cut within {:?}", began.elapsed());
     remote.fails(1, "cannot go on with the job");
     let lost = began.elapsed();
     lab.mend(node);
@@ -73,5 +74,6 @@ fn figures() {
     println!("loss noticed after {lost:?} (limit 5 s + 2 s)");
     assert!(second <= limit);
     assert!(through <= direct + Duration::from_millis(5));
-    assert!(lost <= Duration::from_secs(7));
+    // The job was there until then.
+    assert!(lost > Duration::from_secs(1) && lost <= Duration::from_secs(7), "{}", remote.log());
 }
