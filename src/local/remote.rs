@@ -311,7 +311,7 @@ impl Job<'_> {
         let directory = JournalDirectory::private(place.files(), settings);
         let mut journal = Journal::read(&directory)?;
         let publication = Publication { work, settings, ims, directory: &directory };
-        let report = publication.publish(&mut journal, Image { rootfs, boot, debug_kernel: None })?;
+        let report = publication.publish(&mut journal, Image { rootfs, recorded: None, boot, debug_kernel: None })?;
         if run.reports.result {
             say_result(&report);
         }

@@ -607,7 +607,7 @@ impl Opened<'_> {
         {
             return Err(space::too_small("the store", left, size, "name another disk with --output"));
         }
-        let image = Image { rootfs, boot, debug_kernel: None };
+        let image = Image { rootfs, recorded: None, boot, debug_kernel: None };
         self.entry.reach(Stage::Uploading);
         let report = self.publication(self.journal).publish(&mut journal, image)?;
         if run.reports.result {

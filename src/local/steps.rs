@@ -339,7 +339,9 @@ fn pack_place(
     let (packed, recorded) =
         packed::pack(work, parent, &place.image_root, &place.archive(), settings, exclude, source.as_ref())?;
     // Without its record, the next run would refuse to replace it.
-    recorded.inspect_err(|_| place.remove_archive(&packed))?;
+    recorded
+        .and_then(|()| packed::record_checksum(work, parent, &place.archive(), &packed))
+        .inspect_err(|_| place.remove_archive(&packed))?;
     if let Some(file) = changes {
         write_changes(work, place.files.parent(), &place.image_root, file)?;
     }
@@ -369,7 +371,8 @@ fn upload_place(
     packed::check(records, &archive, &rootfs, &place.image_root)?;
     packed::check_unchanged(records, &archive, &rootfs, &place.image_root)?;
     let debug_kernel = debug_kernel.map(Opened::open).transpose()?.map(Opened::into_file).transpose()?;
-    let image = Image { rootfs, boot: place.boot(settings)?, debug_kernel };
+    let recorded = packed::checksum(records, &rootfs);
+    let image = Image { rootfs, recorded, boot: place.boot(settings)?, debug_kernel };
     let ims = settings.ims_client(work);
     // Before hours of uploading for a job that IMS does not know.
     ims.job()?;

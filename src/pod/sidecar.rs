@@ -634,7 +634,7 @@ impl<'a> Sidecar<'a> {
             }
             packed
         };
-        Ok(Image { rootfs, boot, debug_kernel: None })
+        Ok(Image { rootfs, recorded: None, boot, debug_kernel: None })
     }
 
     fn publish(&mut self, image: Image) -> Result<u8> {

@@ -20,6 +20,7 @@ use crate::publish::settings::Settings;
 use crate::sys::file_kind::FileKind;
 use crate::sys::tree::{Tree, inode_and_birth};
 use crate::transfer::Work;
+use crate::transfer::checksum::sums_of;
 use crate::volume::layout::{ARCHIVE, PACKED};
 
 /// Size limit of the record in bytes, and the number of archives in it.
@@ -36,6 +37,8 @@ struct Entry {
     image_root: String,
     /// The image root's [`State`] when it was packed; earlier releases did not record it.
     state: Option<String>,
+    /// The archive's SHA-256; earlier releases did not record it, and a pod does not.
+    sha256: Option<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -60,6 +63,7 @@ fn record(directory: &Tree, archive: &Archive, packed: &File, image_root: &Tree,
         archive: archive_identity(packed).attempt(attempted)?,
         image_root: root_identity(image_root).attempt(attempted)?.0,
         state: Some(was),
+        sha256: None,
     };
     // Some file systems have no such attributes; the record does then.
     let _ = rustix::fs::fsetxattr(packed, MARK, new.mark().as_bytes(), XattrFlags::empty());
@@ -67,7 +71,23 @@ fn record(directory: &Tree, archive: &Archive, packed: &File, image_root: &Tree,
     archives.retain(|earlier| earlier.file != new.file);
     archives.drain(..archives.len().saturating_sub(MOST - 1));
     archives.push(new);
-    directory.replace(PACKED, format!("{}\n", json!(Record::Archives { archives })).as_bytes()).attempt(attempted)
+    write(directory, archives)
+}
+
+/// Adds the SHA-256 of `packed`, which is `archive`, to its record in `directory`.
+pub(crate) fn record_checksum(work: &Work, directory: &Tree, archive: &Archive, packed: &File) -> Result<()> {
+    let sha256 = sums_of(work, packed, &archive.shown(), None)?.sha256;
+    let identity = archive_identity(packed).attempt(|| format!("record {}", archive.shown()))?;
+    let mut archives = read(directory);
+    if let Some(entry) = archives.iter_mut().rfind(|entry| entry.archive == identity) {
+        entry.sha256 = Some(sha256);
+    }
+    write(directory, archives)
+}
+
+fn write(directory: &Tree, archives: Vec<Entry>) -> Result<()> {
+    let text = format!("{}\n", json!(Record::Archives { archives }));
+    directory.replace(PACKED, text.as_bytes()).attempt(|| format!("write {}", directory.shown().join(PACKED).display()))
 }
 
 impl Entry {
@@ -176,6 +196,11 @@ pub(crate) fn check_unchanged(directory: &Tree, archive: &Archive, packed: &File
     Err(Error::new(format!("publish {}", archive.shown()))
         .because(format!("{} was changed since it was packed", image_root.shown().display()))
         .advise("'ims-sshd package' packs it again"))
+}
+
+/// SHA-256 of `packed` when it was packed, if that is recorded in `directory`.
+pub(crate) fn checksum(directory: &Tree, packed: &File) -> Option<String> {
+    recorded(directory, packed)?.sha256
 }
 
 /// Names of the files in `directory` that were packed, and are as they were then.

@@ -21,7 +21,7 @@ use crate::publish::settings::Settings;
 use crate::store::error::cause;
 use crate::store::{Description, MD5, Owner, SHA256, Store};
 use crate::transfer::Work;
-use crate::transfer::checksum::{OfFile, looks_like_md5, sums_of};
+use crate::transfer::checksum::{OfFile, Parts, is_other_md5, sums_of};
 use crate::transfer::progress::size_in_words;
 
 /// Keys below the image's ID, and their media types.
@@ -39,6 +39,8 @@ const KEYS: [&str; 6] = [ROOTFS.0, KERNEL.0, INITRD.0, DEBUG_KERNEL.0, PARAMETER
 pub(crate) struct Image {
     /// The packed image.
     pub(crate) rootfs: File,
+    /// Its SHA-256 when it was packed, if that was recorded.
+    pub(crate) recorded: Option<String>,
     /// Kernel, initrd and parameters; `None` for an image that is never booted.
     pub(crate) boot: Option<BootFiles>,
     /// The kernel with its symbols.
@@ -71,8 +73,10 @@ impl Publication<'_> {
     pub(crate) fn publish(&self, journal: &mut Journal, image: Image) -> Result<Value> {
         let store = Store::open(&self.settings.store, &self.work.network)?;
         let mut is_published = false;
-        let result = self.pieces(image, store.signs_content()).and_then(|pieces| {
+        let recorded = image.recorded.clone();
+        let result = self.pieces(image, &store).and_then(|pieces| {
             is_published = self.forget_published(&store, journal, &pieces)?;
+            self.refuse_changed(&pieces, recorded.as_deref())?;
             self.carry_out(&store, journal, &pieces, is_published)
         });
         let recorded = match &result {
@@ -365,8 +369,8 @@ impl Publication<'_> {
         store.is_directory() && !self.ims.is_there()
     }
 
-    /// Files of an image, with their checksums; those of parts too, if parts `are_signed`.
-    fn pieces(&self, image: Image, are_signed: bool) -> Result<Vec<Piece>> {
+    /// Files of an image, with their checksums; those of parts too, which a directory does not compare.
+    fn pieces(&self, image: Image, store: &Store) -> Result<Vec<Piece>> {
         let (kernel, initrd, parameters) = match image.boot {
             Some(boot) => (Some(boot.kernel), boot.initrd, boot.parameters),
             None => (None, None, None),
@@ -381,11 +385,23 @@ impl Publication<'_> {
         ];
         let piece = |((key, media_type), content): ((&'static str, &'static str), File)| {
             let size = content.metadata().attempt(|| format!("read the size of {key}"))?.len();
-            let part = (are_signed && size > PART).then(|| part_of(size));
-            let sums = sums_of(self.work, &content, key, part)?;
+            let parts = || Parts { length: part_of(size), are_signed: store.signs_content() };
+            let parts = (size > PART && !store.is_directory()).then(parts);
+            let sums = sums_of(self.work, &content, key, parts)?;
             Ok(Piece { key, media_type, content: content.into(), sums, size })
         };
         files.into_iter().filter_map(|(what, content)| Some((what, content?))).map(piece).collect()
+    }
+
+    /// Refuses a packed image with another SHA-256 than the recorded one: the times of a file can be set.
+    fn refuse_changed(&self, pieces: &[Piece], recorded: Option<&str>) -> Result<()> {
+        let is_same = |piece: &Piece| piece.key != ROOTFS.0 || recorded.is_none_or(|sum| sum == piece.sums.sha256);
+        if pieces.iter().all(is_same) {
+            return Ok(());
+        }
+        Err(Error::new(format!("publish {}", self.settings.archive()))
+            .because("its content was changed since it was packed")
+            .advise("'ims-sshd package' packs it again"))
     }
 
     /// Uploads everything unless it `is_published`. Returns the artifacts, the link to the manifest, and the place and
@@ -400,7 +416,7 @@ impl Publication<'_> {
         let mut name = if self.is_named(store) { store.free_name(&self.directory_name()) } else { id.to_string() };
         let (mut artifacts, mut keys, mut total) = (Vec::new(), Vec::new(), 0);
         for &Piece { key, media_type, ref content, ref sums, size } in pieces {
-            let OfFile { md5, sha256, parts } = sums;
+            let OfFile { md5, sha256, parts, etag_of_parts } = sums;
             let mut metadata = vec![(MD5, md5.clone()), (SHA256, sha256.clone())];
             metadata.push(("x-shasta-ims-image-name", self.settings.name.clone()));
             metadata.extend(self.owner_metadata(id));
@@ -410,7 +426,7 @@ impl Publication<'_> {
                 let description = Description { media_type, metadata };
                 self.put(store, &Large { place: &place, content, size, md5, parts, description: &description })?;
             }
-            let etag = self.etag(store, &place, size, md5)?;
+            let etag = self.etag(store, &place, size, etag_of_parts.as_ref().unwrap_or(md5))?;
             if !is_published {
                 tracing::info!(md5, etag, "uploaded {url}");
             }
@@ -494,18 +510,18 @@ impl Publication<'_> {
         Sender { work: self.work, store, settings: &self.settings.store, directory: self.directory }
     }
 
-    /// ETag of an object that was uploaded. Refuses one with another size, or with another MD5 if its ETag is one.
-    fn etag(&self, store: &Store, place: &str, size: u64, md5: &str) -> Result<String> {
+    /// ETag of an object that was uploaded. Refuses one with another size, or with another MD5 than `expected` if its ETag
+    /// is one: of the object, or of the MD5s of its parts, with their number.
+    fn etag(&self, store: &Store, place: &str, size: u64, expected: &str) -> Result<String> {
         let attempted = format!("inspect {}", store.url_of(place));
         let refuse = |why: String| Err(Error::new(&attempted).because(why));
         let (etag, found) = self.wait(&attempted, store.head(place))?;
         if found != size {
             return refuse(format!("it has {found} bytes, expected {size}"));
         }
-        // The ETag of an object that was uploaded in parts is the store's own.
-        let is_other = size <= PART && looks_like_md5(&etag) && !etag.eq_ignore_ascii_case(md5);
-        if is_other && self.wait(&attempted, store.has_md5(place))? {
-            return refuse(format!("its MD5 there is {etag}, expected {md5}"));
+        // Some stores have another kind of ETag for an object that was uploaded in parts.
+        if is_other_md5(&etag, expected) && self.wait(&attempted, store.can_have_md5(place))? {
+            return refuse(format!("its MD5 there is {etag}, expected {expected}"));
         }
         Ok(etag)
     }

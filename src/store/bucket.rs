@@ -14,7 +14,7 @@ use reqwest::{Method, StatusCode, Url};
 use crate::store::error::{answered, failure, unanswered};
 use crate::store::place::SIGNED_FOR;
 use crate::store::requests::{Requests, Slice};
-use crate::transfer::checksum::{Sha256, etag_is_md5, text_of};
+use crate::transfer::checksum::{Sha256, etag_can_be_md5, text_of};
 
 /// Sends requests to a bucket.
 pub(crate) struct Asked<'a> {
@@ -47,11 +47,11 @@ impl Asked<'_> {
         if answer.status() == StatusCode::NOT_FOUND { Ok(()) } else { refuse(key, &answer) }
     }
 
-    /// Returns whether the ETag of an object is the MD5 of its content, by its headers, which the crate does not show.
-    pub(crate) async fn has_md5(&self, key: &Path) -> object_store::Result<bool> {
+    /// Returns whether the ETag of an object can be made of MD5s, by its headers, which the crate does not show.
+    pub(crate) async fn can_have_md5(&self, key: &Path) -> object_store::Result<bool> {
         let answer = self.ask(Method::HEAD, key, &[]).await?;
         refuse(key, &answer)?;
-        Ok(etag_is_md5(answer.headers()))
+        Ok(etag_can_be_md5(answer.headers()))
     }
 
     /// Uploads part `number`, and returns its ETag. A server refuses a part whose content has not the SHA-256 that it

@@ -357,10 +357,10 @@ impl Store {
         }
     }
 
-    /// Returns whether the ETag of an object is the MD5 of its content. A file has none.
-    pub(crate) async fn has_md5(&self, key: &str) -> object_store::Result<bool> {
+    /// Returns whether the ETag of an object can be made of MD5s of its content. That of a file is not.
+    pub(crate) async fn can_have_md5(&self, key: &str) -> object_store::Result<bool> {
         let Objects::S3 { bucket, requests, region, .. } = &self.objects else { return Ok(false) };
-        Asked { bucket, requests, region }.has_md5(&self.path(key)).await
+        Asked { bucket, requests, region }.can_have_md5(&self.path(key)).await
     }
 
     /// Returns whether an object exists and has this size and MD5. Files have no metadata: always false.

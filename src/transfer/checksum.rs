@@ -130,6 +130,17 @@ pub(crate) struct OfFile {
     pub(crate) sha256: String,
     /// SHA-256 of each of its parts.
     pub(crate) parts: Vec<Sha256>,
+    /// ETag that S3 gives an object that is uploaded in these parts: the MD5 of their MD5s, and their number.
+    pub(crate) etag_of_parts: Option<String>,
+}
+
+/// Parts of a file.
+#[derive(Clone, Copy)]
+pub(crate) struct Parts {
+    /// Length of each but the last, in bytes.
+    pub(crate) length: u64,
+    /// The SHA-256 of each is computed too.
+    pub(crate) are_signed: bool,
 }
 
 /// A SHA-256.
@@ -137,16 +148,16 @@ pub(crate) type Sha256 = [u8; digest::SHA256_OUTPUT_LEN];
 
 /// Checksums of a file, read once from its start; those of its parts too, if their length is given. Each kind is
 /// computed on a thread.
-pub(crate) fn sums_of(work: &Work, file: &File, what: &str, part: Option<u64>) -> Result<OfFile> {
+pub(crate) fn sums_of(work: &Work, file: &File, what: &str, parts: Option<Parts>) -> Result<OfFile> {
     std::thread::scope(|scope| {
         // A piece goes from one thread to the next, and comes back to be filled again: there are so few that no thread
         // waits for a place in a channel.
-        let [(free, unused), (to_whole, whole), (to_parts, parts)] =
+        let [(free, unused), (to_whole, whole), (to_parts, of_parts)] =
             std::array::from_fn(|_| sync_channel::<Vec<u8>>(PIECES));
         let sum_of_whole = scope.spawn({
             let free = free.clone();
             move || {
-                let next = if part.is_some() { to_parts } else { free };
+                let next = if parts.is_some() { to_parts } else { free };
                 let mut sum = digest::Context::new(&digest::SHA256);
                 for piece in whole {
                     sum.update(&piece);
@@ -157,8 +168,8 @@ pub(crate) fn sums_of(work: &Work, file: &File, what: &str, part: Option<u64>) -
             }
         });
         let sums_of_parts = scope.spawn(move || {
-            let mut sums = OfParts::new(part.unwrap_or(u64::MAX));
-            for piece in parts {
+            let mut sums = OfParts::new(parts.unwrap_or(Parts { length: u64::MAX, are_signed: false }));
+            for piece in of_parts {
                 sums.update(&piece);
                 let _ = free.send(piece);
             }
@@ -176,31 +187,39 @@ pub(crate) fn sums_of(work: &Work, file: &File, what: &str, part: Option<u64>) -
         })?;
         drop(to_whole);
         let sha256 = sum_of_whole.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        let parts = sums_of_parts.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        Ok(OfFile { md5: format!("{:x}", md5.finalize()), sha256, parts })
+        let (sums, etag) = sums_of_parts.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        let etag_of_parts = parts.map(|_| etag);
+        Ok(OfFile { md5: format!("{:x}", md5.finalize()), sha256, parts: sums, etag_of_parts })
     })
 }
 
-/// SHA-256 of each part of the bytes so far.
+/// Checksums of each part of the bytes so far.
 struct OfParts {
     /// Length of a part in bytes.
     length: u64,
     /// Bytes that the current part lacks.
     left: u64,
-    current: digest::Context,
+    /// The current part's SHA-256, if parts are signed, and its MD5.
+    current: (Option<digest::Context>, Md5),
     done: Vec<Sha256>,
+    /// MD5 of the MD5s of the parts, and their number.
+    md5s: (Md5, u64),
 }
 
 impl OfParts {
-    fn new(length: u64) -> Self {
-        Self { length, left: length, current: digest::Context::new(&digest::SHA256), done: Vec::new() }
+    fn new(Parts { length, are_signed }: Parts) -> Self {
+        let sha256 = are_signed.then(|| digest::Context::new(&digest::SHA256));
+        Self { length, left: length, current: (sha256, Md5::new()), done: Vec::new(), md5s: (Md5::new(), 0) }
     }
 
     fn update(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             let (now, later) =
                 bytes.split_at(usize::try_from(self.left).map_or(bytes.len(), |left| left.min(bytes.len())));
-            self.current.update(now);
+            if let Some(sha256) = &mut self.current.0 {
+                sha256.update(now);
+            }
+            self.current.1.update(now);
             self.left -= now.len() as u64;
             if self.left == 0 {
                 self.end();
@@ -210,18 +229,22 @@ impl OfParts {
     }
 
     fn end(&mut self) {
-        let ended = std::mem::replace(&mut self.current, digest::Context::new(&digest::SHA256));
-        let mut sum = Sha256::default();
-        sum.copy_from_slice(ended.finish().as_ref());
-        self.done.push(sum);
+        if let Some(sha256) = &mut self.current.0 {
+            let ended = std::mem::replace(sha256, digest::Context::new(&digest::SHA256));
+            let mut sum = Sha256::default();
+            sum.copy_from_slice(ended.finish().as_ref());
+            self.done.push(sum);
+        }
+        self.md5s.0.update(self.current.1.finalize_reset());
+        self.md5s.1 += 1;
         self.left = self.length;
     }
 
-    fn finish(mut self) -> Vec<Sha256> {
+    fn finish(mut self) -> (Vec<Sha256>, String) {
         if self.left < self.length {
             self.end();
         }
-        self.done
+        (self.done, format!("{:x}-{}", self.md5s.0.finalize(), self.md5s.1))
     }
 }
 
@@ -283,13 +306,25 @@ pub(crate) fn looks_like_md5(etag: &str) -> bool {
     etag.len() == 32 && etag.bytes().all(|b| b.is_ascii_hexdigit())
 }
 
+/// Returns whether an ETag, without quotes, is another MD5 than `expected`, or another MD5 of as many parts.
+pub(crate) fn is_other_md5(etag: &str, expected: &str) -> bool {
+    let split = |etag| str::split_once(etag, '-').map_or((etag, None), |(md5, parts)| (md5, Some(parts)));
+    let ((md5, parts), (expected, expected_parts)) = (split(etag), split(expected));
+    looks_like_md5(md5) && parts == expected_parts && !md5.eq_ignore_ascii_case(expected)
+}
+
 /// Returns whether the ETag of a response is the MD5 of its content: it looks like one, and no header says otherwise.
 pub(crate) fn etag_is_md5(headers: &HeaderMap) -> bool {
     let etag = text_of(headers, ETAG.as_str()).filter(|etag| !is_weak(etag)).unwrap_or_default().trim_matches('"');
+    looks_like_md5(etag) && etag_can_be_md5(headers)
+}
+
+/// Returns whether no header says that the ETag is not made of MD5s of the content.
+pub(crate) fn etag_can_be_md5(headers: &HeaderMap) -> bool {
     let mut names = headers.keys().map(HeaderName::as_str);
     // Objects that are encrypted with keys of others (SSE-C, SSE-KMS), and Swift's large objects, made of several.
     let other = ["x-amz-server-side-encryption", "x-static-large-object", "x-object-manifest"];
-    looks_like_md5(etag) && !names.any(|name| other.iter().any(|other| name.starts_with(other)))
+    !names.any(|name| other.iter().any(|other| name.starts_with(other)))
 }
 
 #[cfg(test)]

@@ -334,6 +334,88 @@ fn object_with_another_md5_in_the_store_is_noticed() {
     }
 }
 
+/// An archive of two parts with its image root, and the ETag that S3 gives it.
+fn two_parts() -> (tempfile::TempDir, PathBuf, PathBuf, String) {
+    let (dir, tree) = bootable_image();
+    let archive = dir.path().join("packed.sqsh");
+    succeed(Command::new("truncate").args(["-s", &((16 << 20) + 1).to_string()]).arg(&archive));
+    call_squashfs(&archive);
+    let script = "import hashlib, sys; data = open(sys.argv[1], 'rb').read(); \
+                  sums = [hashlib.md5(part).digest() for part in (data[:1 << 24], data[1 << 24:])]; \
+                  print(hashlib.md5(b''.join(sums)).hexdigest() + '-2')";
+    let etag = succeed(Command::new("/usr/bin/python3").args(["-c", script]).arg(&archive)).trim().to_owned();
+    (dir, tree, archive, etag)
+}
+
+#[test]
+fn part_altered_on_the_way_to_the_store_is_noticed() {
+    let (dir, tree, archive, etag) = two_parts();
+    let bucket = Bucket::new();
+    let gate = Gate::start(usize::MAX, Closed::Altering);
+    let mut command = ims_sshd(&["upload", "--archive"], &bucket.variables());
+    command.args([&archive, &tree]).current_dir(dir.path()).env("S3_ENDPOINT", &gate.endpoint);
+    let output = command.output().unwrap();
+    let said = text(&output.stderr);
+    assert_eq!((output.status.code(), gate.parts()), (Some(1), 2), "{said}");
+    assert!(said.contains("its MD5 there is ") && said.contains(&format!("-2, expected {etag}")), "{said}");
+    assert_eq!((bucket.keys(), bucket.unfinished_uploads()), (Vec::new(), 0), "{said}");
+}
+
+#[test]
+fn etag_of_parts_is_compared_only_if_it_can_be_made_of_their_md5s() {
+    let (dir, tree, archive, _) = two_parts();
+    let other = md5(b"other content");
+    for (headers, is_refused) in [
+        (format!("etag: \"{other}-2\""), true),
+        // Other parts than those that were sent, an encryption, or another kind of ETag.
+        (format!("etag: \"{other}-3\""), false),
+        (format!("etag: \"{other}-2\"\r\nx-amz-server-side-encryption: aws:kms"), false),
+        (format!("etag: W/\"{other}-2\""), false),
+        ("etag: \"e-2\"".to_owned(), false),
+    ] {
+        let sink = Sink::describing(&headers);
+        let mut command = ims_sshd(&["upload", "--archive"], &sink.variables());
+        let output = command.args([&archive, &tree]).current_dir(dir.path()).output().unwrap();
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(i32::from(is_refused)), "{headers}: {said}");
+        assert_eq!(said.contains(&format!("its MD5 there is {other}-2, expected ")), is_refused, "{headers}: {said}");
+    }
+}
+
+#[test]
+fn archive_changed_since_it_was_packed_is_not_uploaded() {
+    use std::os::unix::fs::FileExt;
+    let (dir, tree) = bootable_image();
+    let (archive, store) = (dir.path().join("image.sqsh"), dir.path().join("store"));
+    let run = |command: &[&str]| {
+        let output =
+            ims_sshd(command, &[]).args(["--archive", "image.sqsh"]).arg(&tree).current_dir(dir.path()).output();
+        output.unwrap()
+    };
+    let packed = run(&["package"]);
+    assert!(packed.status.success(), "{packed:?}");
+    let file = std::fs::OpenOptions::new().write(true).open(&archive).unwrap();
+    let time = file.metadata().unwrap().modified().unwrap();
+    let mut byte = [0];
+    let middle = file.metadata().unwrap().len() / 2;
+    std::fs::File::open(&archive).unwrap().read_exact_at(&mut byte, middle).unwrap();
+    file.write_all_at(&[!byte[0]], middle).unwrap();
+    file.set_modified(time).unwrap();
+    let upload = ["upload", "--store", store.to_str().unwrap()];
+    let refused = run(&upload);
+    let said = text(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(1), "{said}");
+    assert!(said.contains("its content was changed since it was packed"), "{said}");
+    assert!(walk(&store).iter().all(|path| !path.is_file()), "{said}");
+    // Earlier releases record no checksum.
+    let record = dir.path().join(".ims-sshd.packed");
+    let mut recorded: serde_json::Value = serde_json::from_slice(&std::fs::read(&record).unwrap()).unwrap();
+    assert!(recorded["archives"][0].as_object_mut().unwrap().remove("sha256").is_some());
+    std::fs::write(&record, recorded.to_string()).unwrap();
+    let accepted = run(&upload);
+    assert!(accepted.status.success(), "{accepted:?}");
+}
+
 #[test]
 fn token_is_replaced_before_it_expires() {
     let (dir, tree, squashfs) = packed_image();

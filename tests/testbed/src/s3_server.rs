@@ -208,6 +208,8 @@ pub enum Closed {
     EndsUnheard,
     /// Everything passes but deletions, which are answered with 200 and an error in the body.
     Undeleted,
+    /// Parts pass, the first one with another first byte.
+    Altering,
 }
 
 impl Gate {
@@ -295,6 +297,11 @@ fn pass_one(
         return write!(out, "HTTP/1.1 200 OK\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{page}", page.len());
     }
     write!(server, "{}\r\nconnection: close\r\n\r\n", lines.join("\r\n"))?;
+    if request.contains("partNumber=1&") && closed == Closed::Altering {
+        let mut first = [0];
+        body.read_exact(&mut first)?;
+        server.write_all(&[!first[0]])?;
+    }
     std::io::copy(&mut body, &mut server)?;
     if request.starts_with("GET ") && request.contains("?uploads") && closed == Closed::Refusing {
         let mut out = client;
