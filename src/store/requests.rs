@@ -94,6 +94,7 @@ impl Requests {
         }
         let asked = format!("{} {}", request.method(), without_query(&request.uri().to_string()));
         let (mut pause, mut until) = (PAUSE.0, None);
+        let began = Instant::now();
         loop {
             let (moved, sent) = (Moved::now(), Moved::now());
             let left = until.map(|until: Instant| until.saturating_duration_since(Instant::now()).max(SHORTEST));
@@ -117,7 +118,7 @@ impl Requests {
                     let tried = if is_first {
                         String::new()
                     } else {
-                        format!("; tried for {}", shown(retry_limit, is_shortened))
+                        format!("; tried for {}", shown(began.elapsed(), is_shortened))
                     };
                     return Err(error(format!("{why}{tried}")));
                 }

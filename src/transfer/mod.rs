@@ -586,7 +586,7 @@ pub(crate) async fn retry<T>(
             Err(Fault::Transient(cause)) => cause,
         };
         if began.elapsed() + pause > limit {
-            let tried = format!("tried for {} s (IMS_RETRY_LIMIT)", limit.max(began.elapsed()).as_secs());
+            let tried = format!("tried for {} s (IMS_RETRY_LIMIT)", began.elapsed().as_secs_f64().round());
             return Err(Error::new(attempted).because(cause).advise(tried));
         }
         if outage.is_due(Instant::now()) {

@@ -112,3 +112,9 @@ pub fn processes_with(text: &str) -> Vec<u32> {
 pub fn text(bytes: impl AsRef<[u8]>) -> String {
     String::from_utf8_lossy(bytes.as_ref()).into_owned()
 }
+
+/// The time for which a retried request was tried, in seconds, as a message says.
+pub fn seconds_tried(said: &str) -> u64 {
+    let found = said.split("tried for ").skip(1).find_map(|rest| rest.split_once(" s (IMS_RETRY_LIMIT)"));
+    found.and_then(|(seconds, _)| seconds.parse().ok()).unwrap_or_else(|| panic!("no time is told: {said}"))
+}
