@@ -10,6 +10,9 @@ use crate::transfer::without_query;
 /// Options that drop the changes that an earlier run kept.
 const DROPPING: [&str; 2] = ["--fresh", "--discard"];
 
+/// Options that change nothing but what is printed.
+const PRINTING: [&str; 1] = ["--json"];
+
 /// A run's command line.
 #[derive(Debug, Clone)]
 pub struct CommandLine {
@@ -17,6 +20,8 @@ pub struct CommandLine {
     pub(crate) command: &'static str,
     /// The line that resumes kept changes. Secrets are masked, and URLs have no signature.
     pub(crate) line: String,
+    /// The end of the line: the command that runs in the image.
+    inside: String,
     /// The directory to which relative paths in it refer.
     pub(crate) directory: PathBuf,
 }
@@ -27,14 +32,22 @@ impl CommandLine {
     pub fn new(command: &'static str, words: &[OsString], inside: usize) -> Self {
         let (own, inside) = words.split_at(words.len().saturating_sub(inside));
         let own = own.iter().filter(|word| DROPPING.iter().all(|option| *word != option));
-        let line = own.chain(inside).map(|word| quoted(&word.to_string_lossy())).collect::<Vec<_>>().join(" ");
+        let [line, inside] = [own.chain(inside).collect::<Vec<_>>(), inside.iter().collect()].map(|words| {
+            let quoted = words.into_iter().map(|word| quoted(&word.to_string_lossy())).collect::<Vec<_>>();
+            without_query(&without_secrets(&quoted.join(" ")))
+        });
         let directory = std::env::current_dir().unwrap_or_else(|_| "/".into());
-        Self { command, line: without_query(&without_secrets(&line)), directory }
+        Self { command, line, inside, directory }
     }
 
-    /// Returns `other`, a line of an earlier run, if it differs in more than the path of the program.
+    /// Returns `other`, a line of an earlier run, if it differs in more than the path of the program and in what is
+    /// printed.
     pub(crate) fn differs<'a>(&self, other: &'a str) -> Option<&'a str> {
-        let arguments = |line: &str| line.split_once(' ').map(|(_, arguments)| arguments.to_owned());
+        let arguments = |line: &str| {
+            let (own, inside) = line.strip_suffix(&self.inside).map_or((line, ""), |own| (own, self.inside.as_str()));
+            let own = own.split(' ').skip(1).filter(|word| PRINTING.iter().all(|option| word != option));
+            (own.collect::<Vec<_>>().join(" "), inside.to_owned())
+        };
         (arguments(&self.line) != arguments(other)).then_some(other)
     }
 }
@@ -89,6 +102,26 @@ mod tests {
         }
         assert_eq!(from_here("true", &std::env::current_dir().unwrap()), "true");
         assert_eq!(from_here("true", Path::new("/a b")), "cd '/a b' && true");
+    }
+
+    #[test]
+    fn a_line_differs_in_more_than_program_and_options_of_printing() {
+        let line = |text: &str, inside: usize| {
+            let words: Vec<_> = text.split(' ').map(OsString::from).collect();
+            CommandLine::new("customize", &words, inside)
+        };
+        for (line, other, differs) in [
+            (line("ims-sshd customize x -- true", 1), "/usr/bin/ims-sshd customize x -- true", false),
+            (line("ims-sshd customize x --json -- true", 1), "ims-sshd customize x -- true", false),
+            (line("ims-sshd customize x -- true", 1), "ims-sshd customize --json x -- true", false),
+            (line("ims-sshd customize x", 0), "ims-sshd customize x --json", false),
+            (line("ims-sshd customize x -- true", 1), "ims-sshd customize x -- false", true),
+            (line("ims-sshd customize x -- list", 1), "ims-sshd customize x -- list --json", true),
+            (line("ims-sshd customize x -- list --json", 2), "ims-sshd customize x -- list", true),
+            (line("ims-sshd customize x", 0), "ims-sshd customize x --in-place", true),
+        ] {
+            assert_eq!(line.differs(other).is_some(), differs, "{line:?} {other}");
+        }
     }
 
     proptest! {

@@ -269,9 +269,6 @@ pub(crate) fn apply_changes(directory: &Path, root: &Tree, place: &Tree, overlay
     if apply_progress::has_ended(place)? {
         return Ok(());
     }
-    if overlay.is_none() {
-        tracing::warn!("applying changes to {} was interrupted; resuming it", directory.display());
-    }
     let layers = place.shown().join(OVERLAY);
     let upper = open_tree(&layers.join(UPPER))?;
     if let Some(overlay) = overlay {

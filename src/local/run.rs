@@ -235,7 +235,7 @@ impl Run {
         let work = std::fs::canonicalize(&self.work).unwrap_or_else(|_| self.work.clone());
         let source = Source::parse(&self.source)?;
         let keeps = (self.decides()).then(|| work.join(self.place_name(&source)));
-        let CommandLine { command, line, directory } = &self.command_line;
+        let CommandLine { command, line, directory, .. } = &self.command_line;
         let entry = Entry::make(command, &self.shown(), (&self.label(), self.name.is_some()), keeps)?;
         entry.set(&[("command_line", line), ("directory", &directory.to_string_lossy())]);
         Ok(entry)
@@ -352,10 +352,16 @@ impl Run {
         Ok(value)
     }
 
+    /// The command line that made the kept changes, unless it is this one.
+    fn made_by_another(&self, entry: &Entry) -> Option<String> {
+        let line = entry.before()?["command_line"].as_str()?;
+        self.command_line.differs(line).map(str::to_owned)
+    }
+
     /// Reports that changes kept in `place` are resumed; warns if another command made them.
     fn tell_of_resuming(&self, place: &Path, entry: &Entry) {
         let shown = place.display();
-        match entry.before().and_then(|before| self.command_line.differs(before["command_line"].as_str()?)) {
+        match self.made_by_another(entry) {
             Some(other) => tracing::warn!(
                 "resuming the changes kept in {shown}, which another command made: {other}; --fresh drops them and \
                  starts over"
@@ -417,6 +423,11 @@ impl Run {
             return drop_changes(ims, settings, place);
         }
         entry.reach(Stage::Applying);
+        if !apply_progress::has_ended(record).unwrap_or(false) {
+            let of = self.made_by_another(entry);
+            let of = of.map_or_else(String::new, |line| format!("; another command made them: {line}"));
+            tracing::warn!("applying changes to {} was interrupted; resuming it{of}", directory.display());
+        }
         let applied = apply_progress::is_only_decided(record).and_then(|is_whole| {
             let mounted = place.path().join(IMAGE_ROOT);
             let overlay = if is_whole { prepare(ims.work, settings, source, None, &mounted)? } else { None };

@@ -168,6 +168,23 @@ fn killed_application_is_given_up_with_fresh() {
     nothing_stays(dir.path());
 }
 
+/// None of the changes is applied yet.
+#[test]
+fn killed_application_that_another_command_resumes_is_told_with_the_earlier_command() {
+    let dir = directory();
+    let tree = tree(dir.path());
+    keep(dir.path());
+    let found = std::fs::metadata(&tree).unwrap();
+    let record = format!("decided {} .ims-sshd.applying. 0", identity(&found));
+    std::fs::write(work(dir.path()).join(".ims-sshd.applying"), record).unwrap();
+    let output = run(dir.path(), &[&CUSTOMIZE[..], &["--", "cat", "/etc/new"]].concat());
+    assert!(output.status.success() && text(&output.stdout).contains("new"), "{output:?}");
+    let said = text(&output.stderr);
+    assert!(said.contains("was interrupted; resuming it; another command made them: "), "{said}");
+    assert!(said.contains("-- sh -c 'echo new > /etc/new; exit 3'"), "{said}");
+    nothing_stays(dir.path());
+}
+
 /// Leaves kept changes to `tree`, which `fail` finds.
 fn keep(dir: &Path) {
     let kept = run(dir, &[&CUSTOMIZE[..], &["--", "sh", "-c", "echo new > /etc/new; exit 3"]].concat());
@@ -248,12 +265,16 @@ fn stage(tree: &Path) -> PathBuf {
     stage
 }
 
+fn identity(found: &std::fs::Metadata) -> String {
+    let made = found.created().unwrap().duration_since(std::time::UNIX_EPOCH).unwrap();
+    format!("{},{}.{:09}", found.ino(), made.as_secs(), made.subsec_nanos())
+}
+
 /// Leaves the state of a program that was killed just after the verdict.
 fn begun(dir: &Path, tree: &Path) {
     let stage = stage(tree);
     let found = std::fs::metadata(tree).unwrap();
-    let made = found.created().unwrap().duration_since(std::time::UNIX_EPOCH).unwrap();
-    let root = format!("{},{}.{:09}", found.ino(), made.as_secs(), made.subsec_nanos());
+    let root = identity(&found);
     let name = stage.file_name().unwrap().to_str().unwrap();
     let record = format!("moving {root} {name} {}", std::fs::metadata(&stage).unwrap().ino());
     std::fs::write(work(dir).join(".ims-sshd.applying"), record).unwrap();
