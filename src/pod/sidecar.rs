@@ -461,6 +461,9 @@ impl<'a> Sidecar<'a> {
         let keys = &self.places.authorized_keys;
         let keys = std::fs::read_to_string(keys).attempt(|| format!("read the public keys in {}", keys.display()))?;
         pod_files::configure_sshd(&self.places.sshd_directory, &keys, self.places.sshd_config.as_deref())?;
+        if self.places.sshd_config.is_some() {
+            pod_files::warn_of_unused_keys(&self.places.sshd_directory)?;
+        }
         let (now, old) = (self.stamps(), self.old);
         if now.iter().zip(old).any(|(now, old)| now.is_some() && *now != old) {
             if let Some(image_root) = image_root {
