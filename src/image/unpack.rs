@@ -465,6 +465,8 @@ impl Overlay {
                     .advise("unpack it (--open unpack)"));
             }
             Content::File(file) => {
+                // A run that was killed, or somebody who unmounted the overlay alone, has left it mounted.
+                unmount_all(&squashfs)?;
                 mount_squashfs(file, &squashfs, attributes)
                     .attempt(attempted)
                     .advise("a loop device and CAP_SYS_ADMIN are needed; without them, --open unpack")?;
@@ -552,6 +554,17 @@ impl Drop for Overlay {
     fn drop(&mut self) {
         let _ = self.take_down();
     }
+}
+
+/// Unmounts what is mounted on `place`, as often as it is.
+fn unmount_all(place: &Path) -> Result<()> {
+    let attempted = || format!("unmount {}", place.display());
+    let real = std::fs::canonicalize(place).attempt(attempted)?;
+    let mounted = std::fs::read("/proc/self/mountinfo").attempt(|| "read /proc/self/mountinfo")?;
+    mounts::mount_points(&mounted)
+        .iter()
+        .filter(|mounted| **mounted == real)
+        .try_for_each(|mounted| mounts::unmount(mounted).attempt(attempted))
 }
 
 /// A process in whose mount namespace an overlay with the upper directory `upper` is mounted (proc_pid_mountinfo(5)).

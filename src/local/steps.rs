@@ -18,7 +18,8 @@ use crate::local::left_over::{clear_left_over, end_left_over};
 use crate::log::output::say;
 use crate::publish::anew;
 use crate::publish::basis;
-use crate::publish::journal::{Journal, JournalDirectory};
+use crate::publish::identity::is_in_pod;
+use crate::publish::journal::{self, Journal, JournalDirectory};
 use crate::publish::manifest::say_result;
 use crate::publish::packed;
 use crate::publish::prepare::{self, Open};
@@ -115,6 +116,9 @@ pub fn prepare(settings: &Settings, source: &Source, open: Open, is_fresh: bool)
             if is_fresh && image_root.is_dir() {
                 directory::refuse_running(&image_root)?;
             }
+            if !is_fresh && image_root.exists() {
+                refuse_ended(settings, files)?;
+            }
             Some(claim)
         }
         None => None,
@@ -170,6 +174,20 @@ pub fn prepare(settings: &Settings, source: &Source, open: Open, is_fresh: bool)
             let _ = std::fs::remove_dir(parent);
         }
     })
+}
+
+/// Refuses to go on with the image root of a job that has ended: the sidecar would do nothing more. In a pod that starts
+/// over, the other containers begin only after this one, and end at once; there it is only said.
+fn refuse_ended(settings: &Settings, files: &SignalFiles) -> Result<()> {
+    let Some(how) = journal::ended(files, settings) else { return Ok(()) };
+    let parent = files.path().display();
+    if is_in_pod(settings) {
+        tracing::warn!("the job in {parent} has ended: {how}; nothing is left to do; --fresh begins anew");
+        return Ok(());
+    }
+    Err(Error::new(format!("go on in {parent}"))
+        .because(format!("the job there has ended: {how}"))
+        .advise("--fresh drops its image root with all changes, and begins anew"))
 }
 
 /// Refuses a source directory that contains the image root's parent.

@@ -120,6 +120,23 @@ pub(crate) fn is_begun(files: &SignalFiles) -> Result<bool> {
     Ok(found.is_some())
 }
 
+/// How the job of `settings` has ended, as the journal says, whoever wrote it: good enough for a message.
+pub(crate) fn ended(files: &SignalFiles, settings: &Settings) -> Option<&'static str> {
+    #[derive(Deserialize)]
+    struct End {
+        job: Option<String>,
+        phase: Phase,
+    }
+    let text = String::from_utf8(files.parent().read(PUBLICATION, LIMIT).ok()?).ok()?;
+    let end = serde_json::from_str::<End>(&text[text.find('{')?..]).ok()?;
+    match end.phase {
+        _ if end.job != settings.job.id => None,
+        Phase::Failed => Some("its image was marked failed"),
+        Phase::Published => Some("its image is published"),
+        _ => None,
+    }
+}
+
 /// Removes the journal, whoever wrote it. A directory in its place, which is never ours, is renamed.
 pub(crate) fn clear(files: &SignalFiles) -> Result<()> {
     files.retract(UPLOAD)?;

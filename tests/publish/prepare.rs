@@ -535,6 +535,45 @@ fn changes_in_an_overlay_survive_a_source_that_cannot_be_mounted() {
 }
 
 #[test]
+fn lower_layer_that_was_left_mounted_is_not_mounted_twice() {
+    let (dir, _, squashfs) = packed_image();
+    let parent = dir.path().join("parent");
+    let script = "set -e; $0 prepare --open overlay $1 $2; echo new > $1/image-root/etc/new; umount $1/image-root; \
+                  $0 prepare --open overlay $1 $2; cat $1/image-root/etc/new; umount $1/image-root $1/overlay/lower; \
+                  ! grep \" $1/\" /proc/self/mountinfo";
+    let mut shell = Command::new("unshare");
+    let said = succeed(shell.args(["-m", "sh", "-c", script, &*IMS_SSHD]).args([&parent, &squashfs]));
+    assert_eq!(said, "new\n");
+}
+
+#[test]
+fn image_root_of_an_ended_job_is_gone_on_with_only_by_fresh() {
+    let (dir, _, squashfs) = packed_image();
+    let (parent, squashfs) = (dir.path().join("parent"), squashfs.display().to_string());
+    assert!(prepare(&parent, &squashfs, &[]).status.success());
+    for (phase, how) in [("failed", "its image was marked failed"), ("published", "its image is published")] {
+        let journal = format!("tag {{\"job\":null,\"phase\":\"{phase}\",\"told\":false}}\n");
+        let marks = [".ims-sshd.publication", "failed", "exiting"].map(|name| parent.join(name));
+        for mark in &marks {
+            std::fs::write(mark, &journal).unwrap();
+        }
+        let refused = prepare(&parent, &squashfs, &[]);
+        let said = text(&refused.stderr);
+        assert_eq!(refused.status.code(), Some(1), "{said}");
+        assert!(said.contains(how) && said.contains("--fresh drops its image root"), "{said}");
+        assert!(marks.iter().all(|mark| mark.exists()));
+        // A pod that starts over has a sidecar that ends at once.
+        let in_pod = prepare(&parent, &squashfs, &[("IMS_ACTION", "customize".into())]);
+        let said = text(&in_pod.stderr);
+        assert!(in_pod.status.success() && said.contains(how) && said.contains("--fresh begins anew"), "{said}");
+        let mut fresh = ims_sshd(&["prepare", "--fresh", &parent.display().to_string(), &squashfs], &[]);
+        let fresh = fresh.output().unwrap();
+        assert!(fresh.status.success(), "{fresh:?}");
+        assert!(prepare(&parent, &squashfs, &[]).status.success());
+    }
+}
+
+#[test]
 fn overlay_in_use_is_not_mounted_twice() {
     let (dir, _, squashfs) = packed_image();
     let parent = dir.path().join("parent");
