@@ -4,7 +4,7 @@
 //! A template is hostile input beside the job's credentials. It has no function that reads a file or starts a program,
 //! loads no other template, and its loops are bounded.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Seek, Write};
 use std::path::{Component, Path};
 
@@ -83,14 +83,16 @@ pub(crate) fn fill_in(recipe: &Tree, values: Option<&Values>) -> Result<()> {
             "give the recipe a template_dictionary in IMS, or values on the command line (--set NAME=VALUE, --values)",
         ));
     };
+    let mut filled = BTreeSet::new();
     for name in &listed.template_files {
-        fill_in_file(recipe, name, values)?;
+        fill_in_file(recipe, name, values, &mut filled)?;
         tracing::info!("filled in {name}");
     }
     Ok(())
 }
 
-fn fill_in_file(recipe: &Tree, name: &str, values: &Values) -> Result<()> {
+/// Fills in the template `name`, unless it is among those that are `filled`, by any name.
+fn fill_in_file(recipe: &Tree, name: &str, values: &Values, filled: &mut BTreeSet<(u64, u64)>) -> Result<()> {
     let attempted = || format!("fill in the template {name}");
     let path = Path::new(name);
     let path = path.strip_prefix(".").unwrap_or(path);
@@ -112,6 +114,10 @@ fn fill_in_file(recipe: &Tree, name: &str, values: &Values) -> Result<()> {
         let why = format!("it is {}, and must be a file", FileKind::of(&found));
         return Err(Error::new(attempted()).because(why).advise(format!("{LIST} names it")));
     }
+    // A second time, values would be taken for template text.
+    if !filled.insert((found.st_dev, found.st_ino)) {
+        return Ok(());
+    }
     // In place, so that mode and owner stay.
     let mut file = recipe.open_regular(path, OFlags::RDWR | OFlags::NOFOLLOW).attempt(attempted)?;
     let mut text = String::new();
@@ -119,10 +125,10 @@ fn fill_in_file(recipe: &Tree, name: &str, values: &Values) -> Result<()> {
     if text.len() as u64 > LONGEST_TEMPLATE {
         return Err(Error::new(attempted()).because(format!("it is larger than {LONGEST_TEMPLATE} bytes")));
     }
-    let filled = render(name, &text, values)?;
+    let text = render(name, &text, values)?;
     file.rewind().attempt(attempted)?;
     file.set_len(0).attempt(attempted)?;
-    file.write_all(filled.as_bytes()).attempt(attempted)
+    file.write_all(text.as_bytes()).attempt(attempted)
 }
 
 /// Fills in `text`, which messages call `name`. Unlike Jinja2 as IMS uses it, a value that is printed and not known is an
