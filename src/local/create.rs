@@ -1,8 +1,6 @@
 //! `ims-sshd create`: from a recipe to a published image, on one machine.
 
-use std::fs::DirBuilder;
 use std::net::{IpAddr, Ipv4Addr};
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -17,7 +15,6 @@ use crate::local::source::need_root;
 use crate::local::{steps, work_directory};
 use crate::publish::settings::Settings;
 use crate::recipe::{fetch, kiwi, repositories};
-use crate::sys::named;
 use crate::volume::layout::{BUILD, CREATED_IMAGE_ROOT, RECIPE};
 use crate::volume::open_tree;
 
@@ -59,7 +56,9 @@ pub struct Creation {
 pub fn run(creation: &Creation) -> Result<u8> {
     need_root()?;
     let settings = &creation.settings;
-    let place = make(&settings.job.parent)?;
+    let work = std::path::absolute(&settings.job.parent)
+        .attempt(|| format!("create the directory {}", settings.job.parent.display()))?;
+    let place = work_directory::own(&work)?;
     let volume = open_tree(&place)?;
     let attempted = || format!("build in {}", place.display());
     let lock = volume.reopen().attempt(attempted)?;
@@ -139,24 +138,4 @@ fn mend(creation: &Creation, place: &Path, failed: Error) -> Result<u8> {
         kiwi::clean(&open_tree(&image_root)?)?;
     }
     Ok(code)
-}
-
-/// Makes the directory; users must not reach setuid programs of the image root.
-fn make(place: &Path) -> Result<PathBuf> {
-    let attempted = || format!("create the directory {}", place.display());
-    let real = named::resolve_beginning(place).attempt(attempted)?;
-    let above = real.parent().unwrap_or(Path::new("/"));
-    for directory in [above, real.as_path()] {
-        match DirBuilder::new().mode(0o700).create(directory) {
-            Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => return Err(Error::new(attempted()).because(e)),
-            _ => {}
-        }
-    }
-    let found = std::fs::symlink_metadata(&real).attempt(attempted)?;
-    let is_private = found.is_dir() && std::os::unix::fs::MetadataExt::mode(&found) & named::WRITABLE == 0;
-    if !is_private {
-        let refused = Error::new(attempted()).because("other users can write to it");
-        return Err(refused.advise("name another directory with --work"));
-    }
-    Ok(real)
 }

@@ -5,18 +5,15 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use crate::error::{Attempt, Error, Result};
+use crate::error::{Advise, Attempt, Error, Result};
 use crate::local::claim::{claim, is_claimed};
 use crate::publish::prepare::holds_changes;
-use crate::sys::named::{WRITABLE, is_trusted};
+use crate::sys::named::refuse_changeable;
 use crate::volume::layout::{CLAIM, IMAGE_ROOT, OVERLAY};
 use crate::volume::signal_files::SignalFiles;
 
 /// Default directory of all runs.
 pub const DEFAULT: &str = "/var/lib/ims-sshd";
-
-/// Mode bit that lets users change only their own files in a directory.
-const STICKY: u32 = 0o1000;
 
 /// Separates a run's name from a number, if its changes are discarded at the end.
 const TO_DISCARD: &str = "+discard";
@@ -157,24 +154,15 @@ impl WorkDirectory {
 
 /// Creates the directory `path` (mode 0700) if it does not exist, and returns it without symbolic links. Fails if
 /// another user could replace anything on the way to it.
-fn own(path: &Path) -> Result<PathBuf> {
+pub(crate) fn own(path: &Path) -> Result<PathBuf> {
     let attempted = || format!("keep files of an image in {}", path.display());
     let advice = "name with --work a directory that only root can change, as all above it";
     let refuse = |why: String| Err::<PathBuf, _>(Error::new(attempted()).because(why).advise(advice));
     // Called before the directory is created, and again with the result.
     let check = |there: &Path| {
         let real = std::fs::canonicalize(there).attempt(attempted)?;
-        // Symbolic links on the way count too: their owner decides where they lead.
-        for place in there.ancestors().chain(real.ancestors()) {
-            let found = std::fs::symlink_metadata(place).attempt(attempted)?;
-            if !is_trusted(found.uid()) {
-                let owner = found.uid();
-                return refuse(format!("{} belongs to user {owner}, who can replace what is there", place.display()));
-            }
-            let is_open = found.mode() & WRITABLE != 0 && !found.is_symlink();
-            if is_open && (there == path && place == real || found.mode() & STICKY == 0) {
-                return refuse(format!("users other than its owner can write to {}", place.display()));
-            }
+        for place in [there, &real] {
+            refuse_changeable(place, there != path).attempt(attempted).advise(advice)?;
         }
         Ok(real)
     };

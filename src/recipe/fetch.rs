@@ -6,10 +6,10 @@ use std::ffi::OsStr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::FileType;
+use rustix::fs::{AtFlags, FileType, Mode};
 use rustix::io::Errno;
 
-use crate::error::{Attempt, Error, Result};
+use crate::error::{Advise, Attempt, Error, Result};
 use crate::image::kind::{Content, Kind, Opened};
 use crate::image::unpack::unpack;
 use crate::ims::records::Status;
@@ -20,14 +20,23 @@ use crate::recipe::description::{self, Description};
 use crate::recipe::outcome;
 use crate::recipe::template::{Values, fill_in, parse_values};
 use crate::store;
+use crate::sys::attributes::Node;
 use crate::sys::file_kind::FileKind;
 use crate::sys::named;
 use crate::sys::tree::Tree;
 use crate::transfer::Work;
+use crate::volume::layout::RECIPE;
 use crate::volume::open_tree;
 
 /// File in which a pod has the values of the recipe's templates.
 pub const DEFAULT_VALUES: &str = "/etc/cray/template_dictionary";
+
+/// Directory whose content kiwi-ng copies into the image, as it does that of directories with a profile's name
+/// (`kiwi/system/setup.py`): with modes, ACLs and capabilities, without owners.
+const OVERLAY: &str = "root";
+
+/// Extended attributes by which a file gives rights to others.
+const RIGHTS: [&str; 3] = ["security.capability", "system.posix_acl_access", "system.posix_acl_default"];
 
 /// Longest file of values, in bytes.
 const LONGEST_VALUES: usize = 4 << 20;
@@ -64,10 +73,15 @@ fn fetch(work: &Work, settings: &Settings, source: &Source, wanted: &Wanted) -> 
         )));
     };
     std::fs::create_dir_all(parent).attempt(|| format!("create the directory {}", parent.display()))?;
+    let is_job = settings.job.id.is_some();
+    if !is_job {
+        named::refuse_changeable(parent, true)
+            .attempt(|| format!("create the directory {}", directory.display()))
+            .advise("name one in a directory that only you can change, as all above it")?;
+    }
     let volume = open_tree(parent)?;
     // The volume of an IMS job is the job's own; elsewhere a directory may be somebody's work.
-    if settings.job.id.is_none() && volume.look(name).attempt(|| format!("look for {}", directory.display()))?.is_some()
-    {
+    if !is_job && volume.look(name).attempt(|| format!("look for {}", directory.display()))?.is_some() {
         let refused = Error::new(format!("create the directory {}", directory.display())).because("it exists");
         return Err(refused.advise("remove it, or name another one"));
     }
@@ -75,7 +89,9 @@ fn fetch(work: &Work, settings: &Settings, source: &Source, wanted: &Wanted) -> 
     staging.remove();
     let [part, unpacking] = &staging.names;
     let archive = open(work, settings, source, &volume, part)?;
-    let tree = unpack_recipe(work, &archive, &volume, unpacking)?;
+    // The recipe's own directory gets owner and mode of its source while it is unpacked.
+    let private = volume.make_private(unpacking).attempt(|| format!("create the directory {unpacking}"))?;
+    let tree = unpack_recipe(work, &archive, &private, RECIPE)?;
     let nested = nested(&tree)?;
     let recipe = match &nested {
         Some(name) => tree.directory_without_links(name).attempt(|| format!("open {name}"))?,
@@ -84,9 +100,15 @@ fn fetch(work: &Work, settings: &Settings, source: &Source, wanted: &Wanted) -> 
     check(&recipe)?;
     fill_in(&recipe, values.as_ref())?;
     let described = Description::read(&recipe)?;
+    // Containers of a pod that are IMS's own need not run as root.
+    let mode = if is_job { 0o755 } else { 0o700 };
+    let overlays: Vec<_> = described.profiles.iter().map(|(name, _)| &**name).chain([OVERLAY]).collect();
+    own(&recipe, &overlays)
+        .and_then(|()| Ok(rustix::fs::chmodat(&recipe, ".", Mode::from_raw_mode(mode), AtFlags::empty())?))
+        .attempt(|| format!("set owners and modes in {}", directory.display()))?;
     volume.remove_whole(OsStr::new(name)).attempt(|| format!("remove {}", directory.display()))?;
-    let from = nested.map_or_else(|| unpacking.clone(), |nested| format!("{unpacking}/{nested}"));
-    volume.rename(&from, name).attempt(|| format!("create the directory {}", directory.display()))?;
+    let from = nested.map_or_else(|| RECIPE.to_owned(), |nested| format!("{RECIPE}/{nested}"));
+    private.rename_over(&from, &volume, name).attempt(|| format!("create the directory {}", directory.display()))?;
     tracing::info!(
         "the recipe '{}' is {}, its description {}",
         described.name,
@@ -176,13 +198,24 @@ fn unpack_recipe(work: &Work, archive: &Opened, volume: &Tree, name: &str) -> Re
         }
     }
     let unpacked = unpack(work, archive, volume, name);
-    let tree = work
-        .unless_interrupted(unpacked)
-        .map_err(|e| if e.is_interruption() { e } else { Error::new(attempted()).because(e.reason()) })?;
-    // Everybody may read a recipe that upstream's program unpacks; the build runs as root.
-    rustix::fs::chmodat(&tree, ".", rustix::fs::Mode::from_raw_mode(0o755), rustix::fs::AtFlags::empty())
-        .attempt(attempted)?;
-    Ok(tree)
+    work.unless_interrupted(unpacked)
+        .map_err(|e| if e.is_interruption() { e } else { Error::new(attempted()).because(e.reason()) })
+}
+
+/// Gives this user all of the recipe, which runs as root when it is built, and takes from others the rights that they
+/// would have. In the `overlays`, files keep modes and attributes, which the image gets.
+fn own(recipe: &Tree, overlays: &[&str]) -> std::io::Result<()> {
+    let (user, group) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+    recipe.walk(|path, directory, name, found| {
+        let node = Node { directory, name };
+        let (mut wanted, mut attributes) = (*found, node.attributes()?);
+        (wanted.st_uid, wanted.st_gid) = (user, group);
+        if !path.iter().next().is_some_and(|top| overlays.iter().any(|overlay| top == *overlay)) {
+            wanted.st_mode &= !(0o7000 | named::WRITABLE);
+            attributes.retain(|name, _| !RIGHTS.iter().any(|right| name == right));
+        }
+        node.take(&wanted, &attributes)
+    })
 }
 
 /// Name of the only directory in `tree`, if that holds the description: archives of a repository have such a directory.

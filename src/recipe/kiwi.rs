@@ -2,13 +2,15 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
+use std::fs::DirBuilder;
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 
-use crate::error::{Attempt, Error, Result};
+use crate::error::{Advise, Attempt, Error, Result};
 use crate::ims::records::Status;
 use crate::jail::binfmt;
 use crate::log::redaction;
@@ -111,8 +113,7 @@ pub struct Wanted {
 /// of it. What is refused before kiwi-ng starts is an error of the job.
 pub fn run(settings: &Settings, wanted: &Wanted) -> Result<u8> {
     outcome::build(settings, Some(Status::BuildingImage), |work| {
-        let parent = named::resolve(&settings.job.parent)
-            .attempt(|| format!("open the image root parent {}", settings.job.parent.display()))?;
+        let parent = make_parent(settings)?;
         let volume = open_tree(&parent)?;
         let build = Build::check(work, settings, wanted, parent, &volume)?;
         let result = work.unless_interrupted(build.carry_out(work, &volume));
@@ -132,6 +133,51 @@ pub fn run(settings: &Settings, wanted: &Wanted) -> Result<u8> {
             Err(e) => Err(e),
         }
     })
+}
+
+/// Creates the image root's parent, and returns it without links; other users must not reach setuid programs of the
+/// image. The volume of a job is the job's own, and is there.
+fn make_parent(settings: &Settings) -> Result<PathBuf> {
+    let parent = &settings.job.parent;
+    let attempted = || format!("open the image root parent {}", parent.display());
+    if settings.job.id.is_some() {
+        return named::resolve(parent).attempt(attempted);
+    }
+    if let Some(missing) = named::missing_parent(parent) {
+        let why = format!("{} does not exist", missing.display());
+        return Err(Error::new(attempted()).because(why).advise("create it first"));
+    }
+    let real = named::resolve_beginning(parent).attempt(attempted)?;
+    DirBuilder::new().recursive(true).mode(0o700).create(&real).attempt(attempted)?;
+    named::refuse_changeable(&real, false)
+        .attempt(attempted)
+        .advise("name a directory that only root can change, as all above it")?;
+    Ok(real)
+}
+
+/// Refuses a recipe that users other than root can change, who would be root in the build.
+fn refuse_changeable(recipe: &Path) -> Result<()> {
+    let attempted = || format!("build the recipe {}", recipe.display());
+    let advice = "fetch it by 'ims-sshd fetch-recipe', which makes a copy that only root can change";
+    named::refuse_changeable(recipe, false).attempt(attempted).advise(advice)?;
+    let tree = open_tree(recipe)?;
+    // Nobody else gets into a closed one, whatever it holds.
+    if rustix::fs::fstat(&tree).attempt(attempted)?.st_mode & 0o011 == 0 {
+        return Ok(());
+    }
+    tree.walk(|path, _, _, found| {
+        let is_link = FileType::from_raw_mode(found.st_mode) == FileType::Symlink;
+        let why = if !named::is_trusted(found.st_uid) {
+            format!("{} belongs to user {}, who can change it", path.display(), found.st_uid)
+        } else if !is_link && found.st_mode & named::WRITABLE != 0 {
+            format!("users other than its owner can write to {}", path.display())
+        } else {
+            return Ok(());
+        };
+        Err(std::io::Error::other(why))
+    })
+    .attempt(attempted)
+    .advise(advice)
 }
 
 /// A build that can begin.
@@ -159,6 +205,10 @@ impl<'a> Build<'a> {
             return Err(Error::new(attempted()).because("only root can install packages").advise("run it as root"));
         }
         let recipe = named::resolve(&wanted.recipe).attempt(|| format!("open {}", wanted.recipe.display()))?;
+        // The volume of a job is the job's own.
+        if settings.job.id.is_none() {
+            refuse_changeable(&recipe)?;
+        }
         let description = Description::read(&open_tree(&recipe)?)?;
         let architecture = settings.job.architecture.unwrap_or(Architecture::OWN);
         let selection = description.select(&wanted.profiles, architecture.name())?;

@@ -132,6 +132,28 @@ pub(crate) fn missing_parent(named: &Path) -> Option<PathBuf> {
 /// Mode bits that let users other than the owner change a file or a directory.
 pub(crate) const WRITABLE: u32 = 0o022;
 
+/// Mode bit that lets users change only their own files in a directory.
+const STICKY: u32 = 0o1000;
+
+/// Fails if another user could replace the directory `place`, or anything on the way to it, or write to it. A `shared`
+/// one may be like /tmp.
+pub(crate) fn refuse_changeable(place: &Path, shared: bool) -> io::Result<()> {
+    // Symbolic links on the way count too: their owner decides where they lead.
+    for above in place.ancestors() {
+        let found = std::fs::symlink_metadata(above)?;
+        if !is_trusted(found.uid()) {
+            let (above, owner) = (above.display(), found.uid());
+            return Err(io::Error::other(format!("{above} belongs to user {owner}, who can replace what is there")));
+        }
+        let is_open = found.mode() & WRITABLE != 0 && !found.is_symlink();
+        if is_open && (found.mode() & STICKY == 0 || above == place && !shared) {
+            let why = format!("users other than its owner can write to {}", above.display());
+            return Err(io::Error::other(why));
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -76,6 +76,7 @@ impl Volume {
         let mut command = Command::new(&IMS_SSHD);
         command.arg("build").arg(self.at("image/recipe")).arg(self.at("image"));
         command.arg("--authority").arg(self.at("ca.crt")).env_clear().env("PATH", path());
+        command.envs(std::env::var("SUDO_UID").map(|user| ("SUDO_UID", user)));
         command.envs(variables.iter().map(|(n, v)| (*n, v.as_str())));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
@@ -502,4 +503,43 @@ fn further_versions_of_kiwi_build_by_each_package_manager() {
         let authority = std::fs::read_to_string(volume.at("ca.crt")).unwrap();
         assert!(volume.file("etc/ssl/certs/ca-certificates.crt").contains(authority.lines().nth(2).unwrap()));
     }
+}
+
+#[test]
+fn what_another_user_can_change_is_not_built_and_the_output_directory_is_closed() {
+    let dir = directory();
+    let at = |name: &str| dir.path().join(name);
+    write(dir.path(), "recipe/config.xml", "<image name='x'/>");
+    write(dir.path(), "recipe/config.sh", "");
+    let run = |out: &str| {
+        let output = ims_sshd(&["build"], &[]).args([at("recipe"), at(out)]).output().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        text(&output.stderr)
+    };
+    let mode = |name: &str, mode| std::fs::set_permissions(at(name), PermissionsExt::from_mode(mode)).unwrap();
+    let owner = |name: &str, user| std::os::unix::fs::chown(at(name), Some(user), None).unwrap();
+    let unchangeable = "ims-sshd builds the type tbz only";
+    assert!(run("out").contains(unchangeable));
+    assert_eq!(at("out").metadata().unwrap().permissions().mode() & 0o7777, 0o700);
+    for (name, reason) in
+        [("recipe", "/recipe belongs to user 1234"), ("recipe/config.sh", " config.sh belongs to user")]
+    {
+        owner(name, 1234);
+        assert!(run("out").contains(reason), "{name}: {}", run("out"));
+        owner(name, 0);
+    }
+    for name in ["recipe", "recipe/config.sh"] {
+        let before = at(name).metadata().unwrap().permissions().mode();
+        mode(name, 0o777);
+        let said = run("out");
+        assert!(said.contains("users other than its owner can write to ") && said.contains("fetch-recipe"), "{said}");
+        mode(name, before);
+    }
+    // Nobody gets into a closed directory.
+    mode("recipe/config.sh", 0o777);
+    mode("recipe", 0o700);
+    assert!(run("out").contains(unchangeable));
+    owner("out", 1234);
+    assert!(run("out").contains("/out belongs to user 1234, who can replace what is there"));
+    assert!(run("no/out").contains("/no does not exist; create it first"));
 }

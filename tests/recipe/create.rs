@@ -134,3 +134,19 @@ fn build_that_fails_before_there_is_a_shell_opens_none() {
     let said = text(&output.stderr);
     assert!(said.contains("No provider of 'tiny-kernl' found") && said.contains("no shell is opened"), "{said}");
 }
+
+#[test]
+fn work_directory_that_another_user_owns_or_can_write_to_is_refused() {
+    let (dir, recipe) = prepared();
+    let work = dir.path().join("work");
+    let cases = [(1234, 0o755, "belongs to user 1234"), (0, 0o777, "users other than its owner can write to")];
+    for (owner, mode, reason) in cases {
+        std::os::unix::fs::chown(&work, Some(owner), None).unwrap();
+        std::fs::set_permissions(&work, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
+        let output = create(dir.path(), &recipe, "./out", &["--set", "PACKAGE_MANAGER=zypper"], &[]);
+        assert_eq!(output.status.code(), Some(1));
+        let said = text(&output.stderr);
+        assert!(said.contains(reason) && said.contains("name with --work a directory"), "{said}");
+        assert_eq!(std::fs::read_dir(&work).unwrap().count(), 0);
+    }
+}

@@ -239,3 +239,74 @@ fn recipe_without_a_description_is_refused_with_what_it_has() {
     write(&tree, "config.xml", "<image><repository></image>");
     refused(dir.path(), &tree, &[], "cannot read config.xml of the recipe: it is not XML");
 }
+
+#[test]
+fn recipe_is_closed_and_gives_no_rights_whatever_its_source_has() {
+    let dir = directory();
+    let tree = small(dir.path());
+    let modes = [
+        ("bin/cat", 0o4755),
+        ("config.sh", 0o2777),
+        ("open", 0o1777),
+        ("root/tmp", 0o1777),
+        ("root/bin/su", 0o4755),
+        ("thin/etc/x", 0o660),
+        ("config.xml", 0o666),
+        ("", 0o777),
+    ];
+    write(&tree, "config.xml", "<image><profiles><profile name='thin'/></profiles></image>\n");
+    for name in ["bin/cat", "config.sh", "root/bin/su", "thin/etc/x", "open/f", "root/tmp/f"] {
+        write(&tree, name, "");
+    }
+    succeed(Command::new("chown").arg("-R").args(["1234:1234"]).arg(&tree));
+    for (name, mode) in modes {
+        std::fs::set_permissions(tree.join(name), PermissionsExt::from_mode(mode)).unwrap();
+    }
+    let capable = ["cap_net_raw=ep"];
+    for name in ["config.sh", "root/bin/su"] {
+        succeed(Command::new("/usr/sbin/setcap").args(capable).arg(tree.join(name)));
+    }
+    let file = archive(&tree, "a.tgz", &["-z", "--xattrs", "--xattrs-include=*"]);
+    let outer = dir.path().join("outer");
+    std::fs::create_dir(&outer).unwrap();
+    succeed(Command::new("cp").arg("-a").arg(&tree).arg(outer.join("main")));
+    for (number, source) in [&file, &tree, &outer].into_iter().enumerate() {
+        let to = dir.path().join(format!("recipe-{number}"));
+        let output = fetch(&to, source.to_str().unwrap(), &["--set", "MIRROR=x"], &[]);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        let others = ["!", "-uid", "0", "-o", "!", "-gid", "0"];
+        assert_eq!(succeed(Command::new("find").arg(&to).args(others)), "", "{}", source.display());
+        let found = modes.map(|(name, _)| to.join(name).metadata().unwrap().permissions().mode() & 0o7777);
+        assert_eq!(found.map(|mode| format!("{mode:o}")), ["755", "755", "755", "1777", "4755", "660", "644", "700"]);
+        let capabilities = |name: &str| succeed(Command::new("/usr/sbin/getcap").arg(to.join(name)));
+        assert_eq!(capabilities("config.sh"), "");
+        assert!(capabilities("root/bin/su").contains("cap_net_raw"));
+    }
+}
+
+#[test]
+fn place_that_another_user_can_change_is_refused() {
+    let dir = directory();
+    let tree = small(dir.path());
+    let theirs = dir.path().join("theirs");
+    std::fs::create_dir(&theirs).unwrap();
+    std::os::unix::fs::chown(&theirs, Some(1234), None).unwrap();
+    let output = fetch(&theirs.join("recipe"), tree.to_str().unwrap(), &["--set", "MIRROR=x"], &[]);
+    assert_eq!(output.status.code(), Some(1));
+    let said = text(&output.stderr);
+    assert!(said.contains("belongs to user 1234, who can replace what is there; name one in"), "{said}");
+    assert_eq!(std::fs::read_dir(&theirs).unwrap().count(), 0);
+}
+
+#[test]
+fn template_that_is_listed_twice_is_filled_in_once() {
+    let dir = directory();
+    let tree = small(dir.path());
+    std::fs::hard_link(tree.join("config.xml"), tree.join("linked")).unwrap();
+    let list = "template_files: [config.xml, config.xml, ./config.xml, linked]\n";
+    write(&tree, ".ims_recipe_template.yaml", list);
+    let to = dir.path().join("recipe");
+    let output = fetch(&to, tree.to_str().unwrap(), &["--set", "MIRROR={{ NAME }}", "--set", "NAME=x"], &[]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(content(&to, "config.xml").contains("path='{{ NAME }}'"), "{}", content(&to, "config.xml"));
+}

@@ -16,6 +16,8 @@ pub fn ims_sshd(arguments: &[&str], variables: &[(&str, String)]) -> Command {
     command.args(arguments).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").stdin(Stdio::null());
     // Nothing here takes longer unless it hangs.
     command.env("IMS_RETRY_LIMIT", "20").env("IMS_STALL_LIMIT", "2");
+    // The cache may lie in the home of the user who has called sudo.
+    command.envs(std::env::var("SUDO_UID").map(|user| ("SUDO_UID", user)));
     // The same tests for either packer.
     command.envs(std::env::var("IMAGE_PACKER").map(|packer| ("IMAGE_PACKER", packer)));
     command.envs(variables.iter().map(|(n, v)| (*n, v.as_str())));
