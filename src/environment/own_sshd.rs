@@ -11,6 +11,9 @@ use crate::transfer::confinement::clear_environment;
 /// Host key of this sshd.
 pub(crate) const HOST_KEY: &str = "ssh_host_ed25519_key";
 
+/// Configuration of sessions where no site has one.
+pub const SESSIONS: &str = "PermitRootLogin yes\nAcceptEnv LANG LC_*\nSubsystem sftp internal-sftp\n";
+
 /// Creates the key pair `name` in the directory `run`.
 pub(crate) fn make_key(run: &Path, name: &str, comment: &str) -> Result<PathBuf> {
     let file = run.join(name);
@@ -38,15 +41,14 @@ pub(crate) fn free_port(listen: IpAddr) -> Result<u16> {
     Ok(TcpListener::bind((listen, 0)).and_then(|l| l.local_addr()).attempt(attempted)?.port())
 }
 
-/// Writes a host key and sshd's configuration into the directory `run`, for logins by one of `keys`. Returns the path of
-/// the configuration.
-pub fn configure(run: &Path, address: SocketAddr, keys: &Path, comment: &str) -> Result<PathBuf> {
+/// Writes a host key and sshd's configuration into the directory `run`, for logins by one of `keys`. `sessions` are its
+/// last lines. Returns the path of the configuration.
+pub fn configure(run: &Path, address: SocketAddr, keys: &Path, comment: &str, sessions: &str) -> Result<PathBuf> {
     let host_key = make_key(run, HOST_KEY, comment)?;
     let config = run.join("sshd_config");
     let text = format!(
         "Port {}\nListenAddress {}\nHostKey {}\nPidFile {}\nAuthorizedKeysFile {}\n\
-         PermitRootLogin yes\nPubkeyAuthentication yes\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n\
-         AcceptEnv LANG LC_*\nSubsystem sftp internal-sftp\n",
+         PubkeyAuthentication yes\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n{sessions}",
         address.port(),
         address.ip(),
         host_key.display(),

@@ -137,7 +137,7 @@ fn furnish(wanted: &Customization, settings: &mut Settings, opened: &Opened, run
     std::fs::write(&source, opened.source).attempt(|| format!("write {}", source.display()))?;
     let keys = authorized_keys(wanted.authorized_key.as_deref(), run)?;
     let address = SocketAddr::new(wanted.listen, wanted.port.map_or_else(|| free_port(wanted.listen), Ok)?);
-    let config = own_sshd::configure(run, address, &keys.authorized, KEY_COMMENT)?;
+    let config = own_sshd::configure(run, address, &keys.authorized, KEY_COMMENT, own_sshd::SESSIONS)?;
     let options = ["-E", &run.join(SSHD_LOG).to_string_lossy(), "-f", &config.to_string_lossy()].map(str::to_owned);
     settings.sshd = Options::parse(&shell_words::join(options))?;
     settings.sshd_config = config;

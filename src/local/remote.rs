@@ -249,9 +249,11 @@ impl Job<'_> {
                 session_variables: wanted.variables.clone(),
                 exclude: run.exclude.iter().map(ToString::to_string).collect(),
                 reports_changes: run.reports.changes.is_some(),
+                sshd: None,
+                script: None,
             }),
             image: Some(image),
-            listen: (Some(listen.ip()), listen.port()),
+            listen: vec![(Some(listen.ip()), listen.port())],
             boot: boot::left_names(&settings.boot, settings.job.arch()),
             silence: environment.node_silence,
         })

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -162,9 +162,15 @@ impl Connection {
         ssh
     }
 
-    /// Has the master forward connections to `port` here, on `listen` or on all addresses, to `there` on the node's
-    /// loopback address.
-    pub(crate) fn forward(&self, (listen, port): (Option<IpAddr>, u16), there: u16, heed: Heed<'_>) -> Result<()> {
+    /// Has the master forward connections to each port of `listen` here, on its address or on all, to `there` on the
+    /// node's loopback address. Returns where this process reaches the first one.
+    pub(crate) fn forward(&self, listen: &[(Option<IpAddr>, u16)], there: u16, heed: Heed<'_>) -> Result<SocketAddr> {
+        listen.iter().try_for_each(|&here| self.forward_one(here, there, heed))?;
+        let (address, port) = listen.first().copied().unwrap_or((None, 22));
+        Ok(SocketAddr::new(address.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)), port))
+    }
+
+    fn forward_one(&self, (listen, port): (Option<IpAddr>, u16), there: u16, heed: Heed<'_>) -> Result<()> {
         let attempted = || format!("forward port {port} to the build node {}", self.host);
         let mut ssh = self.ssh();
         // For "[::]" ssh would open a port for IPv6 alone.

@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Stdio};
 use std::time::{Duration, Instant};
@@ -19,7 +19,7 @@ use crate::publish::settings::boot_file;
 use crate::remote::connection::{Connection, Heed, greets};
 use crate::remote::far::{Far, Told, Wanted, part_name};
 use crate::remote::job_directory::JobDirectory;
-use crate::remote::message::{Part, Task};
+use crate::remote::message::{Customize, Part, Task};
 use crate::remote::transfer::{check_room, check_whole};
 use crate::sys::signals::Signals;
 use crate::verdict::Verdict;
@@ -176,6 +176,38 @@ impl Drop for Running {
     }
 }
 
+/// Keywords of sshd that close something, or force something, for all sessions.
+const CLOSING: [&str; 7] = [
+    "allowagentforwarding",
+    "allowtcpforwarding",
+    "disableforwarding",
+    "forcecommand",
+    "permitlisten",
+    "permitopen",
+    "permittty",
+];
+
+/// Refuses what a container that others have made and started cannot be told any more.
+fn refuse_for_container(order: &Customize) -> Result<()> {
+    let refused = |what: &str| {
+        Err(Error::bad_input(format!(
+            "cannot use the container that IMS's own prepare has started on the build node: {what} has no effect there; \
+             use this program's prepare"
+        )))
+    };
+    if order.script.is_some() {
+        return refused("CUSTOMIZATION_SCRIPT");
+    }
+    let lines = order.sshd.iter().flatten();
+    match lines.clone().find(|(keyword, _)| CLOSING.contains(&keyword.as_str())) {
+        Some((keyword, value)) => return refused(&format!("'{keyword} {value}' of sshd's configuration")),
+        None => lines.for_each(|(keyword, value)| {
+            tracing::warn!("sshd's '{keyword} {value}' does not hold in the container that IMS's prepare has started");
+        }),
+    }
+    Ok(())
+}
+
 /// A container of upstream's on a node.
 pub(super) struct Container {
     connection: Connection,
@@ -183,7 +215,7 @@ pub(super) struct Container {
     name: String,
     image: String,
     port: u16,
-    listen: (Option<IpAddr>, u16),
+    here: SocketAddr,
     is_jailed: bool,
     looking: Running,
     /// Heartbeats that failed in a row, and how many may.
@@ -207,11 +239,12 @@ impl Container {
     pub(super) fn begin(wanted: Wanted, port: u16, state: &Path, heed: Heed<'_>) -> Result<Self> {
         let Wanted { to, job, task, listen, silence, .. } = wanted;
         let Task::Customize(order) = task;
+        refuse_for_container(&order)?;
         let connection = Connection::open(&to, state, silence, heed)?;
         let directory = JobDirectory::path(&job).display().to_string();
         let (name, image) = (format!("ims-{job}"), format!("ims-remote-{job}:1.0.0"));
         let looking = Running::start(&connection, LOOK, &[&directory, &name])?;
-        connection.forward(listen, port, heed)?;
+        let here = connection.forward(&listen, port, heed)?;
         tracing::info!("the container {name} on {} was started by IMS's own prepare", connection.host());
         Ok(Self {
             connection,
@@ -219,7 +252,7 @@ impl Container {
             name,
             image,
             port,
-            listen,
+            here,
             is_jailed: order.variables.iter().any(|(name, value)| name == "SSH_JAIL" && value == "True"),
             looking,
             missed: 0,
@@ -288,10 +321,14 @@ impl Container {
             return Ok(None);
         }
         *tried = Some(Instant::now());
-        let here = SocketAddr::new(self.listen.0.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)), self.listen.1);
-        if greets(here).unwrap_or(false) {
+        if greets(self.here).unwrap_or(false) {
             self.step = Step::Open;
-            tracing::info!("port {} of {} can be reached on port {}", self.port, self.connection.host(), self.listen.1);
+            tracing::info!(
+                "port {} of {} can be reached on port {}",
+                self.port,
+                self.connection.host(),
+                self.here.port()
+            );
             return Ok(Some(Told::Listening(String::new())));
         }
         let said = self.connection.last_words();

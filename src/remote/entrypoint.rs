@@ -1,6 +1,7 @@
 //! `ims-sshd entrypoint` in a pod whose job IMS has offloaded to a build node.
 
 use std::ffi::OsString;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use crate::environment::groundwork;
@@ -11,15 +12,16 @@ use crate::job::Action;
 use crate::publish::settings as publishing;
 use crate::remote::connection::{Destination, is_host};
 use crate::remote::far::Wanted;
-use crate::remote::message::{Customize, Task, is_job_id};
-use crate::remote::relay;
+use crate::remote::message::{Customize, Script, Task, is_job_id};
+use crate::remote::{relay, site};
 use crate::sshd::effective::Effective;
 use crate::sys::tree::Tree;
 use crate::volume::layout::BOOT_NAMES;
 
 /// Variables of the job that its environment on the node gets.
-const PASSED_ON: [&str; 22] = [
+const PASSED_ON: [&str; 23] = [
     "BUILD_ARCH",
+    "ENABLE_DEBUG",
     "IMAGE_COMPRESSION",
     "IMAGE_FROM_SCRATCH",
     "IMAGE_PACKER",
@@ -46,6 +48,9 @@ const PASSED_ON: [&str; 22] = [
 /// Where a pod has its site's certificates, unless `CA_CERT` names a file elsewhere.
 const AUTHORITIES: &str = "/etc/cray/ca";
 
+/// Largest customization script in bytes: as JSON it has to fit into a message.
+const LARGEST_SCRIPT: u64 = 512 << 10;
+
 /// Largest certificate in bytes.
 const LARGEST: u64 = 1 << 20;
 
@@ -56,6 +61,15 @@ pub(crate) fn is_remote(settings: &Settings) -> bool {
 
 /// Runs the environment on its node.
 pub(crate) fn run(settings: &Settings, variables: Vec<(OsString, OsString)>) -> Result<u8> {
+    if settings.job.jailed && !settings.binds.is_empty() {
+        return Err(Error::bad_input(
+            "IMS_JAIL_BINDS names files of this container, which a jail on a build node cannot show: leave it out for jobs \
+             with REMOTE_BUILD_NODE",
+        ));
+    }
+    if !settings.binds.is_empty() {
+        tracing::warn!("IMS_JAIL_BINDS has no effect in plain mode on a build node");
+    }
     let wanted = || wanted(settings, variables);
     relay::run(&settings.job.parent, None, wanted, |_| {}).map(|outcome| outcome.exit_code)
 }
@@ -71,7 +85,10 @@ fn wanted(settings: &Settings, variables: Vec<(OsString, OsString)>) -> Result<W
     }
     groundwork::make_host_keys()?;
     let sshd = Effective::ask(&settings.sshd.asking, "root")?;
-    let port = sshd.first("port").and_then(|port| port.parse().ok()).unwrap_or(22);
+    let keys = keys(&sshd)?;
+    let carried = site::carried(&sshd, settings, &keys)?;
+    let is_jobs = |name: &String| settings.session_variables.iter().any(|(own, _)| own == name);
+    let session_variables = sshd.set_env().into_iter().filter(|(name, _)| !is_jobs(name)).collect();
     let authorities = variables.iter().find(|(name, value)| name == "CA_CERT" && !value.is_empty());
     let authorities = authorities.and_then(|(_, file)| Path::new(file).parent()).unwrap_or(Path::new(AUTHORITIES));
     let authorities = certificates(authorities)?;
@@ -88,14 +105,16 @@ fn wanted(settings: &Settings, variables: Vec<(OsString, OsString)>) -> Result<W
         job,
         task: Task::Customize(Customize {
             variables: variables.collect(),
-            keys: keys(&sshd)?,
+            keys,
             authorities,
-            session_variables: Vec::new(),
+            session_variables,
             exclude: Vec::new(),
             reports_changes: false,
+            sshd: Some(carried),
+            script: settings.script.as_deref().map(script).transpose()?.flatten(),
         }),
         image: None,
-        listen: (None, port),
+        listen: site::listen(&sshd)?,
         boot,
         silence: settings.node_silence,
     })
@@ -114,6 +133,21 @@ fn recorded_names(parent: &Path) -> Vec<(OsString, OsString)> {
     let recorded = text.ok().and_then(|text| serde_json::from_slice::<Names>(&text).ok());
     let named = |names: Names| BOOT_VARIABLES.into_iter().zip([names.kernel, names.initrd, names.parameters]);
     recorded.into_iter().flat_map(named).map(|(name, value)| (name.into(), value.into())).collect()
+}
+
+/// The customization script at `path`, if there is one.
+fn script(path: &Path) -> Result<Option<Script>> {
+    let found = match std::fs::metadata(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        found => found.attempt(|| format!("read the customization script {}", path.display()))?,
+    };
+    let refused = |why: &str| Error::bad_input(format!("CUSTOMIZATION_SCRIPT is '{}': {why}", path.display()));
+    if !found.is_file() || found.len() > LARGEST_SCRIPT {
+        return Err(refused("a build node takes a regular file of at most 512 KiB"));
+    }
+    let text = std::fs::read(path).attempt(|| format!("read the customization script {}", path.display()))?;
+    let text = String::from_utf8(text).map_err(|_| refused("a build node takes a script in UTF-8, and no program"))?;
+    Ok(Some(Script { text, is_executable: found.permissions().mode() & 0o111 != 0 }))
 }
 
 /// Public keys that sshd's configuration lets in as root.
@@ -148,4 +182,34 @@ fn certificates(directory: &Path) -> Result<Vec<(String, String)>> {
         }
     }
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::job::variables::{Program, VARIABLES};
+
+    /// Variables that the pod uses itself; REMOTE_NODES.md says how.
+    const HERE: [&str; 8] = [
+        "CUSTOMIZATION_SCRIPT",
+        "IMAGE_ROOT_PARENT",
+        "IMS_ACTION",
+        "IMS_JAIL_BINDS",
+        "IMS_REMOTE_KEY",
+        "REMOTE_HEARTBEAT_TIMEOUT_COUNT",
+        "SSHD_CONFIG_FILE",
+        "SSHD_OPTIONS",
+    ];
+
+    #[test]
+    fn no_variable_of_an_environment_is_forgotten_on_a_node() {
+        let readers = [Program::Environment, Program::Job, Program::Log];
+        let manual = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/REMOTE_NODES.md")).unwrap();
+        for variable in VARIABLES.iter().filter(|v| v.readers.iter().any(|reader| readers.contains(reader))) {
+            assert!(PASSED_ON.contains(&variable.name) != HERE.contains(&variable.name), "{}", variable.name);
+        }
+        for name in PASSED_ON.iter().chain(&HERE) {
+            assert!(manual.contains(&format!("`{name}`")), "{name}");
+        }
+    }
 }

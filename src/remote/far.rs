@@ -26,8 +26,8 @@ pub(crate) struct Wanted {
     pub(crate) task: Task,
     /// The image, a squashfs; `None` for the one in the image root's parent.
     pub(crate) image: Option<File>,
-    /// The port here that leads to the environment, on this address or on all.
-    pub(crate) listen: (Option<IpAddr>, u16),
+    /// The ports here that lead to the environment, each on an address or on all; at least one.
+    pub(crate) listen: Vec<(Option<IpAddr>, u16)>,
     /// Names for the boot files that come back, where a sidecar looks for them.
     pub(crate) boot: Names,
     /// Limit of silence.

@@ -1,13 +1,13 @@
 //! The part of a remote job that runs inside: in mount and PID namespaces of its own, as the first process. It makes its
 //! root directory, starts itself again there, opens the environment, and packs the image.
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::{BufRead, BufReader, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use nix::sched::CloneFlags;
@@ -30,8 +30,9 @@ use crate::publish::prepare::{self, Open};
 use crate::publish::settings as publishing;
 use crate::publish::source::Source;
 use crate::remote::job_directory::{self, JobDirectory};
-use crate::remote::message::{Customize, Message, Order, Part, Task};
+use crate::remote::message::{Customize, Message, Order, Part, Script, Task};
 use crate::remote::node_root::{self, PARENT, PROGRAMS, RESULTS};
+use crate::remote::site;
 use crate::sshd::options::Options;
 use crate::sys::mounts::{self, Detached};
 use crate::sys::poll;
@@ -210,17 +211,29 @@ fn environment(
 ) -> Result<(Settings, u16)> {
     let keys = own.join("authorized_keys");
     std::fs::write(&keys, &wanted.keys).attempt(|| format!("write {}", keys.display()))?;
+    let sessions =
+        wanted.sshd.as_ref().map_or_else(|| Ok(own_sshd::SESSIONS.to_owned()), |lines| site::lines(lines))?;
     let address = IpAddr::V4(Ipv4Addr::LOCALHOST);
     let port = own_sshd::free_port(address)?;
-    let config = own_sshd::configure(own, SocketAddr::new(address, port), &keys, KEY_COMMENT)?;
+    let config = own_sshd::configure(own, SocketAddr::new(address, port), &keys, KEY_COMMENT, &sessions)?;
     let not_ours = ["SSHD_OPTIONS", "SSHD_CONFIG_FILE", "CUSTOMIZATION_SCRIPT", "IMS_JAIL_BINDS"];
     let variables = variables.into_iter().filter(|(name, _)| !not_ours.iter().any(|other| name == other));
     let mut settings = Settings::read(Some(PARENT.into()), variables)?;
     let words = ["-E", &own.join("sshd.log").to_string_lossy(), "-f", &config.to_string_lossy()].map(str::to_owned);
     settings.sshd = Options::parse(&shell_words::join(words))?;
     settings.sshd_config = config;
+    settings.script = wanted.script.as_ref().map(|script| put_script(own, script)).transpose()?;
     settings.session_variables.extend(wanted.session_variables.iter().cloned());
     Ok((settings, port))
+}
+
+fn put_script(own: &Path, script: &Script) -> Result<PathBuf> {
+    let path = own.join("customization-script");
+    let attempted = || format!("write {}", path.display());
+    std::fs::write(&path, &script.text).attempt(attempted)?;
+    let mode = if script.is_executable { 0o700 } else { 0o600 };
+    std::fs::set_permissions(&path, Permissions::from_mode(mode)).attempt(attempted)?;
+    Ok(path)
 }
 
 /// Packs the image into the directory of results, with copies of its boot files.

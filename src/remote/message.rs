@@ -149,6 +149,19 @@ pub(crate) struct Customize {
     pub(crate) exclude: Vec<String>,
     /// True if a report of what was changed is sent back.
     pub(crate) reports_changes: bool,
+    /// Lines of the site's configuration of sshd, which come in place of this program's own for sessions.
+    pub(crate) sshd: Option<Vec<(String, String)>>,
+    /// The customization script.
+    pub(crate) script: Option<Script>,
+}
+
+/// A script that runs in the environment once sshd listens.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Script {
+    /// Its text.
+    pub(crate) text: String,
+    /// False if a shell runs it.
+    pub(crate) is_executable: bool,
 }
 
 /// Facts that a node reports of itself.
@@ -187,6 +200,8 @@ mod tests {
             session_variables: vec![("HOME".into(), "/".into())],
             exclude: vec!["boot/*".into()],
             reports_changes: true,
+            sshd: Some(vec![("permittty".into(), "no".into())]),
+            script: Some(Script { text: "exit\n".into(), is_executable: true }),
         });
         let messages = [
             Message::Order(Box::new(Order { job: "5ec3".into(), size: u64::MAX, patience: 60, task })),

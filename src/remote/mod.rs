@@ -15,4 +15,5 @@ pub(crate) mod node_root;
 pub(crate) mod provision;
 pub(crate) mod relay;
 mod shell;
+mod site;
 pub(crate) mod transfer;

@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 use std::io::Seek;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
@@ -368,9 +368,10 @@ struct Node {
     connection: Connection,
     program: Child,
     channel: Channel,
-    listen: (Option<IpAddr>, u16),
+    listen: Vec<(Option<IpAddr>, u16)>,
     boot: Names,
     step: Step,
+    has_script: bool,
     is_marked: bool,
     sending: Option<Sending>,
     receiving: Option<Receiving>,
@@ -385,6 +386,7 @@ impl Node {
         let path = provision::provide(&connection, heed)?;
         let attempted = || format!("start ims-sshd on the build node {}", connection.host());
         let Task::Customize(order) = &task;
+        let has_script = order.script.is_some();
         // Its log comes here, by ssh.
         let log = order.variables.iter().filter(|(name, _)| is_of_log(name));
         let log: Vec<_> = log.map(|(name, value)| format!("{name}={value}")).collect();
@@ -402,6 +404,7 @@ impl Node {
             listen,
             boot,
             step: Step::Opening,
+            has_script,
             is_marked: false,
             sending: None,
             receiving: None,
@@ -470,11 +473,18 @@ impl Node {
                         Ok(_) => Err(Error::new("go on").because("a signal has arrived")),
                     }
                 };
-                self.connection.forward(self.listen, port, &heed)?;
-                let here = self.listen.0.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
-                self.connection.await_greeting(SocketAddr::new(here, self.listen.1))?;
+                let here = self.connection.forward(&self.listen, port, &heed)?;
+                match self.connection.await_greeting(here) {
+                    Ok(()) => {
+                        tracing::info!("the environment on {host} is open, and can be reached on port {}", here.port());
+                    }
+                    // A script that marks the image at once has sshd closed by now.
+                    Err(error) if self.has_script && !error.to_string().contains("administratively prohibited") => {
+                        tracing::warn!("the environment on {host} is open to its script alone: {error}");
+                    }
+                    Err(error) => return Err(error),
+                }
                 self.step = Step::Open;
-                tracing::info!("the environment on {host} is open, and can be reached on port {}", self.listen.1);
                 Ok(Some(Told::Listening(host_key)))
             }
             (Message::Closed { verdict, exit_code }, Step::Opening | Step::Open) => {

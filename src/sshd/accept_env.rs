@@ -74,11 +74,33 @@ fn have_a_name_in_common(a: &[u8], b: &[u8]) -> bool {
 
 /// Judges all patterns in the configuration that `options` select, and in the options themselves.
 pub(crate) fn check(config: &Path, options: &Options) -> Result<()> {
-    for line in options.settings() {
-        if let Some(Line::AcceptEnv(patterns)) = Line::parse(line) {
-            patterns.iter().try_for_each(|pattern| judge("SSHD_OPTIONS", pattern))?;
+    each_line(config, options, &mut |place, line| match line {
+        Line::AcceptEnv(patterns) => patterns.iter().try_for_each(|pattern| judge(place, pattern)),
+        _ => Ok(()),
+    })
+}
+
+/// Criteria of a `Match` block that depend on where a client comes from, or on which address it came to.
+const BY_ADDRESS: [&str; 5] = ["address", "host", "localaddress", "localport", "rdomain"];
+
+/// A `Match` block of the configuration that does not apply to all addresses alike, and its place.
+pub(crate) fn match_by_address(config: &Path, options: &Options) -> Result<Option<String>> {
+    let mut found = None;
+    each_line(config, options, &mut |place, line| {
+        if let Line::Match(words) = line
+            && let Some(at) = words.iter().position(|word| BY_ADDRESS.iter().any(|own| word.eq_ignore_ascii_case(own)))
+        {
+            let value = words.get(at + 1).map_or("", String::as_str);
+            found = Some(format!("'Match {} {value}' ({place})", words[at]));
         }
-    }
+        Ok(())
+    })?;
+    Ok(found)
+}
+
+/// Calls `found` with each relevant line, and its place.
+fn each_line(config: &Path, options: &Options, found: &mut dyn FnMut(&str, Line) -> Result<()>) -> Result<()> {
+    options.settings().filter_map(Line::parse).try_for_each(|line| found("SSHD_OPTIONS", line))?;
     let (mut read, mut unread) = (BTreeSet::new(), vec![config.to_owned()]);
     while let Some(file) = unread.pop() {
         if read.contains(&file) {
@@ -87,18 +109,16 @@ pub(crate) fn check(config: &Path, options: &Options) -> Result<()> {
         let shown = file.display().to_string();
         let text = read_regular(&file).attempt(|| format!("read {shown}, a part of sshd's configuration"))?;
         for (number, line) in (1..).zip(text.split('\n')) {
-            let place = || format!("{shown} line {number}");
+            let place = format!("{shown} line {number}");
             match Line::parse(line) {
-                Some(Line::AcceptEnv(patterns)) => {
-                    patterns.iter().try_for_each(|pattern| judge(&place(), pattern))?;
-                }
                 Some(Line::Include(patterns)) => {
                     for pattern in patterns {
-                        let found = included(&pattern)
-                            .attempt(|| format!("find the files of Include {pattern} ({})", place()))?;
-                        unread.extend(found);
+                        let files =
+                            included(&pattern).attempt(|| format!("find the files of Include {pattern} ({place})"))?;
+                        unread.extend(files);
                     }
                 }
+                Some(line) => found(&place, line)?,
                 None => {}
             }
         }
@@ -138,6 +158,7 @@ fn included(pattern: &str) -> std::result::Result<Vec<PathBuf>, Box<dyn std::err
 enum Line {
     AcceptEnv(Vec<String>),
     Include(Vec<String>),
+    Match(Vec<String>),
 }
 
 impl Line {
@@ -170,6 +191,7 @@ impl Line {
         match keyword.to_ascii_lowercase().as_str() {
             "acceptenv" => Some(Self::AcceptEnv(arguments)),
             "include" => Some(Self::Include(arguments)),
+            "match" => Some(Self::Match(arguments)),
             _ => None,
         }
     }

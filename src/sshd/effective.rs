@@ -65,6 +65,11 @@ impl Effective {
         Self { lines }
     }
 
+    /// All lines: keywords with their values.
+    pub(crate) fn lines(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.lines.iter().map(|(keyword, value)| (keyword.as_str(), value.as_str()))
+    }
+
     /// All values of `keyword`.
     pub(crate) fn all<'a>(&'a self, keyword: &'a str) -> impl Iterator<Item = &'a str> {
         self.lines.iter().filter(move |(k, _)| k == keyword).map(|(_, value)| value.as_str())

@@ -49,6 +49,12 @@ fn is_key(line: &str) -> bool {
     !line.trim_start().starts_with('#') && words.windows(2).any(|w| is_type(w[0]) && w[1].starts_with("AAAA"))
 }
 
+/// Returns whether the key in `line` has the option `name` with a value.
+pub(crate) fn has_option(line: &str, name: &str) -> bool {
+    let is_it = |option: &str| option.split_once('=').is_some_and(|(found, _)| found.eq_ignore_ascii_case(name));
+    !line.trim_start().starts_with('#') && options(line).into_iter().any(is_it)
+}
+
 /// Value of the option `expiry-time` because of which sshd refuses a key at `now`: it is past, or no time at all
 /// (parse_absolute_time in OpenSSH's misc.c). sshd reads times in its time zone, `local`.
 fn expired_by<'a>(line: &'a str, now: DateTime<Utc>, local: &impl TimeZone) -> Option<&'a str> {

@@ -6,4 +6,5 @@ mod figures;
 mod jobs;
 mod offloaded;
 mod remote;
+mod site;
 mod upstream;
