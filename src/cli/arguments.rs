@@ -233,8 +233,8 @@ pub(super) struct ImageOptions {
     /// Name of the new image [variable: IMAGE_ROOT_ARCHIVE_NAME] [default: image]
     #[arg(long, value_parser = settings::image_name)]
     pub(super) name: Option<String>,
-    /// Name of the kernel in the image's /boot; auto is the newest one, if there is one [variable: KERNEL_FILENAME]
-    /// [default: auto]
+    /// Name of the kernel in the image's /boot; auto is the newest one; an image that has none is published without
+    /// [variable: KERNEL_FILENAME] [default: auto]
     #[arg(long, value_name = "NAME", value_parser = settings::boot_file)]
     pub(super) kernel: Option<String>,
     /// Name of the initrd in the image's /boot; auto is the kernel's, none publishes no initrd
@@ -372,7 +372,7 @@ fn only_to_publish(option: clap::Arg) -> clap::Arg {
 /// Gives the sidecar's boot files the default names of IMS.
 fn as_pods_have_it(option: clap::Arg) -> clap::Arg {
     match option.get_id().as_str() {
-        "kernel" => with_default(option, "auto", "vmlinuz"),
+        "kernel" => reworded(with_default(option, "auto", "vmlinuz"), "is published without", "is not published"),
         "initrd" => with_default(option, "auto", "initrd"),
         _ => option,
     }
@@ -380,8 +380,13 @@ fn as_pods_have_it(option: clap::Arg) -> clap::Arg {
 
 /// `option` with another default in its help.
 fn with_default(option: clap::Arg, usual: &str, here: &str) -> clap::Arg {
+    reworded(option, &format!("[default: {usual}]"), &format!("[default: {here}]"))
+}
+
+/// `option` with other words in its help.
+fn reworded(option: clap::Arg, usual: &str, here: &str) -> clap::Arg {
     let help = option.get_help().map(ToString::to_string).unwrap_or_default();
-    option.help(help.replace(&format!("[default: {usual}]"), &format!("[default: {here}]")))
+    option.help(help.replace(usual, here))
 }
 
 #[derive(Args)]
@@ -449,7 +454,7 @@ pub(super) struct CreateArguments {
     /// Open the image root over SSH if its build fails, as 'ims-sshd customize' does; marked complete, it is published
     #[arg(long)]
     pub(super) debug_shell: bool,
-    /// Directory for what is built, until it is published [default: /var/lib]
+    /// Directory in which what is built lies below 'ims-sshd.create' until it is published [default: /var/lib]
     #[arg(long, value_name = "DIRECTORY")]
     pub(super) work: Option<PathBuf>,
     #[command(flatten)]
@@ -520,8 +525,8 @@ pub(super) struct JobOptions {
     /// Drop the changes that an earlier run kept, and start over
     #[arg(long, conflicts_with = "in_place")]
     pub(super) fresh: bool,
-    /// Directory for the changes until they are published or applied, on a disk with space for two new images
-    /// [default: /var/lib]
+    /// Directory in which changes lie below 'ims-sshd' until they are published or applied, on a disk with space for
+    /// two new images [default: /var/lib]
     #[arg(long, value_name = "DIRECTORY")]
     pub(super) work: Option<PathBuf>,
     #[command(flatten)]

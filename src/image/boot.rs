@@ -281,8 +281,8 @@ fn missing(what: &str, path: Option<&str>, boot: &[String], modules: &[Modules])
     let is_there = |name: &String| path.and_then(|path| path.strip_prefix("boot/")) == Some(name);
     let odd = if boot.iter().any(is_there) { "it is not a regular file; " } else { "" };
     Error::new(format!("find {what} in the image")).because(format!("{odd}/boot holds {holds}")).advise(
-        "name files of /boot with --kernel and --initrd (in a pod KERNEL_FILENAME and INITRD_FILENAME); auto also looks in /lib/modules, \
-         when all work is done",
+        "install it in the image, or name files of /boot with --kernel and --initrd (in a pod KERNEL_FILENAME and \
+         INITRD_FILENAME); 'auto' chooses when the image is complete, in /lib/modules too",
     )
 }
 

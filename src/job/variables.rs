@@ -232,7 +232,7 @@ pub const VARIABLES: &[Variable] = &[
     Variable {
         name: "IMAGE_COMPRESSION",
         format: "`gzip`, `zstd`, `xz` or `none`",
-        default: "the source's, if it is a squashfs that is there when the image is packed; otherwise `gzip`",
+        default: "the source's, if the packer takes over blocks of a squashfs, or if `customize` or `enter` opened one; otherwise `gzip`",
         readers: &[Publishing],
     },
     Variable {

@@ -427,9 +427,9 @@ impl<'a> Sidecar<'a> {
         }
         // A session may install a missing file. A failed build has none.
         if let (Action::Customize, Some(image_root)) = (action, image_root)
-            && let Err(missing) = boot::check_named(image_root, boot, job.arch())
+            && let Err(missing) = boot::find(image_root, boot, job.arch())
         {
-            tracing::warn!("{missing}; the image is published only if a session creates it");
+            tracing::warn!("{missing}; the image is published only if a session corrects that");
         }
         self.work.wait(Store::check_soon(store, network))
     }

@@ -155,6 +155,25 @@ fn publish() {
     assert!(published.iter().any(|path| path.ends_with("manifest.json")), "{published:?}");
 }
 
+#[test]
+fn containers_of_a_pod_run_by_hand_on_one_machine() {
+    let desk = Desk::new();
+    let (_, lines) = ONE_MACHINE.split_once("\n```bash\n").unwrap();
+    let lines = lines.split("\n```").next().unwrap();
+    assert!(lines.contains("entrypoint") && lines.matches("2222").count() == 2, "{lines}");
+    let login = format!("ssh {} ", shell_words::join(ssh_options(&desk.volume.key)));
+    let lines = lines.replace("2222", &desk.volume.port.to_string()).replace("\nssh ", &format!("\n{login}"));
+    // An environment that cannot open ends the wait.
+    let lines = lines.replace("; do sleep", "; do test ! -e job/failed || exit 1; sleep");
+    // Without a login nobody would end the programs.
+    let lines = format!("set -e\ntrap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT\n{lines}");
+    succeed(&mut desk.shell(&lines));
+    let published = desk.volume.parent.join("store/image");
+    for file in ["rootfs", "kernel", "initrd", "manifest.json"] {
+        assert!(published.join(file).is_file(), "{:?}", walk(&published));
+    }
+}
+
 /// Runs it until it is open, logs in as it says, and marks the image; one with a script does that by itself.
 fn customize(command: &str, script: bool) {
     let desk = Desk::new();

@@ -11,8 +11,8 @@ use crate::readme::Desk;
 const TASKS: &str = include_str!("../../docs/TASKS.md");
 const OURS: &str = "ims-sshd";
 
-/// Task that ims-sshd does not support yet, as the page says.
-const MISSING: &str = "Build an image from a recipe";
+/// Task that needs kiwi-ng: tests/recipe/create.rs runs its command.
+const BUILT: &str = "Build an image from a recipe";
 
 /// Commands of each program for the task of one section.
 fn commands(section: &str) -> BTreeMap<&str, Vec<&str>> {
@@ -47,7 +47,7 @@ fn no_task_takes_more_commands_or_terminals_than_with_the_best_other_tool() {
             assert_eq!(cell.trim_matches(['|', ' ']), counted, "{task}: {program}");
         }
         let ours = count(&commands[OURS]);
-        assert_eq!(ours.0 == 0, *task == MISSING, "{task}");
+        assert!(ours.0 > 0, "{task}");
         for (other, lines) in commands.iter().filter(|(_, lines)| !lines.is_empty()) {
             assert!(ours.0 <= lines.len() && ours.1 <= count(lines).1, "{task}: {other} takes less");
         }
@@ -56,7 +56,7 @@ fn no_task_takes_more_commands_or_terminals_than_with_the_best_other_tool() {
 
 #[test]
 fn every_ims_sshd_command_of_the_page_does_what_the_task_asks_for() {
-    for (task, commands) in sections().into_iter().filter(|(task, _)| *task != MISSING) {
+    for (task, commands) in sections().into_iter().filter(|(task, _)| *task != BUILT) {
         let lines: Vec<_> = commands[OURS].iter().map(|line| line.split('`').nth(1).unwrap()).collect();
         let desk = Desk::new();
         let place = &desk.volume.parent;
