@@ -43,16 +43,24 @@ pub static REPOSITORY: LazyLock<PathBuf> = LazyLock::new(|| repository_for("x86_
 /// The same for aarch64, whose shell is Debian's.
 pub static REPOSITORY_FOR_ARM: LazyLock<PathBuf> = LazyLock::new(|| repository_for("aarch64"));
 
+/// Kept in the cache under a name that its content decides: other runs may read it, and make one of other specs.
 fn repository_for(architecture: &str) -> PathBuf {
-    let place = cache().join("tests/rpm-repository").join(architecture);
-    let made = place.with_extension(std::process::id().to_string());
     let recipe = repository().join("tests/recipe/rpm-local");
     let specs = std::fs::read_dir(recipe.join("specs")).unwrap().map(|spec| spec.unwrap().path());
     let is_for_arm = architecture == "aarch64";
-    let specs = specs.map(|spec| match spec.file_name() {
-        Some(name) if is_for_arm && name == "tiny-busybox.spec" => recipe.join("tiny-arm.spec"),
-        _ => spec,
-    });
+    let mut specs: Vec<_> = specs
+        .map(|spec| match spec.file_name() {
+            Some(name) if is_for_arm && name == "tiny-busybox.spec" => recipe.join("tiny-arm.spec"),
+            _ => spec,
+        })
+        .collect();
+    specs.sort();
+    let content: Vec<u8> = specs.iter().flat_map(|spec| std::fs::read(spec).unwrap()).collect();
+    let place = cache().join("tests").join(format!("rpms-{architecture}-{}", testbed::job::md5(&content)));
+    if place.exists() {
+        return place;
+    }
+    let made = place.with_extension(std::process::id().to_string());
     let top = directory();
     for spec in specs {
         let define = |name: &str, path: &Path| format!("{name} {}", path.display());
@@ -63,8 +71,10 @@ fn repository_for(architecture: &str) -> PathBuf {
         succeed(build.args(["--target", architecture]).arg(spec));
     }
     succeed(Command::new("createrepo_c").arg("--quiet").arg(&made));
-    let _ = std::fs::remove_dir_all(&place);
-    std::fs::rename(&made, &place).unwrap();
+    // Another run may have been first.
+    if std::fs::rename(&made, &place).is_err() {
+        std::fs::remove_dir_all(&made).unwrap();
+    }
     place
 }
 
