@@ -140,7 +140,8 @@ impl Shared {
         let port = self.take_port(&job.id)?;
         let address = SocketAddr::new(self.settings.job_address, port);
         let sshd = directory.join(SSHD);
-        let config = own_sshd::configure(&directory, address, &sshd.join(AUTHORIZED_KEYS), &job.id)?;
+        let config =
+            own_sshd::configure(&directory, address, &sshd.join(AUTHORIZED_KEYS), &job.id, own_sshd::SESSIONS)?;
         let pod = Pod {
             port,
             before: match new.recipe_type {
