@@ -88,16 +88,22 @@ pub(crate) fn close_all_but_streams() -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Reaps every ended child, ours or adopted, and returns their statuses.
+/// Children that are reaped before the caller goes on. A fork bomb's orphans may end faster than they are reaped.
+const REAPED_AT_ONCE: usize = 1024;
+
+/// Reaps ended children, ours or adopted, and returns their statuses. If there may be more, SIGCHLD is raised again.
 pub(crate) fn reap() -> Vec<WaitStatus> {
     let mut ended = Vec::new();
-    loop {
+    while ended.len() < REAPED_AT_ONCE {
         match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
             Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return ended,
             Ok(status) => ended.push(status),
             Err(_) => {}
         }
     }
+    // SIGCHLD is not queued: those that are left ended before the signal that is pending now.
+    let _ = nix::sys::signal::kill(nix::unistd::Pid::this(), Signal::SIGCHLD);
+    ended
 }
 
 /// Ends this process as another one ended: with its exit code, or by raising the same signal, without a core dump. sshd
