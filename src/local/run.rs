@@ -41,7 +41,7 @@ use crate::volume::open_tree;
 use crate::volume::signal_files::SignalFiles;
 use crate::volume::state_directory::name_for;
 
-/// What happens to the changes at the end of a run.
+/// Fate of the changes at the end of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
     /// Publishes the image in a store.

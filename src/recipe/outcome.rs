@@ -1,4 +1,4 @@
-//! What the rest of a create job hears of a step: statuses in IMS.
+//! Statuses in IMS, by which the rest of a create job hears of a step.
 
 use std::ffi::OsString;
 

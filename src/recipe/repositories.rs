@@ -198,7 +198,7 @@ impl Awaited {
     }
 }
 
-/// What shows that `repository` is there.
+/// File whose presence shows that `repository` is there.
 fn sign(repository: &Repository, description: &Description, selection: &Selection, recipe: &Path) -> Sign {
     let path = variables_replaced(&repository.path, description, selection);
     if path.is_empty() {

@@ -49,7 +49,7 @@ const OWN: &str = "/run/ims-sshd-job";
 /// Comment of the host key.
 const KEY_COMMENT: &str = "ims-sshd node";
 
-/// What this program is started as inside.
+/// Name under which this program is started inside.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Stage {
     /// Makes the root directory, and becomes the next stage there.

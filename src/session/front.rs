@@ -37,7 +37,7 @@ const PASSED_ON: [Signal; 8] = [
     Signal::SIGTSTP,
 ];
 
-/// What this process serves beside the session's program.
+/// Streams that this process serves beside the session's program.
 pub(crate) struct Beside {
     /// The client's agent.
     pub(crate) agent: Option<Agent>,

@@ -1,4 +1,4 @@
-//! What each verb asks of the service.
+//! Requests that each verb makes to the service.
 
 use reqwest::Method;
 use serde_json::{Map, Value, json};

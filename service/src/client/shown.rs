@@ -1,4 +1,4 @@
-//! What the service answered, as text: TOML as `cray` prints it by default, JSON, or a table for people.
+//! Answers of the service as text: TOML as `cray` prints it by default, JSON, or a table for people.
 
 use std::fmt::Write;
 

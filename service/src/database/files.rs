@@ -124,7 +124,7 @@ async fn export_table<R: Record>(database: &Database, directory: &Path) -> Start
     change.commit().await.attempt(attempted)
 }
 
-/// What tells a file from one that has replaced it.
+/// Identity of a file, which tells it from one that has replaced it.
 fn state(path: &Path) -> Option<String> {
     let metadata = path.metadata().ok().filter(std::fs::Metadata::is_file)?;
     Some(format!("{}.{:09} {}", metadata.mtime(), metadata.mtime_nsec(), metadata.len()))

@@ -22,7 +22,7 @@ const MD5: &str = "md5sum";
 /// Age from which on a start is taken for cut off, though another replica might be at it.
 pub const LONGEST_START: TimeDelta = TimeDelta::minutes(15);
 
-/// What a job begins with.
+/// Input that a job begins with.
 struct Source {
     arch: String,
     require_dkms: bool,
@@ -299,7 +299,7 @@ fn containers(is_create: bool, debug: bool, asked: Option<Vec<Container>>) -> Re
     Ok(Some(list))
 }
 
-/// What jobs a deletion of all is about.
+/// Filter of the jobs that a deletion of all is about.
 #[derive(Debug, Default, PartialEq)]
 struct Filters {
     statuses: Vec<String>,

@@ -1,4 +1,4 @@
-//! What the programs of a job have written: upstream's clients do not ask for it.
+//! Output of the programs of a job: upstream's clients do not ask for it.
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::records::rules::Errors;
 use crate::records::wire;
 
-/// What a failed request is told (RFC 7807).
+/// Answer to a failed request (RFC 7807).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
     /// Status of the answer.

@@ -11,14 +11,14 @@ pub enum Version {
     V3,
 }
 
-/// What a URL names.
+/// Resource that a URL names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Target<'a> {
     /// All records of a table.
     All(Kind, Version),
     /// One record.
     One(Kind, Version, &'a str),
-    /// What the programs of a job have written.
+    /// Output of the programs of a job.
     Log(&'a str),
     /// All deleted records of a table.
     AllDeleted(Kind),

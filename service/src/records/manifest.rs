@@ -128,7 +128,7 @@ fn versioned(manifest: &Value) -> Result<&Vec<Value>, Refusal> {
     artifacts.ok_or_else(|| Refusal::Malformed("the manifest has no list of artifacts".into()))
 }
 
-/// What Python takes for false.
+/// Values that Python takes for false.
 pub fn is_empty(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,

@@ -59,10 +59,10 @@ pub struct NodeStatus {
     /// `x86_64`, `aarch64`, or `Unknown`.
     #[serde(rename = "nodeArch")]
     pub arch: String,
-    /// What is known of podman there.
+    /// Podman as last probed there.
     #[serde(rename = "podmanStatus")]
     pub podman: String,
-    /// What is known of the connection.
+    /// Connection as last probed.
     #[serde(rename = "sshStatus")]
     pub ssh: String,
     /// Whether jobs can run there.

@@ -15,7 +15,7 @@ mod s3;
 pub use directory::Directory;
 pub use s3::S3;
 
-/// What a store knows of an object without its content.
+/// Properties of an object that a store tells without its content.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Object {
     /// Size in bytes.
