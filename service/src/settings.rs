@@ -76,7 +76,7 @@ pub struct Settings {
     pub machine: MachineSettings,
 }
 
-/// What jobs run on.
+/// Runner of jobs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum On {
     /// Nothing: the service keeps records only
@@ -115,7 +115,7 @@ impl Settings {
         self.s3_endpoint.strip_prefix("file://").map(Path::new).filter(|directory| directory.is_absolute())
     }
 
-    /// What jobs run on.
+    /// Runner of jobs.
     pub fn runs_on(&self) -> On {
         let is_machine =
             || rustix::process::geteuid().is_root() && std::env::var_os("KUBERNETES_SERVICE_HOST").is_none();

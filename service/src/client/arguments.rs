@@ -176,7 +176,7 @@ pub enum Images {
     Update {
         #[command(flatten)]
         one: One,
-        /// What to do with the metadata
+        /// Change of the metadata
         #[arg(long, value_enum)]
         metadata_operation: Option<Operation>,
         #[command(flatten)]
@@ -234,7 +234,7 @@ pub struct ImportImage {
     pub(super) store: Store,
 }
 
-/// Where the service keeps objects: the settings that `ims serve` has.
+/// Store of the service: the settings that `ims serve` has.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Store")]
 pub struct Store {
@@ -375,7 +375,7 @@ pub enum DeletedVerb {
     Update {
         #[command(flatten)]
         one: One,
-        /// What to do with the record
+        /// Change of the record
         #[arg(long, value_parser = ["undelete"], default_value = "undelete")]
         operation: String,
     },

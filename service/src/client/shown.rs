@@ -11,7 +11,7 @@ use super::value::{Table, Value};
 /// Format of the output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Format {
-    /// As cray prints records by default
+    /// The default of cray
     Toml,
     /// Indented by two blanks
     Json,

@@ -23,7 +23,7 @@ mod migrations;
 /// Result of a statement.
 pub type Result<T> = std::result::Result<T, sqlx::Error>;
 
-/// Where the records are kept.
+/// Place of the records.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Place<'a> {
     /// A file of SQLite.

@@ -318,7 +318,7 @@ impl Service {
     }
 }
 
-/// Whether a deletion removes objects too: by upstream's words.
+/// Returns whether a deletion removes objects too, by upstream's words.
 fn cascades(query: &str) -> bool {
     let cascade = super::pairs(query).into_iter().find(|(name, _)| name == "cascade");
     cascade.is_none_or(|(_, value)| matches!(value.to_ascii_lowercase().as_str(), "true" | "yes" | "t" | "1"))

@@ -21,7 +21,7 @@ pub const FILTERS: &[&str] = &[
     "image_root_archive_name",
 ];
 
-/// What a list's query asks for. Parameters that are not known are ignored, as upstream ignores all.
+/// Query of a list. Parameters that are not known are ignored, as upstream ignores all.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Wanted {
     limit: Option<usize>,

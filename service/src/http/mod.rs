@@ -47,7 +47,7 @@ pub struct Service {
     pub database: Database,
     /// Objects.
     pub store: Store,
-    /// What jobs run on.
+    /// Runner of jobs.
     pub runner: Arc<dyn Runner>,
     metrics: Metrics,
     /// Held while an object is removed whose removal was left over.

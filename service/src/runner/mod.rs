@@ -81,7 +81,7 @@ impl NodeStatus {
     }
 }
 
-/// What jobs run on. All methods may be called at the same time, for several jobs too.
+/// Runner of jobs. All methods may be called at the same time, for several jobs too.
 #[async_trait]
 pub trait Runner: Send + Sync {
     /// Creates everything that the job needs. When it fails, nothing of the job is left.
