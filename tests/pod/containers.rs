@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use tempfile::TempDir;
-use testbed::{repository, ssh_options};
+use testbed::{free_port, repository, ssh_options};
 
 use crate::podman::*;
 

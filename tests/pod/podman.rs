@@ -10,7 +10,7 @@ use ims_sshd::pod::pod_files::SSHD_CONFIG;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use testbed::rendered::manifests;
-use testbed::{cache_directory, repository, ssh_options, wait_within};
+use testbed::{cache_directory, free_port, repository, ssh_options, wait_within};
 
 pub const IMAGE: &str = "localhost/ims-sshd-test/ims-sshd:latest";
 pub const BASE: &str = "localhost/ims-sshd-test/debian:bookworm-slim";
@@ -67,16 +67,6 @@ pub fn in_image(script: &str) -> String {
 /// The same with another image.
 pub fn in_container(image: &str, script: &str) -> String {
     succeed(&mut podman(&["run", "--rm", "--network=none", "--entrypoint=/bin/sh", image, "-c", script]))
-}
-
-/// Lowest port for a pod's sshd; below the ephemeral ports, which the kernel may assign to clients first.
-pub fn free_port() -> u16 {
-    static NEXT: AtomicUsize = AtomicUsize::new(0);
-    let begin = 20_000 + (std::process::id() as usize * 17) % 10_000;
-    (0..1000)
-        .map(|_| u16::try_from(begin + NEXT.fetch_add(1, Ordering::Relaxed)).unwrap())
-        .find(|port| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok())
-        .expect("a free port")
 }
 
 /// Container in a pod's spec.

@@ -10,7 +10,7 @@ use ims_sshd::pod::pod_files::SSHD_CONFIG;
 use testbed::ims_server::ImsServer;
 use testbed::s3_server::Bucket;
 use testbed::tls_server::{Tls, certificates, port_of};
-use testbed::{job, repository};
+use testbed::{free_port, job, repository};
 
 use crate::podman::*;
 

@@ -57,16 +57,15 @@ pub fn listen(answer: impl Fn(TcpStream) + Send + Sync + 'static) -> SocketAddr 
     address
 }
 
-/// A free port. For the next minute the kernel gives it only to a program that asks for it by number, since a
-/// connection to it is in TIME_WAIT.
+/// A free port below those that the kernel gives to clients and to servers that ask for any: nobody else gets it
+/// meanwhile.
 pub fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap();
-    let client = TcpStream::connect(address).unwrap();
-    // The side that closes first is the one in TIME_WAIT.
-    drop(listener.accept().unwrap());
-    drop(client);
-    address.port()
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    let begin = 10_000 + (std::process::id() as usize * 17) % 9_000;
+    (0..1000)
+        .map(|_| u16::try_from(begin + NEXT.fetch_add(1, Ordering::Relaxed)).unwrap())
+        .find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok())
+        .expect("a free port")
 }
 
 /// Runs each case in a thread of its own, whose mounts are the case's, a few at a time. Returns the names of those that
