@@ -24,10 +24,11 @@ use crate::image::times::OutOfRange;
 use crate::image::unchanged::Source;
 use crate::printable::listed;
 use crate::sys::file_kind::FileKind;
+use crate::sys::memory;
 use crate::sys::named;
 use crate::sys::process::{self, Entry};
 use crate::sys::tree::Tree;
-use crate::transfer::confinement::{Confined, STDIN, all_memory};
+use crate::transfer::confinement::{Confined, STDIN};
 use crate::transfer::progress::{Progress, parts_in_words};
 use crate::transfer::{Work, installed};
 use crate::volume::mounts_below::refuse_mounts_below;
@@ -266,7 +267,7 @@ fn order(image_root: &Tree, packing: &Packing, excluded: &[PathBuf]) -> Order {
     Order {
         compression: packing.compression,
         epoch: packing.epoch,
-        memory: all_memory().map_or(MEMORY.0, |all| all / MEMORY.1),
+        memory: memory::available().map_or(MEMORY.0, |all| all / MEMORY.1),
         left_out: excluded.to_vec(),
         emptied: emptied.into_iter().map(|(name, _)| name.into()).collect(),
         modes: kiwi.into_iter().collect(),
@@ -489,7 +490,7 @@ pub(crate) fn inside(directory: &Path, programs: &[&str]) -> Option<Entry> {
 
 /// Memory for mksquashfs: a share of the container's limit, not of the node's memory.
 fn memory() -> u64 {
-    share_of_memory(all_memory())
+    share_of_memory(memory::available())
 }
 
 fn share_of_memory(all: Option<u64>) -> u64 {

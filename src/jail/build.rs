@@ -22,6 +22,7 @@ use crate::jail::resolv_conf;
 use crate::jail::run;
 use crate::jail::tier::Tier;
 use crate::sys::file_kind::FileKind;
+use crate::sys::memory;
 use crate::sys::mounts::{self, Detached};
 use crate::sys::tree::Tree;
 
@@ -130,6 +131,7 @@ impl Failure {
     fn attempted_on(self, mount: &Mount) -> Error {
         let what = match mount.source {
             Source::New(kind, _) => format!("a new {kind}"),
+            Source::Memory { .. } => "a new tmpfs".into(),
             Source::Container(path) => format!("the container's {path}"),
             Source::Masked => "nothing (a mask)".into(),
         };
@@ -147,6 +149,14 @@ impl<E: Into<io::Error>> From<E> for Failure {
 fn source(mount: &Mount) -> std::result::Result<Option<Detached>, Failure> {
     Ok(match mount.source {
         Source::New(kind, options) => Some(Detached::filesystem(kind, options, mount.attributes)?),
+        Source::Memory { mode, tenths } => {
+            let size = memory::available().map(|all| all / 10 * tenths);
+            // One inode a page is the kernel's own ratio.
+            let limits = size.map(|size| (size.to_string(), (size / 4096).to_string()));
+            let limits = limits.as_ref().map(|(bytes, inodes)| [("size", &**bytes), ("nr_inodes", inodes)]);
+            let options: Vec<_> = [("mode", mode)].into_iter().chain(limits.into_iter().flatten()).collect();
+            Some(Detached::filesystem("tmpfs", &options, mount.attributes)?)
+        }
         Source::Container(path) => Some(Detached::copy_of(path, true, mount.attributes)?),
         Source::Masked => None,
     })

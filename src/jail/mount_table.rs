@@ -7,6 +7,14 @@ use rustix::mount::MountAttrFlags;
 pub(crate) enum Source {
     /// A new file system of this type with these options.
     New(&'static str, &'static [(&'static str, &'static str)]),
+    /// A new tmpfs of this mode that holds at most a tenth of the memory this many times: what is in it counts as the
+    /// container's memory, and no process can be ended to free it.
+    Memory {
+        /// Mode of its root directory.
+        mode: &'static str,
+        /// Tenths of the memory.
+        tenths: u64,
+    },
     /// The container's tree at this path, with everything mounted below it.
     Container(&'static str),
     /// An empty directory or, for a file, /dev/null.
@@ -64,7 +72,7 @@ const fn masked(target: &'static str) -> Mount {
     mount(target, Source::Masked, RDONLY, Missing::Skipped)
 }
 
-const RUN: Mount = mount("run", Source::New("tmpfs", &[("mode", "0755")]), NOSUID.union(NODEV), Missing::MountPoint);
+const RUN: Mount = mount("run", Source::Memory { mode: "0755", tenths: 1 }, NOSUID.union(NODEV), Missing::MountPoint);
 
 const fn proc(attributes: MountAttrFlags) -> Mount {
     let attributes = attributes.union(NOSUID).union(NODEV).union(NOEXEC);
@@ -97,7 +105,7 @@ pub(crate) const JAILED: &[Mount] = &[
     device("/dev/tty"),
     // The container's instance, not a new one, so that `tty` finds the terminal that sshd opened.
     mount("dev/pts", Source::Container("/dev/pts"), NOSUID.union(NOEXEC), Missing::Made),
-    mount("dev/shm", Source::New("tmpfs", &[("mode", "1777")]), NOSUID.union(NODEV), Missing::Made),
+    mount("dev/shm", Source::Memory { mode: "1777", tenths: 4 }, NOSUID.union(NODEV), Missing::Made),
     mount("dev/mqueue", Source::New("mqueue", &[]), NOSUID.union(NODEV).union(NOEXEC), Missing::Made),
     proc(RDONLY),
     masked("proc/acpi"),
@@ -186,7 +194,7 @@ mod tests {
     fn device_nodes_cannot_be_opened_on_writable_mounts() {
         assert!(ROOT_ATTRIBUTES.contains(NODEV));
         for m in JAILED {
-            let is_writable = matches!(m.source, Source::New("tmpfs", _));
+            let is_writable = matches!(m.source, Source::New("tmpfs", _) | Source::Memory { .. });
             assert!(!is_writable || m.attributes.contains(NODEV), "{}", m.target);
         }
     }

@@ -6,6 +6,7 @@ pub(crate) mod file_kind;
 pub mod inherited;
 pub(crate) mod landlock;
 pub(crate) mod loops;
+pub(crate) mod memory;
 pub mod mounts;
 pub(crate) mod named;
 pub mod poll;

@@ -18,6 +18,7 @@ use crate::error::{Attempt, Error, Result};
 use crate::jail::capabilities::{self, lacks};
 use crate::jail::refused_calls;
 use crate::sys::landlock::{Access, Ruleset};
+use crate::sys::memory;
 use crate::sys::mounts::{self, Detached};
 use crate::sys::process;
 use crate::sys::seccomp;
@@ -374,20 +375,9 @@ fn reach(path: &Path) -> rustix::io::Result<OwnedFd> {
 /// Most of the container's memory: a program at its limit reports an error, instead of the OOM killer choosing a
 /// process.
 fn memory() -> u64 {
-    (all_memory().unwrap_or(0) / 4 * 3).max(1 << 30) + processors() * MEMORY_OF_A_PROCESSOR
+    (memory::available().unwrap_or(0) / 4 * 3).max(1 << 30) + processors() * MEMORY_OF_A_PROCESSOR
 }
 
 fn processors() -> u64 {
     std::thread::available_parallelism().map_or(1, |number| number.get() as u64)
-}
-
-/// Memory limits of cgroups v2 and v1, as seen in a container.
-const MEMORY_LIMITS: [&str; 2] = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
-
-/// Memory available to the container, in bytes.
-pub(crate) fn all_memory() -> Option<u64> {
-    let limits = MEMORY_LIMITS.iter().filter_map(|file| std::fs::read_to_string(file).ok()?.trim().parse().ok());
-    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let total = meminfo.split_whitespace().nth(1).and_then(|kilobytes| kilobytes.parse::<u64>().ok());
-    limits.chain(total.map(|kilobytes| kilobytes << 10)).min()
 }

@@ -136,7 +136,8 @@ fn memory_exhaustion_does_not_keep_the_environment_from_closing() {
     // Use up memory by large processes, by files in memory, and by many small processes.
     let hogs = [
         "while :; do tail /dev/zero & wait; done",
-        "dd if=/dev/zero of=/dev/shm/full bs=1M; tail /dev/zero; sleep 1000",
+        // Outside the jail, /dev/shm has the size that the runtime gave it.
+        "dd if=/dev/zero of=/dev/shm/full bs=1M COUNT; tail /dev/zero; sleep 1000",
         "i=0; while [ $i -lt 300 ]; do perl -e '$x = \"x\" x 3000000; sleep 1000' & i=$((i+1)); done; wait",
     ];
     for mode in MODES {
@@ -144,7 +145,12 @@ fn memory_exhaustion_does_not_keep_the_environment_from_closing() {
             let limits = [("memory.limit_in_bytes", "memory.max", "200M")];
             let group = ControlGroup::new("memory", &limits);
             let mut environment = group.start(Volume::new(Image::Debian), mode, &[("IMS_CLOSE_GRACE", "2")]);
+            if mode == Mode::Jailed {
+                let kilobytes = environment.says("df --output=size /dev/shm /run | tail -n 2 | tr -s '\\n ' ' '");
+                assert_eq!(kilobytes.trim(), format!("{} {}", 200 * 1024 / 10 * 4, 200 * 1024 / 10));
+            }
             let mut session = environment.ssh(&[]);
+            let hog = hog.replace("COUNT", if mode == Mode::Plain { "count=64" } else { "" });
             session.arg(format!("trap '' TERM HUP; {hog}")).stderr(Stdio::null());
             let mut session = session.spawn().unwrap();
             wait_until("the memory to be used up", || group.has_run_out_of_memory());
