@@ -92,7 +92,7 @@ podman exec "$1" touch "$place/$2"
 
 /// How far the container is.
 enum Step {
-    /// It unpacks the image. Its sshd was last tried then.
+    /// It unpacks the image. The time is that of the last try to reach its sshd.
     Opening(Option<Instant>),
     /// People can log in.
     Open,

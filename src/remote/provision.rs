@@ -126,7 +126,7 @@ pub(crate) struct Programs {
 }
 
 impl Programs {
-    /// Those that this process runs.
+    /// Reads the programs that this process and its helper run.
     pub(crate) fn own() -> Result<Self> {
         let read = |program: &Path| std::fs::read(program).attempt(|| format!("read {}", program.display()));
         let mut content = read(&std::env::current_exe().attempt(|| "find this program's own file")?)?;

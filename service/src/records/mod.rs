@@ -189,7 +189,7 @@ pub struct Job {
     /// Name of the ConfigMap.
     #[serde(default)]
     pub kubernetes_configmap: Option<String>,
-    /// Namespace of these.
+    /// Namespace of the Service and of the ConfigMap.
     #[serde(default)]
     pub kubernetes_namespace: Option<String>,
     /// One of [`STATUSES`].

@@ -318,7 +318,7 @@ impl Shared {
         });
     }
 
-    /// Ends what runs of a job, and removes its volume; everything if the job is to be removed.
+    /// Ends a job's processes and removes its volume. Its whole directory is removed if the job is being deleted.
     fn clear_now(&self, job: &str) -> Result<()> {
         let directory = self.directory(job);
         pod::stop(&directory);
