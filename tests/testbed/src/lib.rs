@@ -13,6 +13,7 @@ pub mod file_server;
 mod guards;
 pub mod ims_server;
 pub mod job;
+pub mod kubernetes;
 pub mod name_server;
 pub mod node;
 mod programs;
