@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use chrono::TimeDelta;
 use ims_sshd::error::{Attempt, Error, Result};
@@ -13,12 +14,18 @@ use tokio::sync::mpsc;
 use crate::database::{Database, Place, files};
 use crate::http::{self, Service};
 use crate::records::Job;
-use crate::runner::{Machine, Nothing, Runner};
+use crate::runner::{Kubernetes, Machine, Nothing, Runner};
 use crate::settings::{On, Records, Settings};
 use crate::store::Store;
 
 /// Name of the database in the data directory.
 const FILE: &str = "ims.sqlite";
+
+/// Interval at which what jobs have left is looked for.
+const CLEAR_EVERY: Duration = Duration::from_mins(2);
+
+/// Time after which a job's end is recorded again, if the database was gone.
+const RECORD_AGAIN: Duration = Duration::from_secs(5);
 
 /// Runs the service until SIGTERM or SIGINT.
 pub fn serve(settings: Settings) -> Result<()> {
@@ -63,18 +70,29 @@ async fn run(settings: Settings) -> Result<()> {
             let program = std::env::current_exe().attempt(|| "find this program")?;
             Arc::new(Machine::new(&settings, format!("http://{}", reached_here(address)), program)?)
         }
+        On::Kubernetes => Arc::new(Kubernetes::new(&settings, database.identity()).await?),
     };
     let service = Arc::new(Service::new(settings, database, store, runner));
     // A database of one process has no start that another one might be at.
     let age = if service.database.is_shared() { http::LONGEST_START } else { TimeDelta::zero() };
-    service.clear_starts(age).await;
+    let cut_off = service.starts(age).await;
     let sweeping = service.clone();
     let sweep = tokio::spawn(async move { sweeping.sweep().await });
+    let clearing = service.clone();
+    let clear = tokio::spawn(async move {
+        // A slow cluster does not delay the service.
+        clearing.clear_starts(cut_off).await;
+        loop {
+            clearing.clear_held().await;
+            tokio::time::sleep(CLEAR_EVERY).await;
+        }
+    });
     let watch = tokio::spawn(watch(service.clone()));
     tracing::info!("listening on {address}");
     let router = http::router(service.clone()).into_make_service_with_connect_info::<SocketAddr>();
     let ended = axum::serve(listener, router).with_graceful_shutdown(asked_to_stop()?).await;
     sweep.abort();
+    clear.abort();
     watch.abort();
     service.database.close().await;
     ended.map_err(|e| Error::new("serve").because(e))?;
@@ -105,7 +123,10 @@ async fn watch(service: Arc<Service>) {
     let runner = service.runner.clone();
     let watching = tokio::spawn(async move { runner.watch(running, sender).await });
     while let Some(death) = deaths.recv().await {
-        service.job_died(death).await;
+        while let Err(error) = service.job_died(&death).await {
+            tracing::error!("cannot record the end of job {}: {error}; will try again", death.id);
+            tokio::time::sleep(RECORD_AGAIN).await;
+        }
     }
     watching.abort();
 }

@@ -68,12 +68,16 @@ pub struct Settings {
     /// Whether customize jobs may build kernel modules unless they say so: `true`, `1` and `t` are yes
     #[arg(long, env = "JOB_ENABLE_DKMS", default_value = "True", value_name = "BOOL")]
     pub enable_dkms: String,
-    /// What jobs run on [default: machine, if root starts the service outside of Kubernetes; otherwise none]
+    /// What jobs run on [default: kubernetes in a pod with a service account token and templates; outside of
+    /// Kubernetes machine, if root starts the service; otherwise none]
     #[arg(long, env = "IMS_RUNNER", value_enum)]
     pub runner: Option<On>,
     #[command(flatten)]
     #[allow(missing_docs)] // clap would take it for the description of the command
     pub machine: MachineSettings,
+    #[command(flatten)]
+    #[allow(missing_docs)] // clap would take it for the description of the command
+    pub kubernetes: KubernetesSettings,
 }
 
 /// Runner of jobs.
@@ -83,6 +87,8 @@ pub enum On {
     None,
     /// This machine
     Machine,
+    /// The cluster of this pod, or that of KUBECONFIG
+    Kubernetes,
 }
 
 /// Settings of jobs on this machine.
@@ -100,11 +106,57 @@ pub struct MachineSettings {
     pub job_address: IpAddr,
 }
 
+/// Settings of jobs on Kubernetes.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Jobs on Kubernetes")]
+pub struct KubernetesSettings {
+    /// Directory of the templates: `customize`, `create/kiwi-ng`, `create/packer`
+    #[arg(
+        long = "job-templates",
+        env = "IMS_JOB_TEMPLATE_PATH",
+        default_value = "/mnt/ims/v2/job_templates",
+        value_name = "DIRECTORY"
+    )]
+    pub templates: PathBuf,
+    /// Namespace of jobs
+    #[arg(long = "job-namespace", env = "DEFAULT_IMS_JOB_NAMESPACE", default_value = "ims", value_name = "NAMESPACE")]
+    pub namespace: String,
+    /// Runtime class of jobs that may build kernel modules; one without `kata` in its name stands for `kata-qemu`
+    #[arg(long, env = "JOB_KATA_RUNTIME", default_value = "kata-qemu", value_name = "CLASS")]
+    pub kata_runtime: String,
+    /// Runtime class of jobs for aarch64
+    #[arg(long, env = "JOB_AARCH64_RUNTIME", default_value = "kata-qemu", value_name = "CLASS")]
+    pub aarch64_runtime: String,
+    /// Subnet in the host names of jobs, ID.ims.SUBNET.DOMAIN
+    #[arg(long, env = "JOB_CUSTOMER_ACCESS_SUBNET_NAME", default_value = "cmn", value_name = "NAME")]
+    pub subnet_name: String,
+    /// Domain in the host names of jobs
+    #[arg(long, env = "JOB_CUSTOMER_ACCESS_NETWORK_DOMAIN", default_value = "shasta.local", value_name = "DOMAIN")]
+    pub network_domain: String,
+    /// Pool of the addresses of jobs
+    #[arg(
+        long,
+        env = "JOB_CUSTOMER_ACCESS_NETWORK_ACCESS_POOL",
+        default_value = "customer-management",
+        value_name = "POOL"
+    )]
+    pub address_pool: String,
+    /// Signs of life that a job on a remote build node may miss, each after five seconds
+    #[arg(long, env = "DEFAULT_IMS_JOB_REMOTE_TIMEOUT_COUNT", default_value_t = 12, value_name = "NUMBER")]
+    pub remote_timeout_count: u32,
+    /// Seconds for which a pod may wait for a node, its volumes and its container images before its job is an error
+    #[arg(long = "job-pending-limit", env = "IMS_JOB_PENDING_LIMIT", default_value_t = 900, value_name = "SECONDS")]
+    pub pending_limit: u64,
+}
+
 fn ports(text: &str) -> std::result::Result<RangeInclusive<u16>, String> {
     let (first, last) = text.split_once('-').unwrap_or((text, text));
     let range = first.parse().ok().zip(last.parse().ok()).map(|(first, last)| first..=last);
     range.filter(|range| !range.is_empty() && *range.start() > 0).ok_or_else(|| "expected FIRST-LAST".into())
 }
+
+/// Token of a pod's service account.
+const TOKEN: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
 
 /// Where the objects are on one machine.
 pub const STORE: &str = "file:///var/lib/ims/store";
@@ -117,9 +169,12 @@ impl Settings {
 
     /// Runner of jobs.
     pub fn runs_on(&self) -> On {
-        let is_machine =
-            || rustix::process::geteuid().is_root() && std::env::var_os("KUBERNETES_SERVICE_HOST").is_none();
-        self.runner.unwrap_or_else(|| if is_machine() { On::Machine } else { On::None })
+        let is_in_pod = std::env::var_os("KUBERNETES_SERVICE_HOST").is_some();
+        self.runner.unwrap_or_else(|| match () {
+            () if is_in_pod && Path::new(TOKEN).exists() && self.kubernetes.templates.exists() => On::Kubernetes,
+            () if !is_in_pod && rustix::process::geteuid().is_root() => On::Machine,
+            () => On::None,
+        })
     }
 
     /// Returns whether customize jobs get DKMS unless they say so.

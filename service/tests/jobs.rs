@@ -241,7 +241,8 @@ fn a_start_that_fails_or_is_cut_off_leaves_nothing() {
         let mut change = running.service.database.change(&[kind]).await.unwrap();
         change.insert_into(kind, &job).await.unwrap();
         change.commit().await.unwrap();
-        running.service.clear_starts(chrono::TimeDelta::zero()).await;
+        let starts = running.service.starts(chrono::TimeDelta::zero()).await;
+        running.service.clear_starts(starts).await;
         assert_eq!(running.service.database.ids(kind).await.unwrap(), [""; 0]);
     });
     assert_eq!(running.runner.told.lock().unwrap().last(), Some(&format!("remove {}", job.id)));
@@ -256,7 +257,7 @@ fn a_job_whose_pod_dies_is_an_error() {
     running.send("PATCH", &path(&ids[1]), &json!({"status": "success"}));
     running.runtime.block_on(async {
         for id in ids.clone() {
-            running.service.job_died(Death { id, reason: "OOMKilled".into() }).await;
+            running.service.job_died(&Death { id, reason: "OOMKilled".into() }).await.unwrap();
         }
     });
     let status = |id: &String| running.send("GET", &path(id), &Value::Null).json()["status"].clone();

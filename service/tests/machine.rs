@@ -118,7 +118,7 @@ impl Site {
     }
 
     fn log(&self) -> String {
-        std::fs::read_to_string(self.machine.log(JOB).unwrap()).unwrap_or_default()
+        std::fs::read_to_string(self.machine.log_file(JOB)).unwrap_or_default()
     }
 
     fn ssh(&self, job: &Job, command: &str) -> Output {

@@ -7,6 +7,7 @@ mod commands;
 mod endpoints;
 mod images;
 mod jobs;
+mod kubernetes;
 mod lasting;
 mod machine;
 mod postgres;

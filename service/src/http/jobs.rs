@@ -13,7 +13,7 @@ use super::problem::Problem;
 use super::{Request, Service, created, json as answer, no_content};
 use crate::records::manifest;
 use crate::records::{Container, Image, Job, Kind, Location, PublicKey, Recipe, STATUSES, new_id, now, rules, wire};
-use crate::runner::{Death, NewJob};
+use crate::runner::{Death, Held, NewJob};
 use crate::store::Failure;
 
 /// Name of user metadata with the MD5 of an object.
@@ -84,7 +84,7 @@ impl Service {
         let job = match self.runner.start(&new).await {
             Ok(job) => job,
             Err(failures) => {
-                self.forget_start(&new.job.id).await;
+                self.end_start(&new.job).await;
                 return Err(Problem::steps("cannot start the job", &failures));
             }
         };
@@ -106,20 +106,54 @@ impl Service {
         Ok(created(&job))
     }
 
-    /// Removes what jobs have left whose start was cut off by a kill, at least `age` ago: others are being started.
-    pub async fn clear_starts(&self, age: TimeDelta) {
-        let starting = match self.database.all_in::<Job>(Kind::Starting).await {
-            Ok(starting) => starting,
-            Err(error) => {
-                tracing::warn!("cannot look for jobs whose start was cut off: {error}");
+    /// Jobs whose start was cut off by a kill, at least `age` ago: others are being started.
+    pub async fn starts(&self, age: TimeDelta) -> Vec<Job> {
+        let starting = self.database.all_in::<Job>(Kind::Starting).await.unwrap_or_else(|error| {
+            tracing::warn!("cannot look for jobs whose start was cut off: {error}");
+            Vec::new()
+        });
+        let old = |job: &Job| Local::now().naive_local().signed_duration_since(time(&job.created).unwrap_or_default());
+        starting.into_iter().filter(|job| old(job) >= age).collect()
+    }
+
+    /// Removes what these jobs have left, whose start was cut off.
+    pub async fn clear_starts(&self, starts: Vec<Job>) {
+        for job in starts {
+            tracing::warn!("the start of job {} was cut off: removing what it has left", job.id);
+            self.end_start(&job).await;
+        }
+    }
+
+    /// Removes what the runner holds of jobs without a record, and releases what it holds of jobs that have ended.
+    pub async fn clear_held(&self) {
+        // Asked first: whatever is made later has a record of its start before.
+        let held = match self.runner.held().await {
+            Ok(held) => held,
+            Err(failures) => {
+                tracing::warn!("cannot look for what jobs have left: {}; will try again", failures.join("; "));
                 return;
             }
         };
-        for job in starting {
-            let old = Local::now().naive_local().signed_duration_since(time(&job.created).unwrap_or_default());
-            if old >= age {
-                tracing::warn!("the start of job {} was cut off: removing what it has left", job.id);
-                self.end_start(&job).await;
+        for Held { job: id, is_for_running } in held {
+            // In this order: a job whose start ends in between is in one of the tables.
+            let found = async {
+                let starting = self.database.ids(Kind::Starting).await?;
+                Ok::<_, sqlx::Error>((starting.contains(&id), self.database.record::<Job>(&id).await?))
+            };
+            let done = match found.await {
+                Ok((false, None)) => {
+                    tracing::warn!("job {id} has no record: removing what it has left");
+                    self.runner.remove(&Job::without_record(&id)).await
+                }
+                Ok((_, Some(job))) if job.has_ended() && is_for_running => {
+                    tracing::warn!("job {id} has ended: releasing what it still holds");
+                    self.runner.release(&job).await
+                }
+                Ok(_) => Ok(()),
+                Err(error) => Err(vec![error.to_string()]),
+            };
+            if let Err(failures) = done {
+                tracing::warn!("cannot clear up after job {id}: {}; will try again", failures.join("; "));
             }
         }
     }
@@ -226,25 +260,28 @@ impl Service {
         Ok(job)
     }
 
-    /// Records that a job died. One that has ended by itself stays as it is.
-    pub async fn job_died(&self, death: Death) {
+    /// Records that a job died; fails if the database is gone. A job that has ended by itself stays as it is.
+    pub async fn job_died(&self, death: &Death) -> Result<(), sqlx::Error> {
         let Death { id, reason } = death;
-        let job = match self.found::<Job>(&id).await {
-            Ok(job) if !job.has_ended() => job,
-            _ => return,
-        };
+        let Some(job) = self.database.record::<Job>(id).await?.filter(|job| !job.has_ended()) else { return Ok(()) };
         tracing::error!("job {id} died: {reason}");
         if let Err(failures) = self.runner.release(&job).await {
-            tracing::warn!("cannot release what job {id} holds: {}", failures.join("; "));
+            tracing::warn!("cannot release what job {id} holds: {}; will try again", failures.join("; "));
         }
-        let ended = self.update_job(&id, |job| {
-            if !job.has_ended() {
+        let mut is_new = false;
+        let ended = self.update_job(id, |job| {
+            is_new = !job.has_ended();
+            if is_new {
                 job.status = "error".into();
             }
         });
-        if let Err(problem) = ended.await {
-            tracing::error!("cannot record the end of job {id}: {problem}");
+        match ended.await {
+            Ok(job) if is_new => self.runner.died(&job, reason).await,
+            Ok(_) => {}
+            Err(problem) if problem.status == StatusCode::NOT_FOUND => {}
+            Err(problem) => return Err(sqlx::Error::Protocol(problem.to_string())),
         }
+        Ok(())
     }
 
     /// DELETE of a job.

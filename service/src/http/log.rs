@@ -12,6 +12,7 @@ use tokio::io::AsyncReadExt;
 use super::problem::Problem;
 use super::{Service, pairs};
 use crate::records::Job;
+use crate::runner;
 
 /// Bytes of a log that are in memory.
 const CHUNK: usize = 64 << 10;
@@ -22,22 +23,28 @@ const LOOK_EVERY: Duration = Duration::from_millis(300);
 impl Service {
     /// GET of a job's log; with `follow=true` the answer goes on until the job ends.
     pub async fn log(self: &Arc<Self>, id: &str, query: &str) -> Result<Response<Body>, Problem> {
-        self.found::<Job>(id).await?;
-        let path = self.runner.log(id).ok_or_else(|| Problem::not_found("log"))?;
-        // A job that has not begun has written nothing.
-        let file = File::open(&path).await.ok();
+        let job = self.found::<Job>(id).await?;
         let is_followed = pairs(query).iter().any(|(name, value)| name == "follow" && value == "true");
-        let log = Log { service: self.clone(), id: id.to_owned(), path, file, is_followed };
-        let chunks = futures_util::stream::try_unfold(log, |mut log| async move {
-            Ok::<_, std::io::Error>(log.next().await?.map(|chunk| (chunk, log)))
-        });
-        let mut answer = Response::new(Body::from_stream(chunks));
+        let log = self.runner.log(&job, is_followed).await;
+        let log = log.map_err(|failures| Problem::steps("cannot read the log", &failures))?;
+        let body = match log.ok_or_else(|| Problem::not_found("log"))? {
+            runner::Log::Stream(parts) => Body::from_stream(parts),
+            runner::Log::File(path) => {
+                // A job that has not begun has written nothing.
+                let file = File::open(&path).await.ok();
+                let log = Log { service: self.clone(), id: id.to_owned(), path, file, is_followed };
+                Body::from_stream(futures_util::stream::try_unfold(log, |mut log| async move {
+                    Ok::<_, std::io::Error>(log.next().await?.map(|chunk| (chunk, log)))
+                }))
+            }
+        };
+        let mut answer = Response::new(body);
         answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
         Ok(answer)
     }
 }
 
-/// A log that is being read.
+/// A log file that is being read.
 struct Log {
     service: Arc<Service>,
     id: String,

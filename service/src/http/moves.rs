@@ -161,7 +161,7 @@ impl Service {
                 tracing::warn!("cannot look for objects to remove: {error}");
             }
             tokio::time::sleep(SWEEP).await;
-            self.clear_starts(LONGEST_START).await;
+            self.clear_starts(self.starts(LONGEST_START).await).await;
         }
     }
 

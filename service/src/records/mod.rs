@@ -226,6 +226,14 @@ pub const STATUSES: &[&str] = &[
 ];
 
 impl Job {
+    /// A job that nothing is known of but its ID.
+    pub fn without_record(id: &str) -> Self {
+        let known = serde_json::json!({
+            "id": id, "artifact_id": "", "public_key_id": "", "job_type": "", "image_root_archive_name": "", "created": "",
+        });
+        serde_json::from_value(known).expect("the fields without a default")
+    }
+
     /// Returns whether the job has ended.
     pub fn has_ended(&self) -> bool {
         matches!(self.status.as_str(), "error" | "success")

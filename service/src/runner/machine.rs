@@ -20,7 +20,7 @@ use ims_sshd::volume::mounts_below::refuse_mounts_below;
 use tokio::sync::mpsc;
 
 use super::pod::{self, Pod, Program, State};
-use super::{Death, Failures, NewJob, Runner, Started, programs};
+use super::{Death, Failures, Log, NewJob, Runner, Started, programs};
 use crate::records::{Address, Job};
 use crate::settings::{MachineSettings, Settings};
 
@@ -88,6 +88,11 @@ impl Machine {
         make(&settings.jobs, true)?;
         let (ports, deaths) = Default::default();
         Ok(Self { shared: Arc::new(Shared { settings, program, url, store, objects, ports, deaths }) })
+    }
+
+    /// File that the programs of a job write to.
+    pub fn log_file(&self, job: &str) -> PathBuf {
+        self.shared.directory(job).join(pod::LOG)
     }
 }
 
@@ -373,8 +378,8 @@ impl Runner for Machine {
         self.shared.run(&job.id);
     }
 
-    fn log(&self, job: &str) -> Option<PathBuf> {
-        Some(self.shared.directory(job).join(pod::LOG))
+    async fn log(&self, job: &Job, _is_followed: bool) -> std::result::Result<Option<Log>, Failures> {
+        Ok(Some(Log::File(self.log_file(&job.id))))
     }
 
     async fn release(&self, job: &Job) -> std::result::Result<(), Failures> {

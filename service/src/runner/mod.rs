@@ -4,16 +4,19 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use async_trait::async_trait;
+use futures_util::stream::BoxStream;
 use serde::Serialize;
 use tokio::sync::mpsc;
 
 use crate::records::{Job, Location};
 
+pub mod kubernetes;
 mod machine;
 mod nothing;
 pub mod pod;
 pub mod programs;
 
+pub use kubernetes::Kubernetes;
 pub use machine::Machine;
 pub use nothing::Nothing;
 
@@ -51,6 +54,23 @@ pub struct Death {
     pub reason: String,
 }
 
+/// A job that a runner holds something of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Held {
+    /// ID of the job.
+    pub job: String,
+    /// Whether that includes what a job needs only while it runs.
+    pub is_for_running: bool,
+}
+
+/// Output of the programs of a job.
+pub enum Log {
+    /// A file, to which they write.
+    File(PathBuf),
+    /// Parts of it, as they come.
+    Stream(BoxStream<'static, std::io::Result<Vec<u8>>>),
+}
+
 /// Whether a remote build node can run jobs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct NodeStatus {
@@ -84,18 +104,18 @@ impl NodeStatus {
 /// Runner of jobs. All methods may be called at the same time, for several jobs too.
 #[async_trait]
 pub trait Runner: Send + Sync {
-    /// Creates everything that the job needs. When it fails, nothing of the job is left.
+    /// Creates everything that the job needs.
     ///
-    /// The service has recorded the ID before, and calls [`Runner::remove`] with it if it is killed before the record
-    /// is stored.
+    /// The service has recorded the ID before, and calls [`Runner::remove`] with it if this fails, or if the service is
+    /// killed before the record is stored.
     async fn start(&self, job: &NewJob) -> Result<Started, Failures>;
 
     /// Called when the job's record is stored: from now on its programs find it in the service.
     async fn stored(&self, _job: &Job) {}
 
-    /// File of what the job's programs have written, if this runner keeps one.
-    fn log(&self, _job: &str) -> Option<PathBuf> {
-        None
+    /// Output of the job's programs, if this runner has it; a stream goes on until they end if it `is_followed`.
+    async fn log(&self, _job: &Job, _is_followed: bool) -> Result<Option<Log>, Failures> {
+        Ok(None)
     }
 
     /// Releases what a job that has ended (`success`, `error`) holds: address, volume. Its log stays. Repeating it is
@@ -105,6 +125,14 @@ pub trait Runner: Send + Sync {
     /// Removes everything of the job, running or not. What is absent is no failure. The record may be that of a job
     /// whose start was cut off, with nothing but its ID and type.
     async fn remove(&self, job: &Job) -> Result<(), Failures>;
+
+    /// Jobs that this runner holds something of, with records or without.
+    async fn held(&self) -> Result<Vec<Held>, Failures> {
+        Ok(Vec::new())
+    }
+
+    /// Called when a death has become the end of a job.
+    async fn died(&self, _job: &Job, _reason: &str) {}
 
     /// Asks whether a remote build node can run jobs. A node that does not answer is an answer, after some seconds.
     async fn probe(&self, xname: &str) -> NodeStatus {

@@ -1,0 +1,221 @@
+//! The site's template files, from which the objects of a job are made. A file is read as YAML first, and variables are
+//! replaced in its strings afterwards: no value can become a field, whatever characters it has.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use ims_sshd::error::{Attempt, Error, Result};
+use serde_json::{Map, Value};
+
+use super::objects::Kind;
+
+/// Values of the variables of a template, by their names.
+pub(super) type Variables = BTreeMap<&'static str, Filled>;
+
+/// Value of a variable.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Filled {
+    /// A text, which stays one even if it looks like a number.
+    Text(String),
+    /// A text that is left out where it is empty and stands alone: null, or no item of a list.
+    Optional(String),
+    /// A boolean where it stands alone.
+    Truth(bool),
+}
+
+/// Fields of a container in which Kubernetes itself replaces `$(NAME)` by the values of other variables.
+const EXPANDED: [&str; 3] = ["args", "command", "env"];
+
+/// Largest template file in bytes.
+const LARGEST: u64 = 1 << 20;
+
+/// Directory of the templates of such jobs, below that of the site.
+pub(super) fn directory(recipe_type: Option<&str>) -> PathBuf {
+    recipe_type.map_or_else(|| "customize".into(), |kind| Path::new("create").join(kind))
+}
+
+/// Reads the template of an object in `directory`, which is of customize jobs or of create jobs, and fills it in.
+pub(super) fn render(directory: &Path, kind: Kind, is_create: bool, variables: &Variables) -> Result<Value> {
+    let object = match kind {
+        Kind::ConfigMap => "configmap",
+        Kind::Service => "service",
+        Kind::Claim => "pvc",
+        Kind::Job => "job",
+        Kind::Rule | Kind::Secret => unreachable!("made without a template"),
+    };
+    let action = if is_create { "create" } else { "customize" };
+    let path = directory.join(format!("image_{object}_{action}.yaml.template"));
+    let attempted = || format!("use the template {}", path.display());
+    let length = std::fs::metadata(&path).attempt(attempted)?.len();
+    if length > LARGEST {
+        return Err(Error::new(attempted()).because(format!("it has {length} bytes; {LARGEST} are the most")));
+    }
+    let text = std::fs::read_to_string(&path).attempt(attempted)?;
+    parse(&text, kind, variables).map_err(|why| Error::new(attempted()).because(why))
+}
+
+/// Fills in the template `text` of an object.
+fn parse(text: &str, kind: Kind, variables: &Variables) -> std::result::Result<Value, String> {
+    // The parser's complaint shows the lines, with the place below.
+    let value: Value =
+        serde_saphyr::from_str(text).map_err(|e| format!("it is no YAML: {}", one_line(&e.to_string())))?;
+    let filled = fill(value, variables, false)?;
+    let (version, name) = kind.api();
+    if filled["apiVersion"] != version || filled["kind"] != name {
+        return Err(format!(
+            "it makes a {} of {}: expected a {name} of {version}",
+            filled["kind"].as_str().unwrap_or("nameless object"),
+            filled["apiVersion"].as_str().unwrap_or("no version")
+        ));
+    }
+    if filled["metadata"]["name"].as_str().is_none_or(str::is_empty) {
+        return Err("metadata.name is missing".into());
+    }
+    Ok(filled)
+}
+
+fn one_line(text: &str) -> String {
+    text.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(", ")
+}
+
+/// Replaces the variables in all strings of `value`; `is_expanded` in fields whose texts Kubernetes expands, too.
+fn fill(value: Value, variables: &Variables, is_expanded: bool) -> std::result::Result<Value, String> {
+    Ok(match value {
+        Value::String(text) => fill_text(&text, variables, is_expanded)?,
+        Value::Array(items) => {
+            let filled = items.into_iter().map(|item| {
+                let is_text = item.is_string();
+                fill(item, variables, is_expanded).map(|filled| (!is_text || !filled.is_null()).then_some(filled))
+            });
+            filled.filter_map(std::result::Result::transpose).collect::<std::result::Result<_, _>>()?
+        }
+        Value::Object(fields) => {
+            let mut filled = Map::new();
+            for (name, value) in fields {
+                let value = fill(value, variables, is_expanded || EXPANDED.contains(&name.as_str()))?;
+                filled.insert(replaced(&name, variables, false)?, value);
+            }
+            filled.into()
+        }
+        other => other,
+    })
+}
+
+fn fill_text(text: &str, variables: &Variables, is_expanded: bool) -> std::result::Result<Value, String> {
+    let alone = text.strip_prefix('$').map(|name| {
+        let inner = name.strip_prefix('{').and_then(|name| name.strip_suffix('}'));
+        inner.unwrap_or(name)
+    });
+    Ok(match alone.and_then(|name| variables.get(name)) {
+        Some(Filled::Truth(truth)) => Value::Bool(*truth),
+        Some(Filled::Optional(text)) if text.is_empty() => Value::Null,
+        _ => replaced(text, variables, is_expanded)?.into(),
+    })
+}
+
+/// Replaces `$name` and `${name}` by their values and `$$` by `$`, as upstream does.
+fn replaced(text: &str, variables: &Variables, is_expanded: bool) -> std::result::Result<String, String> {
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(at) = rest.find('$') {
+        out.push_str(&rest[..at]);
+        let after = &rest[at + 1..];
+        if let Some(after) = after.strip_prefix('$') {
+            out.push('$');
+            rest = after;
+            continue;
+        }
+        let (name, after) = match after.strip_prefix('{') {
+            Some(inner) => inner.split_once('}').unwrap_or_default(),
+            None => after.split_at(after.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(after.len())),
+        };
+        let is_name = name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_');
+        if !is_name {
+            return Err(format!("a '$' stands before no variable in '{}'; write '$$' for '$'", one_line(text)));
+        }
+        let value = variables.get(name).ok_or_else(|| {
+            let known = variables.keys().copied().collect::<Vec<_>>().join(" ");
+            format!("the variable '{name}' is unknown; known are {known}")
+        })?;
+        let value = match value {
+            Filled::Text(text) | Filled::Optional(text) => text.as_str(),
+            Filled::Truth(true) => "true",
+            Filled::Truth(false) => "false",
+        };
+        // Otherwise a name like '$(S3_SECRET_KEY)' would become the secret.
+        out.push_str(&if is_expanded { value.replace('$', "$$") } else { value.to_owned() });
+        rest = after;
+    }
+    out.push_str(rest);
+    Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn variables() -> Variables {
+        let text = |text: &str| Filled::Text(text.into());
+        Variables::from([
+            ("id", text("1")),
+            ("image_root_archive_name", text("a: b\n    name: evil # $id $(S3_SECRET_KEY)")),
+            ("kernel_filename", text("123")),
+            ("public_key", text("ssh-rsa A\nssh-rsa B\n")),
+            ("runtime_class", Filled::Optional(String::new())),
+            ("security_capabilities", Filled::Optional("SYS_ADMIN".into())),
+            ("service_account", Filled::Optional(String::new())),
+            ("security_privilege", Filled::Truth(false)),
+        ])
+    }
+
+    fn filled(data: &str) -> std::result::Result<Value, String> {
+        let text = format!("---\nkind: ConfigMap\napiVersion: v1\nmetadata:\n  name: x-$id\ndata:\n{data}");
+        parse(&text, Kind::ConfigMap, &variables()).map(|mut value| value["data"].take())
+    }
+
+    #[test]
+    fn value_stays_a_text_in_its_place() {
+        let hostile = "a: b\n    name: evil # $id $(S3_SECRET_KEY)";
+        assert_eq!(filled("  a: $image_root_archive_name\n").unwrap(), json!({ "a": hostile }));
+        assert_eq!(
+            filled("  a: \"$kernel_filename\"\n  b: $kernel_filename\n").unwrap(),
+            json!({"a": "123", "b": "123"})
+        );
+        assert_eq!(filled("  a:\n    $public_key\n").unwrap(), json!({ "a": "ssh-rsa A\nssh-rsa B\n" }));
+        assert_eq!(filled("  a-${id}b: $$id $id-$id\n  n: 1\n").unwrap(), json!({"a-1b": "$id 1-1", "n": 1}));
+    }
+
+    #[test]
+    fn kubernetes_expands_no_text_of_a_user() {
+        let text = "  env:\n  - name: A\n    value: $image_root_archive_name$$(B)\n";
+        let expected = "a: b\n    name: evil # $$id $$(S3_SECRET_KEY)$(B)";
+        assert_eq!(filled(text).unwrap()["env"][0]["value"], expected);
+    }
+
+    #[test]
+    fn lone_variable_has_the_type_of_its_field() {
+        let text = "  a: $security_privilege\n  b: x$security_privilege\n  c: $runtime_class\n  d: [$security_capabilities]\n  \
+                    e: [$service_account]\n  f: '${service_account}'\n  g: \"\"\n";
+        let expected = json!({"a": false, "b": "xfalse", "c": null, "d": ["SYS_ADMIN"], "e": [], "f": null, "g": ""});
+        assert_eq!(filled(text).unwrap(), expected);
+    }
+
+    #[test]
+    fn wrong_template_is_refused_with_the_reason() {
+        for (text, reason) in [
+            ("  a: $ids", "the variable 'ids' is unknown; known are id "),
+            ("  a: $(id)", "a '$' stands before no variable in '$(id)'"),
+            ("  a: ${id", "a '$' stands before no variable"),
+            ("  a: 1$", "a '$' stands before no variable"),
+            ("  a: [", "it is no YAML"),
+        ] {
+            let refused = filled(text).unwrap_err();
+            assert!(refused.contains(reason), "{text}: {refused}");
+        }
+        let refused = parse("apiVersion: v1\nkind: Secret", Kind::ConfigMap, &variables()).unwrap_err();
+        assert_eq!(refused, "it makes a Secret of v1: expected a ConfigMap of v1");
+        assert!(parse("apiVersion: v1\nkind: ConfigMap", Kind::ConfigMap, &variables()).is_err());
+    }
+}
