@@ -8,7 +8,7 @@ use crate::environment::recovery::recover;
 use crate::environment::restarts::Part;
 use crate::environment::script::Script;
 use crate::environment::settings::Settings;
-use crate::environment::sshd_setup::{configure_sshd, login_shell};
+use crate::environment::sshd_setup::{Asked, configure_sshd, login_shell};
 use crate::environment::watchdog::Watchdog;
 use crate::error::Result;
 use crate::jail::plan::Plan;
@@ -35,6 +35,8 @@ pub(super) struct Place<'a> {
 /// An environment on an image root.
 pub(super) struct Open {
     groundwork: Groundwork,
+    /// `None` once sshd has answered.
+    asked: Option<Asked>,
     effective: Effective,
     /// Emulation of an image of another architecture.
     emulation: Emulation,
@@ -54,7 +56,7 @@ pub(super) struct Open {
 
 impl Open {
     /// Makes everything but the jail and sshd: cleans up after a killed environment, sets up emulation, configures
-    /// sshd, and listens for sessions.
+    /// sshd, which [`Open::make_jail`] hears the answers about, and listens for sessions.
     pub(super) fn make(groundwork: Groundwork, place: Place<'_>) -> Result<Self> {
         let Place { settings, state, files, image_root } = place;
         let recovered = recover(settings, files, image_root, state)?;
@@ -72,7 +74,8 @@ impl Open {
         };
         Ok(Self {
             groundwork,
-            effective: configure_sshd(settings, state)?,
+            asked: Some(configure_sshd(settings, state)?),
+            effective: Effective::default(),
             emulation,
             jail: None,
             daemon: None,
@@ -97,11 +100,18 @@ impl Open {
         Ok(())
     }
 
-    /// Makes the jail, except in plain mode.
+    /// Makes the jail, except in plain mode, and hears what sshd makes of its configuration.
     pub(super) fn make_jail(&mut self, place: Place<'_>) -> Result<()> {
         let Place { settings, state, files, image_root } = place;
-        let Some(kind) = &self.groundwork.jail else { return Ok(()) };
-        let names = self.effective.set_env().into_iter().map(|(name, _)| name);
+        let (asked, effective) = (&mut self.asked, &mut self.effective);
+        let mut hear = || -> Result<Vec<String>> {
+            if let Some(asked) = asked.take() {
+                *effective = asked.answer(settings, state)?;
+            }
+            let names = effective.set_env().into_iter().map(|(name, _)| name);
+            Ok(names.chain(effective.accept_env().map(str::to_owned)).collect())
+        };
+        let Some(kind) = &self.groundwork.jail else { return hear().map(drop) };
         let wanted = Wanted {
             plan: Plan {
                 dkms: settings.dkms,
@@ -116,10 +126,9 @@ impl Open {
             record_directory: files.parent(),
             job: settings.job.id.as_deref(),
             in_place: settings.in_place,
-            keep: names.chain(self.effective.accept_env().map(str::to_owned)).collect(),
         };
         let _expendable = Expendable::children();
-        self.jail = Some(OpenJail::open(wanted, state)?);
+        self.jail = Some(OpenJail::open(wanted, state, hear)?);
         tracing::info!(tier = kind.tier.name(), dkms = settings.dkms, "the jail is made");
         Ok(())
     }

@@ -12,35 +12,61 @@ use crate::sshd::effective::{Effective, Question};
 use crate::sshd::login_shell::LoginShell;
 use crate::volume::state_directory::StateDirectory;
 
-/// Writes the settings into sshd's configuration and asks sshd itself for the effective options (`sshd -T`). With a
-/// jail, refuses a configuration that would let a session land outside it.
-pub(crate) fn configure_sshd(settings: &Settings, state: &StateDirectory) -> Result<Effective> {
+/// Questions to sshd about its configuration with the settings in it, which run beside the making of the jail.
+pub(super) struct Asked {
+    roots: Question,
+    /// Those of a user who must not get in, in jailed mode, with the forced command.
+    nobodys: Option<(Question, String)>,
+}
+
+/// Writes the settings into sshd's configuration, and has sshd itself print the effective options (`sshd -T`).
+pub(super) fn configure_sshd(settings: &Settings, state: &StateDirectory) -> Result<Asked> {
     let fragment = state.fragment();
     let options = &settings.sshd.asking;
     let shown = settings.sshd_config.display();
-    // Ask first without the fragment: sshd ignores an Include of a file that does not exist.
+    // The configuration is read without the fragment: sshd ignores an Include of a file that does not exist.
     let _ = std::fs::remove_file(&fragment);
-    let base = Effective::ask(options, "root")?;
+    // sshd would say what is wrong with a configuration that cannot be read.
+    let keywords = accept_env::keywords(&settings.sshd_config, &settings.sshd).ok();
+    let is_simple = keywords.as_ref().is_some_and(|keywords| !keywords.contains("setenv"));
+    let set_env = if is_simple { Vec::new() } else { Effective::ask(options, "root")?.set_env() };
     let force_command = settings.job.jailed.then(|| force_command(state)).transpose()?;
-    let text = config::fragment(&settings.session_variables, &base, settings.agent, force_command.as_deref());
+    let text = config::fragment(
+        &settings.session_variables,
+        &set_env,
+        &keywords.unwrap_or_default(),
+        settings.agent,
+        force_command.as_deref(),
+    );
     std::fs::write(&fragment, &text).attempt(|| format!("write {}", fragment.display()))?;
     let before = std::fs::read(&settings.sshd_config).attempt(|| format!("read {shown}"))?;
     let after = config::including(&before, &fragment);
     if after != before {
         config::write(&settings.sshd_config, &after)?;
     }
-    // Run both questions at the same time, since the start waits for them. Collect both answers before an error
-    // returns, so that no sshd is left unreaped.
-    let nobodys = force_command.is_some().then(|| Question::put(options, "nobody")).transpose()?;
-    let roots = Effective::ask(options, "root");
-    let nobodys = nobodys.map(Question::answer);
-    let effective = roots?;
-    if let (Some(command), Some(nobodys)) = (&force_command, nobodys) {
-        accept_env::check(&settings.sshd_config, &settings.sshd)?;
-        effective.check_jail(command)?;
-        nobodys?.check_denied()?;
+    let nobodys = force_command.map(|command| Ok((Question::put(options, "nobody")?, command))).transpose()?;
+    Ok(Asked { roots: Question::put(options, "root")?, nobodys })
+}
+
+impl Asked {
+    /// Waits for the effective options. With a jail, refuses a configuration that would let a session land outside it.
+    pub(super) fn answer(self, settings: &Settings, state: &StateDirectory) -> Result<Effective> {
+        // Collect both answers before an error returns, so that no sshd is left unreaped.
+        let roots = self.roots.answer();
+        let nobodys = self.nobodys.map(|(question, command)| (question.answer(), command));
+        let effective = roots.map_err(|error| {
+            // Our line shifts the numbers of lines in sshd's complaint.
+            let _ = std::fs::remove_file(state.fragment());
+            let own = unconfigure_sshd(settings).and_then(|_| Effective::ask(&settings.sshd.asking, "root"));
+            own.err().unwrap_or(error)
+        })?;
+        if let Some((nobodys, command)) = nobodys {
+            accept_env::check(&settings.sshd_config, &settings.sshd)?;
+            effective.check_jail(&command)?;
+            nobodys?.check_denied()?;
+        }
+        Ok(effective)
     }
-    Ok(effective)
 }
 
 /// Removes the settings from sshd's configuration. Returns whether there were any.

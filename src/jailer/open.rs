@@ -47,8 +47,6 @@ pub(crate) struct Wanted<'a> {
     pub(crate) in_place: bool,
     /// The IMS job.
     pub(crate) job: Option<&'a str>,
-    /// Names of variables that sessions keep.
-    pub(crate) keep: Vec<String>,
 }
 
 /// An open jail.
@@ -102,7 +100,12 @@ fn holder(mount: u64) -> String {
 
 impl OpenJail {
     /// Makes the jail and records in `state` how to enter it. This process has to be a subreaper (or PID 1).
-    pub(crate) fn open(mut wanted: Wanted<'_>, state: &StateDirectory) -> Result<Self> {
+    /// `keep` is called once its init has begun, and returns the names of variables that sessions keep.
+    pub(crate) fn open(
+        mut wanted: Wanted<'_>,
+        state: &StateDirectory,
+        keep: impl FnOnce() -> Result<Vec<String>>,
+    ) -> Result<Self> {
         let plan = &mut wanted.plan;
         let chrooted = plan.tier == Tier::Chroot;
         let mut lacking = if chrooted {
@@ -149,7 +152,8 @@ impl OpenJail {
                 made: made.mount_points(),
                 replaced,
             };
-            jail.record(wanted, identity, state).inspect_err(|_| drop(jail.end()))?;
+            let recorded = keep().and_then(|keep| jail.record(wanted, keep, identity, state));
+            recorded.inspect_err(|_| drop(jail.end()))?;
             Ok(jail)
         });
         opened.inspect_err(|_| {
@@ -157,7 +161,7 @@ impl OpenJail {
         })
     }
 
-    fn record(&self, wanted: &Wanted<'_>, init: Identity, state: &StateDirectory) -> Result<()> {
+    fn record(&self, wanted: &Wanted<'_>, keep: Vec<String>, init: Identity, state: &StateDirectory) -> Result<()> {
         let attempted = || format!("write {}", state.jail().display());
         let this = Identity::of(getpid())
             .ok_or_else(|| Error::new(attempted()).because("/proc does not show this process"))?;
@@ -171,7 +175,7 @@ impl OpenJail {
             in_place: wanted.in_place,
             job: wanted.job.map(Into::into),
             image: wanted.plan.label.clone(),
-            keep: wanted.keep.clone(),
+            keep,
         };
         // Replace the file atomically for readers, without fsync: it describes processes, which a crash of the machine
         // ends.

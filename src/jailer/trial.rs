@@ -142,9 +142,8 @@ impl Ground {
             record_directory: &self.record_directory,
             job: None,
             in_place: false,
-            keep: Vec::new(),
         };
-        let jail = OpenJail::open(wanted, &self.state)?;
+        let jail = OpenJail::open(wanted, &self.state, || Ok(Vec::new()))?;
         let entered = helper_output(&Arguments::Try(self.state.jail())).attempt(|| "enter a trial jail");
         let bare = jail.namespace_fd("mnt").filter(|_| tier == Tier::Namespace).map(OwnedFd::try_clone).transpose();
         let bare = bare.attempt(|| "keep the mount namespace of a trial jail");

@@ -355,9 +355,9 @@ impl Session {
             record_directory: &record_directory,
             in_place: self.in_place,
             job: None,
-            keep: entry.variables.iter().map(|(name, _)| name.clone()).collect(),
         };
-        let jail = OpenJail::open(wanted, &state).map_err(cleared)?;
+        let keep = || Ok(entry.variables.iter().map(|(name, _)| name.clone()).collect());
+        let jail = OpenJail::open(wanted, &state, keep).map_err(cleared)?;
         registered.set(&[("run", &run.path().to_string_lossy())]);
         registered.reach(Stage::Serving);
         let command = entry.script.as_ref().map_or_else(|| entry.command.clone(), Script::command);

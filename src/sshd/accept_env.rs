@@ -80,6 +80,19 @@ pub(crate) fn check(config: &Path, options: &Options) -> Result<()> {
     })
 }
 
+/// Keywords of all lines of the configuration and of the options, in lower case, wherever they stand. A line that
+/// versions of sshd may read differently counts for either.
+pub(crate) fn keywords(config: &Path, options: &Options) -> Result<BTreeSet<String>> {
+    let mut found = BTreeSet::new();
+    each_line(config, options, &mut |_, line| {
+        if let Line::Other(keyword) = line {
+            found.insert(keyword);
+        }
+        Ok(())
+    })?;
+    Ok(found)
+}
+
 /// Criteria of a `Match` block that depend on where a client comes from, or on which address it came to.
 const BY_ADDRESS: [&str; 5] = ["address", "host", "localaddress", "localport", "rdomain"];
 
@@ -159,6 +172,8 @@ enum Line {
     AcceptEnv(Vec<String>),
     Include(Vec<String>),
     Match(Vec<String>),
+    /// A line with another keyword.
+    Other(String),
 }
 
 impl Line {
@@ -192,7 +207,8 @@ impl Line {
             "acceptenv" => Some(Self::AcceptEnv(arguments)),
             "include" => Some(Self::Include(arguments)),
             "match" => Some(Self::Match(arguments)),
-            _ => None,
+            comment if comment.starts_with('#') => None,
+            other => Some(Self::Other(other.to_owned())),
         }
     }
 }
@@ -219,9 +235,13 @@ mod tests {
             let Some(Line::AcceptEnv(patterns)) = Line::parse(line) else { panic!("{line}") };
             assert!(patterns.iter().any(|pattern| judge("x", pattern).is_err()), "{line}: {patterns:?}");
         }
-        for line in ["", "#AcceptEnv LD_PRELOAD", "# AcceptEnv *", "AcceptEnvironment x", "SetEnv LD_PRELOAD=x"] {
+        for line in ["", "#AcceptEnv LD_PRELOAD", "# AcceptEnv *"] {
             assert_eq!(Line::parse(line), None, "{line}");
         }
+        for line in ["SetEnv A=x", "\"setenv\"A=x", "Set\"Env\" A=x", "\tSETENV=A=x"] {
+            assert_eq!(Line::parse(line), Some(Line::Other("setenv".into())), "{line}");
+        }
+        assert_eq!(Line::parse("AcceptEnvironment x"), Some(Line::Other("acceptenvironment".into())));
         let Some(Line::Include(files)) = Line::parse("include \"/a b\" c") else { panic!("not parsed as an Include") };
         assert!(files.contains(&"/a b".into()) && files.contains(&"c".into()), "{files:?}");
     }

@@ -1,12 +1,12 @@
 //! Changes to sshd's configuration: a fragment of our own, and one line that includes it.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 use crate::error::{Advise, Attempt, Error, Result};
-use crate::sshd::effective::Effective;
 
 const ENVIRONMENT: &str = include_str!("../../sshd_config.d/environment.conf");
 const JAIL: &str = include_str!("../../sshd_config.d/jail.conf");
@@ -24,31 +24,36 @@ pub(crate) fn without_include(config: &[u8]) -> Vec<u8> {
     config.split_inclusive(|&b| b == b'\n').filter(|line| !is_ours(line)).flatten().copied().collect()
 }
 
-/// sshd's default limits (servconf.h) and the lines that raise them: sessions of one connection, and unauthenticated
-/// connections, some of which sshd drops at random. With more than ten Ansible forks, the defaults make hosts
-/// unreachable.
-const RAISED_LIMITS: [(&str, &str, &str); 2] =
-    [("maxsessions", "10", "MaxSessions 1000\n"), ("maxstartups", "10:30:100", "MaxStartups 200\n")];
+/// Keywords of limits, and the lines that raise them where the configuration does not set them: sessions of one
+/// connection, and unauthenticated connections, some of which sshd drops at random. With more than ten Ansible forks,
+/// sshd's defaults make hosts unreachable.
+const RAISED_LIMITS: [(&str, &str); 2] = [("maxsessions", "MaxSessions 1000\n"), ("maxstartups", "MaxStartups 200\n")];
 
 /// Marks our line, at its end.
 const MARK: &str = "# ims-sshd";
 
-/// Text of the fragment. The job's `variables` override those in `base`, the configuration without our fragment. Limits
-/// are raised only where `base` has sshd's default. Without `agent`, agent forwarding is off, whatever the
+/// Text of the fragment. The job's `variables` override `set_env`, those of the configuration without our fragment.
+/// `keywords` are those that the configuration sets. Without `agent`, agent forwarding is off, whatever the
 /// configuration says. With `force_command`, root's sessions are jailed.
-pub fn fragment(variables: &[(String, String)], base: &Effective, agent: bool, force_command: Option<&str>) -> String {
+pub fn fragment(
+    variables: &[(String, String)],
+    set_env: &[(String, String)],
+    keywords: &BTreeSet<String>,
+    agent: bool,
+    force_command: Option<&str>,
+) -> String {
     let mut merged = variables.to_vec();
-    for (name, value) in base.set_env() {
-        if !merged.iter().any(|(known, _)| *known == name) {
-            merged.push((name, value));
+    for (name, value) in set_env {
+        if !merged.iter().any(|(known, _)| known == name) {
+            merged.push((name.clone(), value.clone()));
         }
     }
     let words: Vec<_> = merged.iter().map(|(name, value)| quoted(&format!("{name}={value}"))).collect();
     let set_env = if words.is_empty() { String::new() } else { format!("SetEnv {}", words.join(" ")) };
     let jail = force_command.map_or(String::new(), |command| JAIL.replace("@FORCE_COMMAND@", command));
     let agent = if agent { "" } else { "AllowAgentForwarding no" };
-    let is_own = |(keyword, own, _): &&(&str, &str, &str)| base.first(keyword).is_none_or(|value| value == *own);
-    let limits: String = RAISED_LIMITS.iter().filter(is_own).map(|(.., line)| *line).collect();
+    let limits: String =
+        RAISED_LIMITS.iter().filter(|(keyword, _)| !keywords.contains(*keyword)).map(|(_, line)| *line).collect();
     // Variables go last: their values come from outside and may contain a placeholder.
     ENVIRONMENT
         .replace("@JAIL@", &jail)
@@ -99,6 +104,7 @@ pub(crate) fn write(path: &Path, text: impl AsRef<[u8]>) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sshd::effective::Effective;
     use proptest::collection::vec;
     use proptest::prelude::*;
     use std::process::Command;
@@ -160,8 +166,7 @@ mod tests {
             base in vec(("[A-Z_]{1,3}", "[ -~]{0,12}"), 0..4),
             command in prop::option::of("exec [a-z/' ]{0,12}"),
         ) {
-            let answer = base.iter().map(|(name, value)| format!("setenv {name}={value}\n")).collect::<Vec<_>>().concat();
-            let text = fragment(&job, &Effective::parse(answer.as_bytes()), true, command.as_deref());
+            let text = fragment(&job, &base, &BTreeSet::new(), true, command.as_deref());
             let line = text.lines().map(str::trim_start).find(|line| line.starts_with("SetEnv "));
             let words = shell_words::split(line.unwrap_or("SetEnv")).unwrap();
             let mut wanted = vec!["SetEnv".to_owned()];
@@ -185,7 +190,7 @@ mod tests {
             let variables = [("A".to_owned(), value), ("B".to_owned(), other)];
             let dir = tempfile::tempdir().unwrap();
             let file = dir.path().join("config");
-            std::fs::write(&file, fragment(&variables, &Effective::default(), true, None)).unwrap();
+            std::fs::write(&file, fragment(&variables, &[], &BTreeSet::new(), true, None)).unwrap();
             let sshd = Command::new(crate::sshd::program().unwrap()).arg("-T").arg("-f").arg(&file).output().unwrap();
             prop_assert!(sshd.status.success(), "{}", String::from_utf8_lossy(&sshd.stderr));
             prop_assert_eq!(Effective::parse(&sshd.stdout).set_env(), variables);
@@ -194,19 +199,19 @@ mod tests {
 
     #[test]
     fn variables_of_the_configuration_stay_unless_the_job_sets_them() {
-        let base = Effective::parse(b"setenv IMS_JOB_ID=old\nsetenv SITE=x y\n");
-        let text = fragment(&[("IMS_JOB_ID".into(), "new".into())], &base, true, None);
+        let base = [("IMS_JOB_ID".into(), "old".into()), ("SITE".into(), "x y".into())];
+        let text = fragment(&[("IMS_JOB_ID".into(), "new".into())], &base, &BTreeSet::new(), true, None);
         assert!(text.contains("SetEnv \"IMS_JOB_ID=new\" \"SITE=x y\"\n"), "{text}");
     }
 
     #[test]
     fn limits_are_raised_unless_the_configuration_sets_them() {
-        for (answer, raised) in [
-            ("maxsessions 10\nmaxstartups 10:30:100\n", &["MaxSessions 1000", "MaxStartups 200"][..]),
-            ("maxsessions 3\nmaxstartups 10:30:100\n", &["MaxStartups 200"]),
-            ("maxsessions 3\nmaxstartups 5\n", &[]),
+        for (set, raised) in [
+            (&["port"][..], &["MaxSessions 1000", "MaxStartups 200"][..]),
+            (&["maxsessions"], &["MaxStartups 200"]),
+            (&["maxsessions", "maxstartups"], &[]),
         ] {
-            let text = fragment(&[], &Effective::parse(answer.as_bytes()), true, None);
+            let text = fragment(&[], &[], &set.iter().map(|keyword| (*keyword).to_owned()).collect(), true, None);
             assert_eq!(text.lines().filter(|line| line.starts_with("Max")).collect::<Vec<_>>(), raised);
         }
     }

@@ -1,45 +1,28 @@
 //! The effective configuration as sshd prints it (`sshd -T`), the only parser of sshd_config that is right by
 //! definition.
 
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
+use std::thread::JoinHandle;
 
 use crate::error::{Attempt, Error, Result};
 use crate::sshd::{self, accept_env};
 use crate::sys::process::output_within;
 
-/// A running `sshd -T`. It takes some 10 ms; several run at once.
-pub(crate) struct Question {
-    attempted: String,
-    sshd: Child,
-}
+/// A running `sshd -T`. It takes some 10 ms; several run at once, each in a thread of its own, since starting a program
+/// blocks until the kernel has begun it.
+pub(crate) struct Question(JoinHandle<Result<Effective>>);
 
 impl Question {
     /// Starts `sshd -T` for `user` with these options.
-    pub(crate) fn put(options: &[String], user: &str) -> Result<Self> {
-        let attempted = format!("have sshd check its configuration (sshd {} -T)", shell_words::join(options));
-        let sshd = Command::new(sshd::program()?)
-            .args(options)
-            .args(["-T", "-C", &format!("user={user},host=localhost,addr=127.0.0.1,laddr=127.0.0.1,lport=22")])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .attempt(|| &attempted)?;
-        Ok(Self { attempted, sshd })
+    pub(crate) fn put(options: &[String], user: &'static str) -> Result<Self> {
+        let options = options.to_owned();
+        let thread = std::thread::Builder::new().spawn(move || Effective::ask(&options, user));
+        thread.map(Self).attempt(|| "have sshd check its configuration")
     }
 
-    /// Waits for the output. On failure, sshd's complaint is the error's cause.
+    /// Waits for the output.
     pub(crate) fn answer(self) -> Result<Effective> {
-        let Some(output) = output_within(self.sshd, sshd::TIME_LIMIT).attempt(|| &self.attempted)? else {
-            return Err(sshd::late(self.attempted));
-        };
-        if output.status.success() {
-            return Ok(Effective::parse(&output.stdout));
-        }
-        let said = String::from_utf8_lossy(&output.stderr);
-        let said: Vec<&str> = said.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
-        let why = if said.is_empty() { output.status.to_string() } else { said.join(", ") };
-        Err(Error::new(self.attempted).because(why))
+        self.0.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 }
 
@@ -52,7 +35,25 @@ pub struct Effective {
 impl Effective {
     /// Runs `sshd -T` for `user` with these options. On failure, sshd's complaint is the error's cause.
     pub fn ask(options: &[String], user: &str) -> Result<Self> {
-        Question::put(options, user)?.answer()
+        let attempted = || format!("have sshd check its configuration (sshd {} -T)", shell_words::join(options));
+        let sshd = Command::new(sshd::program()?)
+            .args(options)
+            .args(["-T", "-C", &format!("user={user},host=localhost,addr=127.0.0.1,laddr=127.0.0.1,lport=22")])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .attempt(attempted)?;
+        let Some(output) = output_within(sshd, sshd::TIME_LIMIT).attempt(attempted)? else {
+            return Err(sshd::late(attempted()));
+        };
+        if output.status.success() {
+            return Ok(Self::parse(&output.stdout));
+        }
+        let said = String::from_utf8_lossy(&output.stderr);
+        let said: Vec<&str> = said.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
+        let why = if said.is_empty() { output.status.to_string() } else { said.join(", ") };
+        Err(Error::new(attempted()).because(why))
     }
 
     /// Parses the output of `sshd -T`.

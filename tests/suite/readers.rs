@@ -142,7 +142,7 @@ proptest! {
         std::fs::write(&config, &own).unwrap();
         let base = Effective::ask(&options, "root").unwrap();
         let job = [("IMS_JOB_ID".to_owned(), "new".to_owned())];
-        std::fs::write(&ours, fragment(&job, &base, true, Some(COMMAND))).unwrap();
+        std::fs::write(&ours, fragment(&job, &base.set_env(), &BTreeSet::new(), true, Some(COMMAND))).unwrap();
         std::fs::write(&config, including(own.as_bytes(), &ours)).unwrap();
         let effective = Effective::ask(&options, "root").unwrap();
         effective.check_jail(COMMAND).unwrap();
