@@ -7,19 +7,22 @@ ARG BASE_IMAGE=debian:bookworm-slim
 
 FROM ${RUST_IMAGE} AS build
 WORKDIR /src
-# The crates are compiled with empty programs, in a layer that a change of the sources leaves as it is. Of the packages of the tests and of the service
+# The crates are compiled with empty programs, in a layer that a change of the sources leaves as it is. Of the other packages of the workspace
 # cargo reads the manifests; they stay empty.
 COPY .cargo .cargo
 COPY Cargo.toml Cargo.lock ./
 COPY tests/testbed/Cargo.toml tests/testbed/
 COPY service/Cargo.toml service/
-RUN mkdir -p src/bin service/src tests/testbed/src && touch src/lib.rs service/src/lib.rs tests/testbed/src/lib.rs \
-    && echo 'fn main() {}' > service/src/main.rs \
+COPY deploy/packages/Cargo.toml deploy/packages/
+COPY deploy/cargo-release deploy/
+RUN mkdir -p src/bin service/src tests/testbed/src deploy/packages/src \
+    && touch src/lib.rs service/src/lib.rs tests/testbed/src/lib.rs deploy/packages/src/lib.rs \
+    && echo 'fn main() {}' | tee service/src/main.rs > deploy/packages/src/main.rs \
     && echo 'fn main() {}' | tee src/bin/ims-jail-shell.rs > src/bin/ims-sshd.rs \
-    && cargo build --release --locked --bins
+    && deploy/cargo-release build --bins
 COPY . .
 # Sources may be older than the empty ones, which cargo would take for up to date.
-RUN touch src/lib.rs src/bin/*.rs && cargo build --release --locked --bins \
+RUN touch src/lib.rs src/bin/*.rs && deploy/cargo-release build --bins \
     && deploy/stage "target/$(rustc --print host-tuple)/release" /stage
 
 # Of the package's forty programs the one for the other architecture, with its licence.
@@ -39,6 +42,8 @@ RUN apt-get -q update \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /var/cache/debconf/*-old /var/log/apt /var/log/dpkg.log
 COPY --from=qemu /out/ /
 COPY --from=build /stage/ /usr/
+COPY deploy/sbom /tmp/
+RUN /tmp/sbom debian ims-sshd-builder "$(ims-sshd --version | cut -d ' ' -f 2)" > /usr/share/doc/ims-sshd/image.cdx.json && rm /tmp/sbom
 ENV RECIPE_ROOT_PARENT=/mnt/image/recipe \
     IMAGE_ROOT_PARENT=/mnt/image
 ENTRYPOINT ["/usr/bin/ims-sshd", "build"]
@@ -70,6 +75,9 @@ RUN ln -sf bash /bin/sh \
     && mkdir -p /usr/share/pki/trust && ln -s /usr/local/share/ca-certificates /usr/share/pki/trust/anchors
 COPY --from=qemu /out/ /
 COPY --from=build /stage/ /usr/
+# Distributions' packages in this image; what is linked into the programs is beside it.
+COPY deploy/sbom /tmp/
+RUN /tmp/sbom debian ims-sshd "$(ims-sshd --version | cut -d ' ' -f 2)" > /usr/share/doc/ims-sshd/image.cdx.json && rm /tmp/sbom
 ARG REVISION=unknown
 # Manifests start /entrypoint.sh, and a customization script is put over /run_script.sh.
 RUN ln -s /usr/bin/ims-sshd /entrypoint.sh && touch /run_script.sh && echo "${REVISION}" > /gitInfo.txt

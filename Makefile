@@ -41,7 +41,10 @@ IMAGE ?= ims-sshd:$(VERSION)
 BUILDER_IMAGE ?= ims-sshd-builder:$(VERSION)
 
 STAGE := target/stage
-SOURCES := $(shell find src sshd_config.d .cargo -type f) Cargo.toml Cargo.lock deploy/stage
+SOURCES := $(shell find src sshd_config.d .cargo -type f) Cargo.toml Cargo.lock deploy/cargo-release deploy/stage deploy/sbom
+# Time of what is in packages: that of the last commit, so that one commit makes the same packages.
+SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),1577836800)
+PACKAGES := target/packages
 
 # Which test programs have a test of that name, and what those need besides Rust.
 ifdef TEST
@@ -53,7 +56,7 @@ NEEDED := $(if $(filter squashfs suite publish recipe remote service pod,$(TEST_
 	$(if $(filter deploy suite publish recipe remote service pod,$(TEST_PROGRAMS)),test-python) \
 	$(if $(filter recipe,$(TEST_PROGRAMS)),test-recipes) $(if $(filter pod,$(TEST_PROGRAMS)),test-containers)
 
-.PHONY: help run build install uninstall check test bench image clean tools demo kiwi test-roots test-python test-recipes test-containers \
+.PHONY: help run build install packages uninstall check test bench image clean tools demo kiwi test-roots test-python test-recipes test-containers \
 	install-run install-demo install-test install-recipe install-bench
 
 help:
@@ -62,6 +65,7 @@ help:
 	@echo 'make run RECIPE=PATH    builds an image from a recipe of kiwi-ng and publishes it in out/; SET="NAME=VALUE …" fills its templates in'
 	@echo 'make build              builds the programs, man pages and completions'
 	@echo 'make install            installs them below /usr/local (PREFIX=…, DESTDIR=…); make uninstall removes them'
+	@echo 'make packages           builds .deb and .rpm of the programs, with their bills of materials and checksums, in $(PACKAGES)'
 	@echo 'make check              quick: formatting, clippy, unit tests'
 	@echo 'make test               all tests; TEST=NAME those whose name contains NAME, with what they need'
 	@echo 'make bench              the benchmarks beside those of the peers, for docs/BENCHMARKS.md'
@@ -88,7 +92,7 @@ build: $(STAGE)/bin/ims-sshd
 
 $(STAGE)/bin/ims-sshd: $(SOURCES)
 	@$(MAKE) --no-print-directory tools
-	cargo build --release --locked
+	deploy/cargo-release build
 	@deploy/stage "$${CARGO_TARGET_DIR:-target}/$$(rustc --print host-tuple)/release" $(STAGE)
 
 # The programs are linked statically.
@@ -103,6 +107,18 @@ install: build
 	install -D -t $(call quoted,$(DESTDIR)$(PREFIX)/bin) $(STAGE)/bin/*
 	to=$$(realpath -m $(call quoted,$(DESTDIR)/$(PREFIX))) && cd $(STAGE) && \
 		find share -type f -exec install -D -m 644 '{}' "$$to/{}" ';'
+
+# The packages of both formats, with what is linked into them and their checksums.
+packages: export SOURCE_DATE_EPOCH := $(SOURCE_DATE_EPOCH)
+packages: build
+	deploy/cargo-release build --package ims-service
+	cargo build --quiet --locked --package ims-packages
+	rm -rf $(PACKAGES) $(STAGE).packages
+	@programs=$${CARGO_TARGET_DIR:-target}/$$(rustc --print host-tuple) && for name in ims-sshd ims; do \
+		stage=$(STAGE).packages/$$name && deploy/stage "$$programs/release" "$$stage" "$$name" && \
+		"$$programs/debug/ims-packages" "$$name" $(VERSION) "$$stage" $(PACKAGES) && \
+		cp "$$stage/share/doc/$$name/sbom.cdx.json" "$(PACKAGES)/$$name-$(VERSION).cdx.json" || exit; done
+	cd $(PACKAGES) && sha256sum -- * > ../SHA256SUMS && mv ../SHA256SUMS .
 
 uninstall:
 	cd $(call quoted,$(DESTDIR)$(PREFIX)) && rm -rf bin/ims-sshd bin/ims-jail-shell share/doc/ims-sshd share/man/man1/ims-sshd.1 \
@@ -120,7 +136,7 @@ test: tools $(NEEDED)
 		$(if $(TEST),$(patsubst %,--test %,$(filter-out lib,$(TEST_PROGRAMS))) $(if $(filter lib,$(TEST_PROGRAMS)),--lib) $(call quoted,$(TEST)))
 
 test-roots: install-test
-	$(SUDO) tests/image-roots $(call quoted,$(CACHE)) debian busybox debian-arm64 rpm musl distroless node managed
+	$(SUDO) tests/image-roots $(call quoted,$(CACHE)) debian busybox debian-arm64 rpm musl distroless node managed debian-host rpm-host
 
 test-python:
 	@tests/install-packages python3-venv
@@ -141,7 +157,7 @@ test-containers: install-test install-recipe test-roots
 bench: install-bench build
 	$(SUDO) tests/image-roots $(call quoted,$(CACHE)) debian busybox managed
 	$(SUDO) tests/container-images $(call quoted,$(CACHE)) $(VERSION) $(IMAGE_COMMIT)
-	IMS_SSHD_CACHE=$(call quoted,$(CACHE)) cargo $(AS_ROOT) bench --locked --bench benchmarks
+	IMS_SSHD_CACHE=$(call quoted,$(CACHE)) deploy/cargo-release bench $(AS_ROOT) --bench benchmarks
 
 image: export SOURCE := $(SOURCE)
 image:
@@ -153,7 +169,7 @@ image:
 		--build-arg CREATED=$(CREATED) . || exit; done
 
 clean:
-	rm -rf $(STAGE)
+	rm -rf $(STAGE) $(STAGE).packages $(PACKAGES)
 	cargo clean
 
 install-run install-demo install-test install-recipe install-bench: install-%:

@@ -3,12 +3,13 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
 use ims_service::http::openapi;
 use ims_service::runner::pod;
 use ims_service::settings::{Records, Settings};
 use ims_service::{client, serve};
-use ims_sshd::error::Result;
+use ims_sshd::error::{Attempt, Result};
 use ims_sshd::log::format;
 use ims_sshd::printable::Printable;
 
@@ -33,6 +34,16 @@ enum Command {
     },
     /// Prints the OpenAPI document
     Openapi,
+    /// Print completions for a shell
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Write the man pages into a directory
+    Man {
+        /// The directory, created if it does not exist
+        directory: PathBuf,
+    },
     /// Runs the programs of a job; started by the service
     #[command(hide = true)]
     Pod {
@@ -70,6 +81,17 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
         }
         Command::Openapi => {
             print!("{}", openapi::document());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Arguments::command(), "ims", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Man { directory } => {
+            let attempted = || format!("write the man pages into {}", directory.display());
+            std::fs::create_dir_all(&directory).attempt(attempted)?;
+            let program = Arguments::command().disable_help_subcommand(true);
+            clap_mangen::generate_to(program, &directory).attempt(attempted)?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Pod { directory } => pod::run(&directory),

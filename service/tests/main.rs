@@ -10,6 +10,7 @@ mod jobs;
 mod kubernetes;
 mod lasting;
 mod machine;
+mod packages;
 mod postgres;
 mod server;
 mod wire;

@@ -121,6 +121,27 @@ fn its_labels_and_files_tell_what_it_is() {
 }
 
 #[test]
+fn it_lists_what_it_consists_of() {
+    let names = |file: &str| -> BTreeSet<String> {
+        let text = in_image(&format!("cat /usr/share/doc/ims-sshd/{file}"));
+        let bill: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!((&bill["bomFormat"], &bill["specVersion"]), (&"CycloneDX".into(), &"1.5".into()), "{file}");
+        assert_eq!(bill["metadata"]["component"]["version"], env!("CARGO_PKG_VERSION"), "{file}");
+        let components = bill["components"].as_array().unwrap();
+        components.iter().map(|component| component["name"].as_str().unwrap().to_owned()).collect()
+    };
+    let packages = in_image("dpkg-query -W -f '${Package}\\n'");
+    assert_eq!(names("image.cdx.json"), packages.lines().map(str::to_owned).collect());
+    let linked = names("sbom.cdx.json");
+    assert!(["tokio", "rustls", "glibc", "rust-std"].iter().all(|name| linked.contains(*name)), "{linked:?}");
+    // Paths of the machine that built it would differ from one to the next.
+    assert_eq!(
+        in_image("grep -c /usr/local/cargo/registry /usr/bin/ims-sshd /usr/bin/ims-jail-shell || true"),
+        "/usr/bin/ims-sshd:0\n/usr/bin/ims-jail-shell:0"
+    );
+}
+
+#[test]
 fn it_has_the_licences_of_what_is_linked_into_its_programs() {
     assert_eq!(
         in_image(
