@@ -2,7 +2,9 @@
 //! user root.
 
 mod container_files;
+mod crates;
 mod documents;
 mod makefile;
 mod manifests;
 mod opened;
+mod reproducible;
