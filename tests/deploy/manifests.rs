@@ -1,5 +1,6 @@
 //! The manifests themselves.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use ims_sshd::environment::stage::Stage;
@@ -297,6 +298,94 @@ fn baseline_takes_the_base_and_the_debug_shell_and_refuses_the_variants_for_what
         assert_eq!(refused_by_baseline(&spec(variant)), ["sshd: appArmorProfile", "sshd: seccompProfile"], "{variant}");
     }
     assert_eq!(refused_by_baseline(&spec("variants/kata")), ["sshd: privileged"]);
+}
+
+/// Lists what the level 'restricted' refuses of a pod beyond 'baseline'.
+fn refused_by_restricted(spec: &Value) -> BTreeSet<String> {
+    const VOLUMES: [&str; 4] = ["configMap", "emptyDir", "ephemeral", "secret"];
+    let mut refused = BTreeSet::new();
+    for volume in spec["volumes"].as_array().unwrap() {
+        let is_allowed = VOLUMES.iter().any(|kind| volume.get(kind).is_some());
+        refused.extend((!is_allowed).then(|| format!("volume {}", volume["name"])));
+    }
+    for container in containers(spec) {
+        let security = &container["securityContext"];
+        let name = container["name"].as_str().unwrap();
+        if security["runAsNonRoot"] != true {
+            refused.insert(format!("{name}: runAsNonRoot"));
+        }
+        if security["allowPrivilegeEscalation"] != false {
+            refused.insert(format!("{name}: allowPrivilegeEscalation"));
+        }
+        if security["seccompProfile"]["type"] != "RuntimeDefault" {
+            refused.insert(format!("{name}: seccompProfile"));
+        }
+        let added = security["capabilities"]["add"].as_array().into_iter().flatten();
+        if security["capabilities"]["drop"] != serde_json::json!(["ALL"])
+            || added.clone().any(|name| name != "NET_BIND_SERVICE")
+        {
+            refused.insert(format!("{name}: capabilities"));
+        }
+    }
+    refused
+}
+
+/// The rows of docs/KUBERNETES.md that say why a field stays.
+#[test]
+fn restricted_refuses_no_more_than_the_page_gives_reasons_for() {
+    let page = include_str!("../../docs/KUBERNETES.md").split_once("\n## Level restricted\n").unwrap().1;
+    let rows = page.split("\n## ").next().unwrap().lines().filter_map(|line| line.strip_prefix("| `"));
+    let rows: BTreeSet<String> =
+        rows.map(|row| row.replacen("` | ", ": ", 1).split(" |").next().unwrap().to_owned()).collect();
+    let mut refused = BTreeSet::new();
+    for variant in JOBS {
+        let own = refused_by_restricted(&spec(variant));
+        for complaint in &own {
+            let (container, field) = complaint.split_once(": ").unwrap();
+            let row = format!("{field}: {container}");
+            assert!(rows.contains(&row), "{variant}: docs/KUBERNETES.md gives no reason for '{row}': {rows:?}");
+            refused.insert(row);
+        }
+    }
+    assert_eq!(refused, rows);
+}
+
+/// What checkers of manifests (kube-linter, kube-score) ask of a pod, as far as the tests above do not.
+#[test]
+fn every_pod_is_what_checkers_of_manifests_ask_for() {
+    let selector = manifests("networkpolicy.yaml").remove(0)["spec"]["podSelector"]["matchLabels"].take();
+    let jobs = JOBS.iter().map(|variant| (*variant, job(variant)));
+    for (variant, job) in jobs.chain([("publish.yaml", manifests("publish.yaml").remove(0))]) {
+        let template = &job["spec"]["template"];
+        for (label, value) in selector.as_object().unwrap() {
+            assert_eq!(&template["metadata"]["labels"][label], value, "{variant}: no network policy selects it");
+        }
+        let spec = &template["spec"];
+        assert_eq!(spec["restartPolicy"], "Never", "{variant}");
+        for field in ["automountServiceAccountToken", "enableServiceLinks"] {
+            assert_eq!(spec[field], false, "{variant}: {field}");
+        }
+        let names = |list: &Value, key: &str| -> Vec<String> {
+            let items = list.as_array().into_iter().flatten();
+            items.map(|item| item[key].as_str().unwrap().to_owned()).collect()
+        };
+        let volumes: BTreeSet<_> = names(&spec["volumes"], "name").into_iter().collect();
+        let mounted: BTreeSet<_> = containers(spec).flat_map(|own| names(&own["volumeMounts"], "name")).collect();
+        assert_eq!(volumes, mounted, "{variant}: a volume that nobody mounts, or a mount of none");
+        for container in containers(spec) {
+            let shown = format!("{variant}: {}", container["name"]);
+            let variables = names(&container["env"], "name");
+            assert_eq!(variables.iter().collect::<BTreeSet<_>>().len(), variables.len(), "{shown}: a variable twice");
+            for variable in container["env"].as_array().unwrap() {
+                let name = variable["name"].as_str().unwrap();
+                let is_secret = ["SECRET", "ACCESS_KEY", "PASSWORD", "TOKEN"].iter().any(|word| name.contains(word));
+                assert!(!is_secret || variable.get("value").is_none(), "{shown}: {name} is written down");
+            }
+            for probe in ["readinessProbe", "livenessProbe"] {
+                assert_eq!(container.get("ports").is_some(), container.get(probe).is_some(), "{shown}: {probe}");
+            }
+        }
+    }
 }
 
 #[test]
