@@ -68,7 +68,7 @@ pub fn entering(runs: usize, report: &mut Report) {
     for (name, samples) in bars {
         report.add(&format!("{name}: `/bin/true`"), Unit::Milliseconds, samples.clone(), Bound::Information);
     }
-    report.add("enter / the C program", Unit::Times, ratios(&entered, &c), Bound::Limit(1.25));
+    report.add("enter / the C program", Unit::Times, ratios(&entered, &c), Bound::Limit(1.15));
     report.add("enter / nsenter", Unit::Times, ratios(&entered, &nsenter), Bound::Limit(0.5));
     report.add("enter / chroot", Unit::Times, ratios(&entered, &chroot), Bound::Information);
     report.add("enter / unshare", Unit::Times, ratios(&entered, &unshare), Bound::Information);

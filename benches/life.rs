@@ -47,8 +47,8 @@ pub fn life(runs: usize, report: &mut Report) {
     }
     let ms = Unit::Milliseconds;
     report.add("bare sshd, from its start until it listens", ms, bare, Bound::Information);
-    report.add("`ready` to `sshd_listening` minus bare sshd's start, jailed", ms, jailed.opened, Bound::Limit(60.0));
-    report.add("the same, plain", ms, plain.opened, Bound::Limit(60.0));
+    report.add("`ready` to `sshd_listening` minus bare sshd's start, jailed", ms, jailed.opened, Bound::Limit(25.0));
+    report.add("the same, plain", ms, plain.opened, Bound::Limit(25.0));
     report.add("`complete` to `exiting`, idle, jailed", ms, jailed.completed, Bound::Limit(15.0));
     report.add("the same, plain", ms, plain.completed, Bound::Limit(15.0));
     let name = format!("`complete` to `exiting`, {WRITERS} processes writing, jailed");
