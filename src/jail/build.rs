@@ -8,13 +8,14 @@ use std::path::Path;
 
 use nix::sched::CloneFlags;
 use rustix::fs::{FileType, Mode};
+use rustix::io::Errno;
 use rustix::mount::MountAttrFlags;
 
 use crate::error::{Advise, Attempt, Error, Result};
 use crate::jail::arguments::NAME;
 use crate::jail::hostname;
 use crate::jail::mount_table::{
-    DEV_LINKS, KERNEL_FILE_ATTRIBUTES, Missing, Mount, PROGRAMS, Proc, ROOT_ATTRIBUTES, Source, mount_table,
+    DEV_LINKS, KERNEL_FILE_ATTRIBUTES, Missing, Mount, PROGRAMS, Proc, ROOT_ATTRIBUTES, Source, mount_table, of_build,
 };
 use crate::jail::plan::Plan;
 use crate::jail::programs::{self, Program};
@@ -48,9 +49,7 @@ pub(crate) fn build(plan: &Plan) -> Result<Programs> {
         .and_then(Detached::honouring_setuid)
         .attempt(|| format!("copy the mount of the image root {shown}"))
         .advise("unmount what is mounted below it")?;
-    let table = mount_table(plan.dkms, plan.proc);
-    let table = table.map(|mount| source(&mount).map(|source| (mount, source)).map_err(|e| e.attempted_on(&mount)));
-    let table = table.collect::<Result<Vec<_>>>()?;
+    let table = sources(mount_table(plan.dkms, plan.proc))?;
     let resolv_conf = resolv_conf::of_container();
     let of_boot = run::of_boot(&place);
     let (copies, programs) = copy_programs(&plan.programs)?;
@@ -160,6 +159,27 @@ fn source(mount: &Mount) -> std::result::Result<Option<Detached>, Failure> {
         Source::Container(path) => Some(Detached::copy_of(path, true, mount.attributes)?),
         Source::Masked => None,
     })
+}
+
+/// The mounts of a table, still detached.
+fn sources(table: impl Iterator<Item = Mount>) -> Result<Vec<(Mount, Option<Detached>)>> {
+    table.map(|mount| source(&mount).map(|source| (mount, source)).map_err(|e| e.attempted_on(&mount))).collect()
+}
+
+/// Mounts /dev, /proc, /sys and /run of a recipe's build on the directories of these names in `root`, and returns it.
+/// Where the kernel refuses a new procfs, since parts of the container's are masked (`mount_too_revealing`), /proc
+/// is the container's.
+pub(crate) fn mount_for_build(root: Tree) -> Result<Tree> {
+    let is_refused = matches!(Detached::filesystem("proc", &[], ROOT_ATTRIBUTES),
+        Err(e) if Errno::from_io_error(&e) == Some(Errno::PERM));
+    let proc = if is_refused { Proc::Container } else { Proc::New };
+    let table = sources(of_build(proc))?;
+    let mut jail = Jail { root, mounted: HashMap::new() };
+    for (mount, source) in table {
+        carry_out(&mut jail, &mount, source).map_err(|e| e.attempted_on(&mount))?;
+    }
+    link_dev(&jail)?;
+    Ok(jail.root)
 }
 
 /// Moves this process into a copy of the mount namespace at `path`.

@@ -22,9 +22,21 @@ pub const KEPT: &[(Capability, &str)] = &[
     (Capability::CAP_SYS_CHROOT, "rpm --root, dracut, scriptlets that use chroot inside the image"),
 ];
 
+/// Capability of root in a build besides those in the jail, in the build's own user namespace.
+pub(crate) const OF_BUILD: (Capability, &str) =
+    (Capability::CAP_SYS_ADMIN, "kiwi-ng and debootstrap mount /proc and others in the image root");
+
 /// Reduces this process and everything it starts to the kept capabilities, for good. Needs CAP_SETPCAP to drop others.
 pub(crate) fn keep_jail_set() -> rustix::io::Result<()> {
-    let kept = mask(KEPT);
+    keep_for_good(mask(KEPT))
+}
+
+/// The same for the capabilities of a build.
+pub(crate) fn keep_build_set() -> rustix::io::Result<()> {
+    keep_for_good(mask(KEPT) | mask(&[OF_BUILD]))
+}
+
+fn keep_for_good(kept: CapabilitySet) -> rustix::io::Result<()> {
     // By number, because the kernel may have capabilities without a name here.
     for capability in (0..u64::BITS).map(|number| CapabilitySet::from_bits_retain(1 << number)) {
         if CapabilitySet::contains(&kept, capability) {

@@ -74,15 +74,19 @@ fn make_namespaces(plan: &Plan) -> io::Result<()> {
 /// Leaves the namespaces of `flags`, with a new user namespace in which all users and groups have their numbers. For a
 /// process with one thread.
 pub(crate) fn unshare_with_users(flags: CloneFlags) -> io::Result<()> {
+    // By descriptor: /proc may be that of an outer PID namespace, which numbers this process otherwise.
+    unshare_with_users_of(&Tree::open(Path::new("/proc/self/."))?, flags)
+}
+
+/// Like [`unshare_with_users`], for a process whose /proc cannot be written to: `this` is its directory in another one.
+pub(crate) fn unshare_with_users_of(this: &Tree, flags: CloneFlags) -> io::Result<()> {
     // Only a process outside may write a map of more than one user (user_namespaces(7)).
     let (here, outside) = Packets::pair()?;
-    // By descriptor: /proc may be that of an outer PID namespace, which numbers this process otherwise.
-    let this = Tree::open(Path::new("/proc/self/."))?;
     match fork()? {
         Fork::Child => {
             drop(here);
             let told = matches!(outside.receive(), Ok(Some(_)));
-            let mapped = if told { map_identity(&this) } else { Ok(()) };
+            let mapped = if told { map_identity(this) } else { Ok(()) };
             let code = mapped.map_or_else(|e| e.raw_os_error().unwrap_or(libc::EIO), |()| 0);
             exit_now(u8::try_from(code).unwrap_or(1))
         }

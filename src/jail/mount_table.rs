@@ -132,6 +132,19 @@ pub(crate) const DKMS: &[Mount] = &[
     RUN,
 ];
 
+/// Mounts of a build, which are those of a jail but for two: terminals of its own, since root in the build owns those of
+/// root on the machine, and an empty /sys.
+pub(crate) fn of_build(proc: Proc) -> impl Iterator<Item = Mount> {
+    const TERMINALS: Source = Source::New("devpts", &[("newinstance", ""), ("ptmxmode", "0666"), ("mode", "0620")]);
+    const NO_SYS: Source = Source::New("tmpfs", &[("size", "4k"), ("mode", "0555")]);
+    mount_table(false, proc).map(|mount| match mount.target {
+        "dev/pts" => Mount { source: TERMINALS, ..mount },
+        // base-files of Debian sets its mode.
+        "sys" => Mount { source: NO_SYS, attributes: mount.attributes.difference(RDONLY), ..mount },
+        _ => mount,
+    })
+}
+
 /// Source of the jail's /proc.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Proc {

@@ -53,7 +53,10 @@ const fn call(name: &'static str, numbers: Numbers, rule: Rule, why: &'static st
     Call { name, numbers, rule, why }
 }
 
-const NEW_USER: Rule = If(&[HasAny(0, libc::CLONE_NEWUSER.cast_unsigned())], libc::EPERM);
+/// Root in a build has CAP_SYS_ADMIN in its user namespace: in a cgroup namespace of its own it could mount the cgroups,
+/// whose files root owns, and in one of the network /sys.
+const NEW_USER: Rule =
+    If(&[HasAny(0, (libc::CLONE_NEWUSER | libc::CLONE_NEWCGROUP | libc::CLONE_NEWNET).cast_unsigned())], libc::EPERM);
 const INTERNET: &[u32] = &[libc::AF_INET.cast_unsigned(), libc::AF_INET6.cast_unsigned()];
 const ALLOWED_FAMILIES: &[u32] = &[
     libc::AF_UNIX.cast_unsigned(),

@@ -19,7 +19,8 @@ use crate::publish::settings::Settings;
 use crate::recipe::ca_rpm::{self, ANCHORS};
 use crate::recipe::description::{Description, Selection};
 use crate::recipe::outcome::{self, Outcome};
-use crate::recipe::sandbox::{CACHE, DEBIAN_ANCHORS, Ended, Order, PROGRAMS, Running, STATE};
+use crate::recipe::repositories;
+use crate::recipe::sandbox::{CACHE, DEBIAN_ANCHORS, Ended, Order, PROGRAMS, Running};
 use crate::sys::architecture::Architecture;
 use crate::sys::file_kind::FileKind;
 use crate::sys::named;
@@ -40,8 +41,16 @@ const PACKAGE_MANAGERS: [(&str, &str); 5] =
 /// `tar … | xz -f …`. Whoever else calls it, with a file or to decompress, gets the machine's own.
 const NO_ARCHIVE: &str = "#!/bin/sh\n[ \"$1\" != -f ] || [ ! -p /dev/stdin ] || exec cat > /dev/null\nexec XZ \"$@\"\n";
 
+/// Functions of the scripts that kiwi-ng runs outside of the image root: it unpacks Debian's base-files by `tar`, which
+/// would set mode, owner and time of /proc. In a build it is read-only.
+const FUNCTIONS: (&str, &str) = ("functions", "tar() { command tar --exclude=./proc \"$@\"; }\n");
+
 /// Free space without which no build is begun, in bytes.
 const LEAST_SPACE: u64 = 256 << 20;
+
+/// First version of kiwi-ng that does without debootstrap. In a container of this kind, debootstrap mounts devices that it
+/// cannot make.
+const FIRST_WITHOUT_DEBOOTSTRAP: (u32, u32) = (10, 0);
 
 /// First version of kiwi-ng that takes the certificate of an authority.
 const TAKES_AUTHORITY: (u32, u32) = (10, 2);
@@ -269,6 +278,7 @@ impl<'a> Build<'a> {
         let kiwi = program_in_path("kiwi-ng").ok_or_else(|| {
             Error::new("run kiwi-ng").because("it is not installed").advise("install kiwi-ng; see docs/RECIPES.md")
         })?;
+        let kiwi = kiwi.canonicalize().attempt(|| format!("find {}", kiwi.display()))?;
         let find = format!("find the version of {}", kiwi.display());
         let output = work.run(&find, Command::new(&kiwi).arg("--version"), None, |_| {})?;
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -304,7 +314,7 @@ impl<'a> Build<'a> {
         }
         volume.remove_whole(BUILD.as_ref()).attempt(attempted)?;
         let private = volume.make_private(BUILD).attempt(attempted)?;
-        for name in [STATE, CACHE, "home", "keys", PROGRAMS] {
+        for name in [CACHE, "home", "keys", PROGRAMS] {
             private.make_directories(name).attempt(attempted)?;
         }
         let before = archives(volume)?;
@@ -376,9 +386,6 @@ impl<'a> Build<'a> {
         if self.selection.architecture != Architecture::OWN.name() {
             command.push(format!("--target-arch={}", self.selection.architecture));
         }
-        if self.parent.starts_with("/var/cache") {
-            command.push(format!("--shared-cache-dir={}", at(CACHE)));
-        }
         command.extend(["system".into(), "build".into()]);
         command.push(format!("--description={}", self.recipe.display()));
         command.push(format!("--target-dir={}", self.parent.display()));
@@ -420,15 +427,35 @@ impl<'a> Build<'a> {
             ("LANG".to_owned(), "C.UTF-8".to_owned()),
             ("HOME".to_owned(), home.display().to_string()),
         ];
+        if self.manager == "apt" {
+            let (name, text) = FUNCTIONS;
+            private.replace(name, text.as_bytes()).attempt(attempted)?;
+            variables.push(("BASH_ENV".to_owned(), at(name)));
+            if self.version < FIRST_WITHOUT_DEBOOTSTRAP {
+                variables.push(("container".to_owned(), "lxc".to_owned()));
+            }
+        }
         variables.extend(PROXIES.iter().filter_map(|name| Some(((*name).to_owned(), std::env::var(name).ok()?))));
         let oauth = self.settings.ims.as_ref().and_then(|ims| ims.oauth.clone());
         let named = std::env::var_os("OAUTH_CONFIG_DIR").filter(|path| !path.is_empty()).map(PathBuf::from);
         let hidden = HIDDEN.iter().map(PathBuf::from).chain(oauth).chain(named).collect();
-        let kept = vec![self.parent.clone(), self.recipe.clone()];
+        let mut shown = repositories::of_machine(&self.description, &self.selection, &self.recipe);
+        shown.push(self.recipe.clone());
+        shown.extend(installation(&self.kiwi));
         let is_left_out = self.manager == "apt" && self.version < TAKES_AUTHORITY;
         let trusts_later = is_left_out.then(|| self.parent.join(CREATED_IMAGE_ROOT));
         let emulated = self.is_emulated.then(|| self.selection.architecture.to_owned());
-        Ok(Order { command, variables, private: place, kept, hidden, authority, emulated, trusts_later })
+        Ok(Order {
+            command,
+            variables,
+            private: place,
+            parent: self.parent.clone(),
+            shown,
+            hidden,
+            authority,
+            emulated,
+            trusts_later,
+        })
     }
 
     /// Gives rpm its database's usual place: where it is below the home directory, as on Debian, the image's database
@@ -569,6 +596,18 @@ fn keys(wanted: &Wanted, manager: &str) -> Result<Vec<PathBuf>> {
         keys.extend(KEYRINGS.map(PathBuf::from).into_iter().filter(|file| file.exists()));
     }
     Ok(keys)
+}
+
+/// Directories of an installation of kiwi-ng that is not the system's, and of its Python: a virtual environment, or
+/// those that a prefix has.
+fn installation(program: &Path) -> Vec<PathBuf> {
+    let prefixes = [program.to_owned(), program.with_file_name("python3")];
+    let prefixes = prefixes.iter().filter_map(|file| Some(file.canonicalize().ok()?.parent()?.parent()?.to_owned()));
+    let parts = prefixes.flat_map(|prefix| {
+        let is_virtual = prefix.join("pyvenv.cfg").exists();
+        if is_virtual { vec![prefix] } else { ["bin", "lib", "lib64"].map(|name| prefix.join(name)).into() }
+    });
+    parts.filter(|part| part.is_dir() && !part.starts_with("/usr") && part.components().count() > 2).collect()
 }
 
 /// Path of a program.

@@ -40,6 +40,9 @@ const NO_HEAD: [StatusCode; 5] = [
     StatusCode::NOT_IMPLEMENTED,
 ];
 
+/// Files by which a directory of the machine is known to be a repository.
+const OF_REPOSITORY: [&str; 4] = ["repodata/repomd.xml", "dists", "Release", "InRelease"];
+
 /// Files that make a repository count as ready.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Sign {
@@ -220,6 +223,17 @@ fn sign(repository: &Repository, description: &Description, selection: &Selectio
         "this" => Sign::Path(recipe.join(rest.trim_start_matches('/'))),
         _ => Sign::Unknown(format!("only kiwi-ng knows where {scheme}: leads")),
     }
+}
+
+/// Directories of the machine that the build may read packages from. A recipe can name any directory: those that are no
+/// repository are left out.
+pub(crate) fn of_machine(description: &Description, selection: &Selection, recipe: &Path) -> Vec<PathBuf> {
+    let used = description.repositories.iter().filter(|(scope, _)| scope.holds(selection));
+    let named = used.filter_map(|(_, repository)| match sign(repository, description, selection, recipe) {
+        Sign::Path(path) => Some(path),
+        Sign::Url(_) | Sign::Unknown(_) => None,
+    });
+    named.filter(|path| OF_REPOSITORY.iter().any(|name| path.join(name).exists())).collect()
 }
 
 /// URLs of which one has to answer.

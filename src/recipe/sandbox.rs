@@ -2,18 +2,22 @@
 //! process. Both ends of what they tell each other are in this file.
 //!
 //! ```text
-//! ims-sshd build ── makes ──► child: mount, PID, IPC, UTS namespaces ── fork ──► init, process 1 ── kiwi-ng
+//! ims-sshd build ── makes ──► child: user, mount, PID, IPC, UTS namespaces ── fork ──► init, process 1 ── kiwi-ng
 //! ```
 //!
-//! Whatever ends one of them ends all that come after it, by the kernel: the parent's death signal, and the death of a
-//! PID namespace with its first process. The mounts go with the namespace's last process. So nothing has to be cleaned
-//! up by a program that might be killed itself.
+//! A recipe's scripts run as root beside kiwi-ng. Root in the user namespace has its number outside too, and so owns the
+//! machine's files: the build has a root directory of its own ([`View`]) with the few parts of the machine that it
+//! needs. A second user namespace locks its mounts (mount_namespaces(7)).
+//!
+//! Whatever ends one of the processes ends all that come after it, by the kernel: the parent's death signal, and the
+//! death of a PID namespace with its first process. The mounts go with the namespace's last process. So nothing has to
+//! be cleaned up by a program that might be killed itself.
 
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -23,52 +27,68 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 use rustix::event::{PollFd, PollFlags};
-use rustix::io::Errno;
+use rustix::fs::{AtFlags, Mode};
 use rustix::mount::MountAttrFlags;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Advise, Attempt, Error, Result};
 use crate::image::packer::inheritable;
-use crate::jail::binfmt;
-use crate::jail::init::unshare_with_users;
+use crate::jail::build::mount_for_build;
+use crate::jail::init::{unshare_with_users, unshare_with_users_of};
+use crate::jail::{binfmt, capabilities, refused_calls};
 use crate::sys::architecture::Architecture;
+use crate::sys::landlock::Ruleset;
 use crate::sys::mounts::{self, Detached};
 use crate::sys::poll;
 use crate::sys::process::{Fork, children, end_with_us, exit_now, fork, reap};
+use crate::sys::seccomp;
 use crate::sys::signals::{Signals, unblock_signals};
 use crate::sys::tree::Tree;
 
 /// First argument of the child.
 const CHILD: &str = "build-as-child";
 
+/// Name of the processes.
+const NAME: &str = "ims-sshd";
+
 /// This program's own file.
 const OWN_PROGRAM: &str = "/proc/self/exe";
 
-/// Directories of the machine that a package manager writes to. In the build each is an overlay in memory, which ends
-/// with it: two builds do not share a lock or a cache, and the machine's own packages stay as they are.
-pub(crate) const OVERLAID: [&str; 11] = [
-    "/etc",
-    "/tmp",
-    "/usr/local/share/ca-certificates",
-    "/usr/share/pki",
-    "/var/cache",
-    "/var/lib/apt",
-    "/var/lib/ca-certificates",
-    "/var/lib/dnf",
-    "/var/lib/dpkg",
-    "/var/log",
-    "/var/tmp",
+/// Directories of the machine that the build sees as they are, read-only.
+const SHOWN: [&str; 7] = ["/bin", "/lib", "/lib32", "/lib64", "/libx32", "/sbin", "/usr"];
+
+/// Directories of which the build has a copy in memory, to write to. Credentials are not in it: it has the files that
+/// every user of the machine may read.
+const COPIED: [&str; 4] = ["/etc", "/usr/local/share/ca-certificates", "/usr/share/pki", "/var/lib/ca-certificates"];
+
+/// Further directories of the build, which are empty at first, and their modes. A package manager writes to the last
+/// ones: two builds do not share a lock or a cache, and the machine's own packages stay as they are.
+const EMPTY: [(&str, u32); 15] = [
+    ("dev", 0o755),
+    ("mnt", 0o755),
+    ("opt", 0o755),
+    ("proc", 0o555),
+    ("root", 0o700),
+    ("run", 0o755),
+    ("sys", 0o555),
+    ("tmp", 0o1777),
+    ("var/cache", 0o755),
+    ("var/lib/apt", 0o755),
+    ("var/lib/dnf", 0o755),
+    ("var/lib/dpkg", 0o755),
+    ("var/lib/rpm", 0o755),
+    ("var/log", 0o755),
+    ("var/tmp", 0o1777),
 ];
 
-/// Directories below the one for the build's own files.
-pub(crate) const STATE: &str = "state";
+/// Directory below the one for the build's own files: packages of one build, on the volume, since they are many.
 pub(crate) const CACHE: &str = "cache";
 
 /// Where kiwi-ng has its cache, and binds it into the image root.
 const KIWI_CACHE: &str = "/var/cache/kiwi";
 
-/// Files of /etc that container engines mount one by one, so that an overlay does not show them.
-const MOUNTED_FILES: [&str; 3] = ["hosts", "hostname", "resolv.conf"];
+/// Files of /etc that may be links to a directory that the build does not see.
+const LINKED_FILES: [&str; 3] = ["hosts", "hostname", "resolv.conf"];
 
 /// Places from which this machine's tools take further authorities, with these tools.
 const AUTHORITIES: [(&str, &str); 3] = [
@@ -83,14 +103,11 @@ const SYSTEM_PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 /// Place of further authorities in an image root of Debian packages.
 pub(crate) const DEBIAN_ANCHORS: &str = "usr/local/share/ca-certificates";
 
-/// Device nodes in /dev of a build in a user namespace, where the machine's /dev cannot be bound further.
-const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
-
 /// Directory of programs of the build's own, first in its search path.
 pub(crate) const PROGRAMS: &str = "bin";
 
-/// What kiwi-ng calls to mount, in a user namespace: there a bind of a directory fails that has locked mounts below it,
-/// and a bind of them all succeeds, which can be removed as a whole only.
+/// Programs that kiwi-ng calls to mount. In a user namespace, a bind of a directory that has locked mounts below it
+/// fails, and a bind of them all succeeds, which can be removed as a whole only.
 const MOUNT_PROGRAMS: [(&str, &str); 2] = [
     (
         "mount",
@@ -111,6 +128,10 @@ said=$(umount \"$@\" 2>&1) || umount -l \"$@\" || { echo \"$said\" >&2; exit 32;
     ),
 ];
 
+/// Attributes of the mounts: device nodes in them open nothing.
+const WRITABLE: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NODEV;
+const READ_ONLY: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NODEV.union(MountAttrFlags::MOUNT_ATTR_RDONLY);
+
 /// Longest report of the child, in bytes.
 const LONGEST_REPORT: u64 = 64 << 10;
 
@@ -123,8 +144,10 @@ pub(crate) struct Order {
     pub(crate) variables: Vec<(String, String)>,
     /// Directory for the build's own files.
     pub(crate) private: PathBuf,
-    /// Directories that stay as they are, since the build writes to them or reads them: those above are not overlaid.
-    pub(crate) kept: Vec<PathBuf>,
+    /// Image root parent, which the build writes to.
+    pub(crate) parent: PathBuf,
+    /// Directories that it reads: the recipe, repositories, kiwi-ng. Without links.
+    pub(crate) shown: Vec<PathBuf>,
     /// Directories with credentials, which the build does not see.
     pub(crate) hidden: Vec<PathBuf>,
     /// Certificate of the site's authority, for the package manager's own downloads.
@@ -162,8 +185,9 @@ impl Running {
         let told = serde_json::to_vec(order).attempt(attempted)?;
         let (told, report) = (inheritable(&told).attempt(attempted)?, inheritable(b"").attempt(attempted)?);
         let (output, input) = io::pipe().attempt(attempted)?;
-        let mut child = Command::new(OWN_PROGRAM);
-        child.args([CHILD, &told.as_raw_fd().to_string(), &report.as_raw_fd().to_string()]);
+        let program = own_copy().attempt(attempted)?;
+        let mut child = Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()));
+        child.arg0(NAME).args([CHILD, &told.as_raw_fd().to_string(), &report.as_raw_fd().to_string()]);
         child.stdin(Stdio::null()).stdout(input.try_clone().attempt(attempted)?).stderr(input).env_clear();
         // A Ctrl-C is for this program, which ends the build in order.
         child.process_group(0);
@@ -202,6 +226,21 @@ impl Drop for Running {
     }
 }
 
+/// A copy of this program in memory. Processes of the build could otherwise change mode and owner of the machine's file
+/// by /proc/1/exe.
+fn own_copy() -> io::Result<File> {
+    use rustix::fs::{MemfdFlags, SealFlags};
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    // Kernels before 6.3 reject the flag, and later ones may require it (vm.memfd_noexec).
+    let made =
+        rustix::fs::memfd_create(NAME, flags | MemfdFlags::EXEC).or_else(|_| rustix::fs::memfd_create(NAME, flags))?;
+    let mut copy = File::from(made);
+    io::copy(&mut File::open(OWN_PROGRAM)?, &mut copy)?;
+    rustix::fs::fcntl_add_seals(&copy, SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE)?;
+    // A file that is open for writing cannot be run (ETXTBSY).
+    File::open(format!("/proc/self/fd/{}", copy.as_raw_fd()))
+}
+
 /// Runs the child, if that is what this process was started as. Returns its exit code.
 pub fn run_as_child() -> Option<u8> {
     let mut words = std::env::args_os().skip(1);
@@ -212,6 +251,7 @@ pub fn run_as_child() -> Option<u8> {
         eprintln!("started by 'ims-sshd build', not by hand; see ims-sshd --help");
         return Some(1);
     };
+    let _ = rustix::thread::set_name(c"ims-sshd");
     let open = |number: OsString| File::options().read(true).write(true).open(Path::new("/proc/self/fd").join(number));
     let (Ok(mut told), Ok(report)) = (open(told), open(report)) else { return Some(1) };
     let mut text = Vec::new();
@@ -238,31 +278,22 @@ fn tell(report: &File, ended: &Ended) {
 
 /// Makes the namespaces, and waits until their first process has ended, which reports how kiwi-ng did.
 fn make(order: &Order, report: &File) -> Result<Option<Ended>> {
-    let namespaces =
-        CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS;
+    let namespaces = CloneFlags::CLONE_NEWUSER
+        | CloneFlags::CLONE_NEWNS
+        | CloneFlags::CLONE_NEWPID
+        | CloneFlags::CLONE_NEWIPC
+        | CloneFlags::CLONE_NEWUTS;
     let attempted = || "make the build's namespaces";
-    // The kernel's table of interpreters belongs to a user namespace (since Linux 6.7): one of the build's own leaves
-    // nothing on the machine.
-    let unshared =
-        if order.emulated.is_some() { Err(nix::errno::Errno::EPERM) } else { nix::sched::unshare(namespaces) };
-    let has_users = match unshared {
-        Ok(()) => false,
-        // Without CAP_SYS_ADMIN.
-        Err(nix::errno::Errno::EPERM) => {
-            unshare_with_users(namespaces | CloneFlags::CLONE_NEWUSER)
-                .attempt(attempted)
-                .advise("give the container CAP_SYS_ADMIN, or allow user namespaces on the node")?;
-            true
-        }
-        Err(e) => return Err(Error::new(attempted()).because(e)),
-    };
+    unshare_with_users(namespaces).attempt(attempted).advise(
+        "allow user namespaces on the node (user.max_user_namespaces, seccomp, AppArmor); see docs/RECIPES.md",
+    )?;
     mounts::make_all_private().attempt(|| "make the build's mounts private")?;
     // Read by the init: its end shows that this process has ended.
     let (alive, held) = io::pipe().attempt(attempted)?;
     match fork().attempt(|| "start the build's first process")? {
         Fork::Child => {
             drop(held);
-            let ended = first_process(order, has_users, &alive.into()).unwrap_or_else(|e| Ended::Failed(e.to_string()));
+            let ended = first_process(order, &alive.into()).unwrap_or_else(|e| Ended::Failed(e.to_string()));
             tell(report, &ended);
             exit_now(0)
         }
@@ -279,7 +310,7 @@ fn make(order: &Order, report: &File) -> Result<Option<Ended>> {
 }
 
 /// Mounts what the build needs, runs kiwi-ng, and reaps what it leaves.
-fn first_process(order: &Order, has_users: bool, alive: &OwnedFd) -> Result<Ended> {
+fn first_process(order: &Order, alive: &OwnedFd) -> Result<Ended> {
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
         .attempt(|| "have the build end with its parent")?;
     // The parent may have ended before that took effect. Its number cannot be asked for: it is in another namespace.
@@ -287,21 +318,19 @@ fn first_process(order: &Order, has_users: bool, alive: &OwnedFd) -> Result<Ende
     if poll::wait(&mut source, std::time::Duration::ZERO).attempt(|| "look for the parent")? > 0 {
         return Ok(Ended::Signal(libc::SIGKILL));
     }
-    hide(&order.hidden)?;
     let emulated = order.emulated.as_deref().and_then(Architecture::from_name);
     // Registered as long as it lives.
     let _interpreter = emulated.map(|architecture| binfmt::provide(architecture, "build", true)).transpose()?;
-    set_up(order, has_users)?;
-    // An overlay shows what a directory has below the mounts in it, the covers among them.
-    hide(&order.hidden)?;
+    // That of the build cannot be written to.
+    let in_proc = Tree::open(Path::new("/proc/self/.")).attempt(|| "open /proc")?;
+    View::enter(order)?;
+    take_input().attempt(|| "open /dev/null of the build")?;
+    write_mount_programs(&order.private)?;
     if let Some(authority) = &order.authority {
         trust(authority)?;
     }
-    if has_users {
-        // Root of the build must not uncover what is hidden: mounts are locked in a namespace of fewer rights.
-        unshare_with_users(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS)
-            .attempt(|| "make the namespaces of kiwi-ng")?;
-    }
+    confine(&in_proc)?;
+    drop(in_proc);
     let signals = Signals::block(&[Signal::SIGCHLD]).attempt(|| "block signals")?;
     let (program, arguments) = order.command.split_first().ok_or_else(|| Error::new("start kiwi-ng"))?;
     let mut command = Command::new(program);
@@ -328,155 +357,146 @@ fn first_process(order: &Order, has_users: bool, alive: &OwnedFd) -> Result<Ende
     }
 }
 
-/// Takes credentials out of sight. A mount of its own is removed, so that root in the build cannot uncover it; a plain
-/// directory is covered.
-fn hide(directories: &[PathBuf]) -> Result<()> {
-    for directory in directories {
-        let attempted = || format!("hide {} from the build", directory.display());
-        let Ok(directory) = std::fs::canonicalize(directory) else { continue };
-        let mountinfo = std::fs::read("/proc/self/mountinfo").attempt(attempted)?;
-        let here: Vec<_> =
-            mounts::mount_points(&mountinfo).into_iter().filter(|point| point.starts_with(&directory)).collect();
-        for point in here.iter().rev() {
-            // EINVAL: the mount came from a namespace of more rights, and can neither be removed nor uncovered here.
-            let _ = mounts::unmount(point);
-        }
-        let is_empty = std::fs::read_dir(&directory).is_ok_and(|mut entries| entries.next().is_none());
-        if directory.is_dir() && !is_empty {
-            tmpfs(&directory, "size=4k,mode=0755").attempt(attempted)?;
-        }
-    }
-    Ok(())
+/// Root directory of a build while it is made, in memory.
+struct View {
+    root: Tree,
 }
 
-/// Mounts a new procfs, and an overlay in memory on each of [`OVERLAID`].
-fn set_up(order: &Order, has_users: bool) -> Result<()> {
-    let state = order.private.join(STATE);
-    tmpfs(&state, "mode=0755").attempt(|| format!("mount a file system in memory on {}", state.display()))?;
-    for (number, place) in OVERLAID.iter().enumerate() {
-        let place = Path::new(place);
-        let attempted = || format!("mount an overlay on {}", place.display());
-        let is_plain = std::fs::symlink_metadata(place).is_ok_and(|found| found.is_dir());
-        if !is_plain || order.kept.iter().any(|kept| kept.starts_with(place)) {
-            continue;
+impl View {
+    /// Makes it and moves this process into it. Afterwards no path leads to the machine's other directories.
+    fn enter(order: &Order) -> Result<()> {
+        let attributes = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID;
+        // Paths lead to the machine's root until it is switched.
+        let root = Detached::filesystem("tmpfs", &[("mode", "0755")], attributes)
+            .and_then(mounts::cover_root)
+            .attempt(|| "mount a root directory for the build")?;
+        let view = Self { root: Tree::from_fd(root) };
+        for (name, mode) in EMPTY {
+            let made = view.root.make_directories(name).and_then(|()| {
+                rustix::fs::chmodat(&view.root, name, Mode::from_raw_mode(mode), AtFlags::empty()).map_err(Into::into)
+            });
+            made.attempt(|| format!("create /{name} of the build"))?;
         }
-        if has_users && has_mounts_below(place).attempt(attempted)? {
-            let copy = || copied(place, &state.join(number.to_string()));
-            copy().attempt(|| format!("copy {} for the build", place.display()))?;
-            continue;
+        for place in SHOWN.map(Path::new) {
+            view.show_part(place).attempt(|| format!("show {} to the build", place.display()))?;
         }
-        let files = MOUNTED_FILES.map(|name| (name, std::fs::read(place.join(name)).ok()));
-        overlay(place, &state.join(number.to_string()), has_users).attempt(attempted)?;
+        let hidden: Vec<_> = order.hidden.iter().filter_map(|place| std::fs::canonicalize(place).ok()).collect();
+        for place in COPIED.map(Path::new).into_iter().filter(|place| place.is_dir()) {
+            view.copy(place, &hidden).attempt(|| format!("copy {} for the build", place.display()))?;
+        }
+        // Those above others first, which they would cover.
+        let mut shown: Vec<_> = order.shown.iter().map(|place| (place.clone(), place, READ_ONLY)).collect();
+        let cache = order.private.join(CACHE);
+        shown.push((KIWI_CACHE.into(), &cache, WRITABLE));
+        shown.push((order.parent.clone(), &order.parent, WRITABLE));
+        shown.sort_by(|(a, ..), (b, ..)| a.cmp(b));
+        for (target, source, attributes) in shown {
+            view.show(source, &target, attributes).attempt(|| format!("show {} to the build", source.display()))?;
+        }
+        for place in &hidden {
+            view.hide(place).attempt(|| format!("hide {} from the build", place.display()))?;
+        }
+        let root = mount_for_build(view.root)?;
+        mounts::switch_root(&root).attempt(|| "switch to the root directory of the build")
+    }
+
+    /// Shows a part of the machine, or the link that stands in its place.
+    fn show_part(&self, place: &Path) -> io::Result<()> {
+        match std::fs::read_link(place) {
+            Ok(target) => Ok(rustix::fs::symlinkat(target, &self.root, relative(place))?),
+            Err(_) if !place.is_dir() => Ok(()),
+            Err(_) => self.show(place, place, READ_ONLY),
+        }
+    }
+
+    fn show(&self, source: &Path, target: &Path, attributes: MountAttrFlags) -> io::Result<()> {
+        self.attach(Detached::copy_of(source, true, attributes)?, target)
+    }
+
+    fn attach(&self, mount: Detached, target: &Path) -> io::Result<()> {
+        self.root.make_directories(relative(target))?;
+        mount.attach(self.root.directory(relative(target))?).map(drop)
+    }
+
+    fn copy(&self, place: &Path, hidden: &[PathBuf]) -> io::Result<()> {
+        let attributes = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID;
+        let copy = Detached::filesystem("tmpfs", &[("mode", "0755")], attributes)?;
+        let tree = Tree::from_fd(copy.as_fd().try_clone_to_owned()?);
+        let top = tree.path();
+        copy_readable(place, &top, hidden)?;
         if place == Path::new("/etc") {
-            for (name, content) in files.into_iter().filter_map(|(name, content)| Some((name, content?))) {
-                let file = place.join(name);
-                if std::fs::read(&file).ok().as_ref() != Some(&content) {
-                    let _ = std::fs::remove_file(&file);
-                    std::fs::write(&file, content).attempt(|| format!("write {}", file.display()))?;
+            for name in LINKED_FILES {
+                if let Ok(content) = std::fs::read(place.join(name)) {
+                    let _ = std::fs::remove_file(top.join(name));
+                    std::fs::write(top.join(name), content)?;
                 }
             }
         }
+        self.attach(copy, place)
     }
-    // A memory of its own for the packages of one build, on the volume, since they are many.
-    let bound = || {
-        std::fs::create_dir_all(KIWI_CACHE)?;
-        bind(&order.private.join(CACHE), Path::new(KIWI_CACHE))
-    };
-    if !order.kept.iter().any(|kept| kept.starts_with("/var/cache")) {
-        bound().attempt(|| format!("mount the build's cache on {KIWI_CACHE}"))?;
-    }
-    let restricted =
-        MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-    let procfs =
-        Detached::filesystem("proc", &[], restricted).and_then(|proc| proc.attach(Tree::open(Path::new("/proc"))?));
-    match procfs {
-        // Parts of the container's /proc are masked, and a user namespace gets no other one (mount_too_revealing).
-        Err(e) if has_users && Errno::from_io_error(&e) == Some(Errno::PERM) => {}
-        other => drop(other.attempt(|| "mount the build's /proc")?),
-    }
-    if has_users {
-        for (name, text) in MOUNT_PROGRAMS {
-            let file = order.private.join(PROGRAMS).join(name);
-            let written = std::fs::write(&file, text)
-                .and_then(|()| std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o755)));
-            written.attempt(|| format!("write {}", file.display()))?;
+
+    /// Covers a directory with credentials, where it is in sight.
+    fn hide(&self, place: &Path) -> io::Result<()> {
+        if self.root.look(relative(place)).ok().flatten().is_none() {
+            return Ok(());
         }
-        own_devices(&state).attempt(|| "mount the build's /dev and /sys")?;
+        let attributes = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_RDONLY;
+        self.attach(Detached::filesystem("tmpfs", &[("size", "4k"), ("mode", "0555")], attributes)?, place)
+    }
+}
+
+fn relative(path: &Path) -> &Path {
+    path.strip_prefix("/").unwrap_or(path)
+}
+
+/// Copies a directory's files that every user of the machine may read. Leaves out what is mounted in it: a pod mounts
+/// credentials as files for everybody.
+fn copy_readable(from: &Path, to: &Path, hidden: &[PathBuf]) -> io::Result<()> {
+    let device = std::fs::symlink_metadata(from)?.dev();
+    for entry in std::fs::read_dir(from)? {
+        let entry = entry?;
+        let (path, copy, found) = (entry.path(), to.join(entry.file_name()), entry.metadata()?);
+        if found.is_symlink() {
+            symlink(std::fs::read_link(&path)?, copy)?;
+        } else if found.is_file() && found.mode() & 0o004 != 0 {
+            let mut file = File::create_new(&copy)?;
+            io::copy(&mut File::open(&path)?, &mut file)?;
+            file.set_permissions(found.permissions())?;
+        } else if found.is_dir() && found.mode() & 0o005 == 0o005 && found.dev() == device && !hidden.contains(&path) {
+            std::fs::create_dir(&copy)?;
+            copy_readable(&path, &copy, hidden)?;
+        }
     }
     Ok(())
 }
 
-fn tmpfs(place: &Path, options: &str) -> io::Result<()> {
-    let options: Vec<_> = options.split(',').filter_map(|option| option.split_once('=')).collect();
-    let attributes = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID;
-    Detached::filesystem("tmpfs", &options, attributes)?.attach(Tree::open(place)?).map(drop)
+/// Replaces this process's input, a file of the machine whose mode and owner the build could change.
+fn take_input() -> io::Result<()> {
+    rustix::stdio::dup2_stdin(File::open("/dev/null")?).map_err(Into::into)
 }
 
-fn bind(from: &Path, to: &Path) -> io::Result<()> {
-    Detached::copy_of(from, false, MountAttrFlags::empty())?.attach(Tree::open(to)?).map(drop)
+fn write_mount_programs(private: &Path) -> Result<()> {
+    for (name, text) in MOUNT_PROGRAMS {
+        let file = private.join(PROGRAMS).join(name);
+        let written = std::fs::write(&file, text)
+            .and_then(|()| std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o755)));
+        written.attempt(|| format!("write {}", file.display()))?;
+    }
+    Ok(())
 }
 
-/// True if something is mounted below `place`: in a user namespace such mounts are locked, and an overlay above them
-/// fails (`clone_private_mount` in the kernel).
-fn has_mounts_below(place: &Path) -> io::Result<bool> {
-    let mountinfo = std::fs::read("/proc/self/mountinfo")?;
-    Ok(mounts::mount_points(&mountinfo).iter().any(|point| point.starts_with(place) && point != place))
-}
-
-/// Mounts a copy of `place` on it.
-fn copied(place: &Path, copy: &Path) -> io::Result<()> {
-    let mut tool = Command::new("cp");
-    let output = unblock_signals(tool.arg("-aT").args([place, copy]).stdin(Stdio::null())).output()?;
-    if !output.status.success() {
-        return Err(io::Error::other(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
+/// Takes this process and all that come after it what a build does not need. `in_proc` is its directory in a /proc that
+/// can be written to.
+fn confine(in_proc: &Tree) -> Result<()> {
+    // Root of the build must not remove or change mounts: they are locked in a namespace of fewer rights.
+    unshare_with_users_of(in_proc, CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS)
+        .attempt(|| "make the namespaces of kiwi-ng")?;
+    // The network is the container's, and abstract sockets belong to the network.
+    if let Some(scopes) = Ruleset::of_scopes().attempt(|| "make the build's Landlock rules")? {
+        scopes.restrict_this_thread().attempt(|| "apply the build's Landlock rules")?;
     }
-    bind(copy, place)
-}
-
-fn overlay(place: &Path, state: &Path, has_users: bool) -> io::Result<()> {
-    let [upper, work] = ["upper", "work"].map(|name| state.join(name));
-    std::fs::create_dir_all(&upper)?;
-    std::fs::create_dir(&work)?;
-    // The root of an overlay has the mode of its upper directory.
-    std::fs::set_permissions(&upper, std::fs::metadata(place)?.permissions())?;
-    let [lower, upper, work] = [place, &upper, &work].map(|path| path.to_string_lossy().into_owned());
-    let mut options = vec![("lowerdir", lower.as_str()), ("upperdir", &upper), ("workdir", &work)];
-    if has_users {
-        // In a user namespace, trusted.* attributes cannot be set.
-        options.push(("userxattr", ""));
-    }
-    let attributes = MountAttrFlags::MOUNT_ATTR_NODEV;
-    Detached::filesystem("overlay", &options, attributes)?.attach(Tree::open(place)?).map(drop)
-}
-
-/// A /dev and a /sys that kiwi-ng can bind into the image root: the mounts below the machine's own are locked in a user
-/// namespace (mount_namespaces(7)), and a bind of a part that has such mounts fails.
-fn own_devices(state: &Path) -> io::Result<()> {
-    let made = state.join("dev");
-    std::fs::create_dir(&made)?;
-    Detached::filesystem("tmpfs", &[("mode", "0755")], MountAttrFlags::MOUNT_ATTR_NOSUID)?
-        .attach(Tree::open(&made)?)?;
-    for name in DEVICES {
-        let (node, file) = (Path::new("/dev").join(name), made.join(name));
-        if node.exists() {
-            File::create(&file)?;
-            let target = rustix::fs::open(
-                &file,
-                rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC,
-                rustix::fs::Mode::empty(),
-            )?;
-            Detached::copy_of(&node, false, MountAttrFlags::empty())?.attach(target)?;
-        }
-    }
-    for (target, name) in [("/proc/self/fd", "fd"), ("fd/0", "stdin"), ("fd/1", "stdout"), ("fd/2", "stderr")] {
-        symlink(target, made.join(name))?;
-    }
-    for name in ["shm", "pts"] {
-        std::fs::create_dir(made.join(name))?;
-    }
-    let dev = Detached::copy_of(&made, true, MountAttrFlags::empty())?;
-    dev.attach(Tree::open(Path::new("/dev"))?)?;
-    tmpfs(Path::new("/sys"), "mode=0555")
+    capabilities::keep_build_set().attempt(|| "drop capabilities")?;
+    seccomp::filter(refused_calls::program()).attempt(|| "install the seccomp filter")
 }
 
 /// Adds the site's authority to an image root of Debian packages.
@@ -515,4 +535,40 @@ fn trust(authority: &Path) -> Result<()> {
         Err(e) => tell_untrusted(tool, &e.to_string()),
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_that_only_root_may_read_are_not_copied() {
+        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let write = |name: &str, mode| {
+            let file = from.path().join(name);
+            std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+            std::fs::write(&file, name).unwrap();
+            std::fs::set_permissions(file, PermissionsExt::from_mode(mode)).unwrap();
+        };
+        write("passwd", 0o644);
+        write("shadow", 0o640);
+        write("ssl/certs/a.pem", 0o755);
+        write("ssl/private/key", 0o644);
+        write("oauth/client-secret", 0o644);
+        std::fs::set_permissions(from.path().join("ssl/private"), PermissionsExt::from_mode(0o710)).unwrap();
+        symlink("shadow", from.path().join("link")).unwrap();
+        nix::unistd::mkfifo(&from.path().join("fifo"), nix::sys::stat::Mode::S_IRWXO).unwrap();
+        copy_readable(from.path(), to.path(), &[from.path().join("oauth")]).unwrap();
+        let tree = Tree::open(to.path()).unwrap();
+        let mut found = Vec::new();
+        tree.walk(|path, _, _, stat| {
+            found.push((path.display().to_string(), stat.st_mode & 0o777));
+            Ok(())
+        })
+        .unwrap();
+        found.retain(|(name, _)| to.path().join(name).is_file() || name == "link");
+        found.sort();
+        assert_eq!(found, [("link".into(), 0o777), ("passwd".into(), 0o644), ("ssl/certs/a.pem".into(), 0o755)]);
+        assert!(!to.path().join("oauth").exists() && !to.path().join("ssl/private").exists());
+    }
 }

@@ -24,8 +24,9 @@ const UP_TO_REFER: u64 = (1 << 14) - 1;
 /// Rights that can apply to a file; the others are for directories only.
 const OF_FILES: u64 = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV;
 
-/// Scopes for signals and abstract sockets, since ABI version 6.
+/// Scopes for signals and abstract sockets, since this ABI version.
 const ALL_SCOPES: u64 = 0b11;
+const FIRST_WITH_SCOPES: i32 = 6;
 
 /// `struct landlock_ruleset_attr`.
 #[repr(C)]
@@ -62,7 +63,20 @@ impl Ruleset {
             3 | 4 => UP_TO_REFER | TRUNCATE,
             _ => UP_TO_REFER | TRUNCATE | IOCTL_DEV,
         };
-        let scoped = if version()? >= 6 { ALL_SCOPES } else { 0 };
+        let scoped = if version()? >= FIRST_WITH_SCOPES { ALL_SCOPES } else { 0 };
+        Self::create(rights, scoped)
+    }
+
+    /// A ruleset that restricts no file: its threads cannot signal processes outside, nor connect to abstract sockets
+    /// of theirs. `None` if the kernel is older than Linux 6.12, or has no Landlock.
+    pub(crate) fn of_scopes() -> io::Result<Option<Self>> {
+        match version() {
+            Ok(FIRST_WITH_SCOPES..) => Self::create(0, ALL_SCOPES).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    fn create(rights: u64, scoped: u64) -> io::Result<Self> {
         let attr = RulesetAttr { handled_access_fs: rights, handled_access_net: 0, scoped };
         // Older kernels accept unknown fields only if they are zero, as they are here.
         // SAFETY: `attr` is a live `struct landlock_ruleset_attr` passed with its size; the kernel only reads it, and
@@ -95,7 +109,7 @@ impl Ruleset {
         checked(result).map(|_| ())
     }
 
-    /// Applies the ruleset to this thread and its future children. Requires `no_new_privs`.
+    /// Applies the ruleset to this thread and its future children. Requires `no_new_privs` or CAP_SYS_ADMIN.
     pub(crate) fn restrict_this_thread(self) -> io::Result<()> {
         // SAFETY: the descriptor is open during the call, which changes only this thread's credentials.
         #[allow(unsafe_code)]

@@ -4,5 +4,6 @@ mod build;
 mod ca_rpm;
 mod create;
 mod fetch;
+mod hostile;
 mod recipes;
 mod repositories;
