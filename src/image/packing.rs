@@ -28,6 +28,7 @@ use crate::sys::memory;
 use crate::sys::named;
 use crate::sys::process::{self, Entry};
 use crate::sys::tree::Tree;
+use crate::transfer::checksum::sha256_of_file;
 use crate::transfer::confinement::{Confined, STDIN};
 use crate::transfer::progress::{Progress, parts_in_words};
 use crate::transfer::{Work, installed};
@@ -105,8 +106,9 @@ impl Archive<'_> {
     }
 
     /// Creates the file that the image is written to before it gets its name, and locks it: another run may pack into
-    /// the same archive. One that a killed run has left, or that other users can lock, is replaced.
-    fn create_part(&self, work: &Work) -> Result<File> {
+    /// the same archive, which may take as long as `patience`. One that a killed run has left, or that other users can
+    /// lock, is replaced.
+    pub(crate) fn create_part(&self, work: &Work, patience: Duration) -> Result<File> {
         let (directory, name) = (self.directory, self.part());
         let attempted = || format!("create {}.part", self.shown());
         let identity = |found: Stat| (found.st_dev, found.st_ino);
@@ -137,7 +139,7 @@ impl Archive<'_> {
                 },
             };
             match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-                Err(Errno::WOULDBLOCK) if began.elapsed() < TIME_TO_UNLOCK => std::thread::sleep(LOCK_AGAIN),
+                Err(Errno::WOULDBLOCK) if began.elapsed() < patience => std::thread::sleep(LOCK_AGAIN),
                 Err(Errno::WOULDBLOCK) => {
                     let refused = Error::new(attempted()).because("another run packs into it");
                     return Err(refused.advise("wait until that has ended, or name another archive"));
@@ -151,7 +153,7 @@ impl Archive<'_> {
     }
 
     /// Name of that file.
-    fn part(&self) -> String {
+    pub(crate) fn part(&self) -> String {
         format!("{}.part", self.name)
     }
 
@@ -194,6 +196,8 @@ pub(crate) struct Packed {
     pub(crate) file: File,
     /// [`State`](crate::image::state::State) of the image root as it was packed, if the packer has told it.
     pub(crate) state: Option<String>,
+    /// SHA-256 of the file, in hexadecimal digits.
+    pub(crate) sha256: String,
 }
 
 /// Packs `image_root` into the file `to`, without what `exclude` matches. The file appears under its name only when it
@@ -222,7 +226,7 @@ pub(crate) fn pack(
     let (file, packed) = match packing.packer {
         Packer::Mksquashfs => {
             let narrowed = look_through(image_root, &excluded.paths, packing.epoch.is_none(), &attempted)?;
-            let file = to.create_part(work)?;
+            let file = to.create_part(work, TIME_TO_UNLOCK)?;
             let paths = (&*excluded.paths, &*narrowed);
             let packed = squash(work, image_root, (&file, to.directory), packing, paths, &attempted);
             let is_checked = exclude.is_empty();
@@ -232,7 +236,7 @@ pub(crate) fn pack(
         }
         Packer::Own => {
             let order = order(image_root, packing, &excluded.paths);
-            let file = to.create_part(work)?;
+            let file = to.create_part(work, TIME_TO_UNLOCK)?;
             let packed = packer::pack(work, image_root, (&file, to.directory), &order, source, &attempted);
             (file, packed.map(Some))
         }
@@ -243,18 +247,29 @@ pub(crate) fn pack(
     }
     let result = packed
         .and_then(|outcome| {
-            file.sync_all().attempt(|| format!("write {}.part", to.shown()))?;
-            Ok(outcome.and_then(|outcome| outcome.state))
+            let sha256 = write_through(work, &file, to)?;
+            Ok((outcome.and_then(|outcome| outcome.state), sha256))
         })
-        .and_then(|state| {
+        .and_then(|told| {
             source.map_or(Ok(()), Source::drop_squashfs).attempt(|| "remove the source image")?;
             to.directory.rename(&part, to.name).attempt(|| format!("rename {}.part", to.shown()))?;
-            Ok(state)
+            Ok(told)
         });
     if result.is_err() {
         let _ = to.directory.remove(&part);
     }
-    result.map(|state| Packed { file, state })
+    result.map(|(state, sha256)| Packed { file, state, sha256 })
+}
+
+/// Writes `file`, which is to become `archive`, to the disk, and computes its SHA-256 meanwhile.
+fn write_through(work: &Work, file: &File, archive: &Archive) -> Result<String> {
+    std::thread::scope(|scope| {
+        let syncing = scope.spawn(|| file.sync_all());
+        let sha256 = sha256_of_file(work, file, &archive.shown());
+        let synced = syncing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        synced.attempt(|| format!("write {}.part", archive.shown()))?;
+        sha256
+    })
 }
 
 /// Collects the instructions for our own packer.

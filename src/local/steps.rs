@@ -357,9 +357,7 @@ fn pack_place(
     let (packed, recorded) =
         packed::pack(work, parent, &place.image_root, &place.archive(), settings, exclude, source.as_ref())?;
     // Without its record, the next run would refuse to replace it.
-    recorded
-        .and_then(|()| packed::record_checksum(work, parent, &place.archive(), &packed))
-        .inspect_err(|_| place.remove_archive(&packed))?;
+    recorded.inspect_err(|_| place.remove_archive(&packed))?;
     if let Some(file) = changes {
         write_changes(work, place.files.parent(), &place.image_root, file)?;
     }

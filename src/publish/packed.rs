@@ -2,11 +2,12 @@
 //! boot. The record is no proof: whoever can write to its directory can also replace the packed image.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use rustix::fs::{OFlags, Stat, XattrFlags};
+use rustix::fs::{Mode, OFlags, Stat, XattrFlags};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -20,12 +21,14 @@ use crate::publish::settings::Settings;
 use crate::sys::file_kind::FileKind;
 use crate::sys::tree::{Tree, inode_and_birth};
 use crate::transfer::Work;
-use crate::transfer::checksum::sums_of;
 use crate::volume::layout::{ARCHIVE, PACKED};
 
 /// Size limit of the record in bytes, and the number of archives in it.
 const LIMIT: u64 = 64 << 10;
 const MOST: usize = 64;
+
+/// Time for another run to write the record.
+const TIME_TO_RECORD: Duration = Duration::from_secs(30);
 
 /// An archive that was packed.
 #[derive(Serialize, Deserialize)]
@@ -37,7 +40,7 @@ struct Entry {
     image_root: String,
     /// The image root's [`State`] when it was packed; earlier releases did not record it.
     state: Option<String>,
-    /// The archive's SHA-256; earlier releases did not record it, and a pod does not.
+    /// The archive's SHA-256; earlier releases did not record it.
     sha256: Option<String>,
 }
 
@@ -56,38 +59,40 @@ enum Record {
 const MARK: &str = "trusted.ims-sshd.packed";
 
 /// Records in `directory` that `packed`, which is `archive`, was packed from `image_root` when its [`State`] was `was`.
-fn record(directory: &Tree, archive: &Archive, packed: &File, image_root: &Tree, was: String) -> Result<()> {
-    let attempted = || format!("write {}", directory.shown().join(PACKED).display());
+fn record(
+    work: &Work,
+    directory: &Tree,
+    archive: &Archive,
+    (packed, sha256): (&File, String),
+    image_root: &Tree,
+    was: String,
+) -> Result<()> {
+    let record = Archive { directory, name: PACKED };
+    let attempted = || format!("write {}", record.shown());
     let new = Entry {
         file: archive.directory.shown().join(archive.name),
         archive: archive_identity(packed).attempt(attempted)?,
         image_root: root_identity(image_root).attempt(attempted)?.0,
         state: Some(was),
-        sha256: None,
+        sha256: Some(sha256),
     };
     // Some file systems have no such attributes; the record does then.
     let _ = rustix::fs::fsetxattr(packed, MARK, new.mark().as_bytes(), XattrFlags::empty());
+    // Two runs that record in one directory take turns: each would write what the other one has not read.
+    let mut file = record.create_part(work, TIME_TO_RECORD)?;
     let mut archives = read(directory);
     archives.retain(|earlier| earlier.file != new.file);
     archives.drain(..archives.len().saturating_sub(MOST - 1));
     archives.push(new);
-    write(directory, archives)
-}
-
-/// Adds the SHA-256 of `packed`, which is `archive`, to its record in `directory`.
-pub(crate) fn record_checksum(work: &Work, directory: &Tree, archive: &Archive, packed: &File) -> Result<()> {
-    let sha256 = sums_of(work, packed, &archive.shown(), None)?.sha256;
-    let identity = archive_identity(packed).attempt(|| format!("record {}", archive.shown()))?;
-    let mut archives = read(directory);
-    if let Some(entry) = archives.iter_mut().rfind(|entry| entry.archive == identity) {
-        entry.sha256 = Some(sha256);
+    let written = writeln!(file, "{}", json!(Record::Archives { archives }))
+        .and_then(|()| file.sync_all())
+        .and_then(|()| directory.rename(&record.part(), PACKED))
+        // Before that, another run would take the file for somebody else's.
+        .and_then(|()| Ok(rustix::fs::fchmod(&file, Mode::from_raw_mode(0o644))?));
+    if written.is_err() {
+        let _ = directory.remove(record.part());
     }
-    write(directory, archives)
-}
-
-fn write(directory: &Tree, archives: Vec<Entry>) -> Result<()> {
-    let text = format!("{}\n", json!(Record::Archives { archives }));
-    directory.replace(PACKED, text.as_bytes()).attempt(|| format!("write {}", directory.shown().join(PACKED).display()))
+    written.attempt(attempted)
 }
 
 impl Entry {
@@ -121,10 +126,10 @@ pub(crate) fn pack(
     // Before it is packed: what is changed meanwhile counts as changed later. Our own packer tells it of what it packs.
     let is_told = packing.packer == Packer::Own && exclude.is_empty();
     let was = (!is_told).then(|| state(image_root)).transpose();
-    let Packed { file, state } = packing::pack(work, image_root, archive, packing, exclude, source)?;
+    let Packed { file, state, sha256 } = packing::pack(work, image_root, archive, packing, exclude, source)?;
     let lost = || Error::new(format!("record {}", archive.shown())).because("its state was not told");
     let was = was.and_then(|was| was.or(state).ok_or_else(lost));
-    let recorded = was.and_then(|was| record(directory, archive, &file, image_root, was));
+    let recorded = was.and_then(|was| record(work, directory, archive, (&file, sha256), image_root, was));
     Ok((file, recorded))
 }
 
@@ -245,4 +250,36 @@ fn written(file: &File) -> io::Result<(i64, u32)> {
 fn root_identity(root: &Tree) -> io::Result<(String, (i64, u32))> {
     let (inode, made) = inode_and_birth(root)?;
     Ok((format!("{inode} {}.{}", made.0, made.1), made))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::transfer::network::Network;
+
+    #[test]
+    fn archives_that_are_packed_at_the_same_time_are_all_recorded() {
+        let dir = tempfile::tempdir().unwrap();
+        let names: Vec<_> = (0..20).map(|number| format!("{number}.sqsh")).collect();
+        std::thread::scope(|scope| {
+            for name in &names {
+                let dir = dir.path();
+                scope.spawn(move || {
+                    let limit = Duration::from_mins(1);
+                    let network = Network { ca: None, stall_limit: limit, retry_limit: limit, is_shortened: false };
+                    let work = &Work::begin(&network).unwrap();
+                    let directory = Tree::open(dir).unwrap();
+                    let packed = File::create(dir.join(name)).unwrap();
+                    let archive = Archive { directory: &directory, name };
+                    record(work, &directory, &archive, (&packed, String::new()), &directory, String::new()).unwrap();
+                });
+            }
+        });
+        let directory = Tree::open(dir.path()).unwrap();
+        let mut recorded = super::names(&directory);
+        recorded.sort_by_key(|name| name.trim_end_matches(".sqsh").parse::<u32>().unwrap());
+        assert_eq!(recorded, names);
+        let mode = directory.look(PACKED).unwrap().unwrap().st_mode & 0o777;
+        assert_eq!(mode, 0o644);
+    }
 }

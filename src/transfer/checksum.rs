@@ -193,6 +193,16 @@ pub(crate) fn sums_of(work: &Work, file: &File, what: &str, parts: Option<Parts>
     })
 }
 
+/// SHA-256 of a file, in hexadecimal digits.
+pub(crate) fn sha256_of_file(work: &Work, file: &File, what: &str) -> Result<String> {
+    let mut sum = digest::Context::new(&digest::SHA256);
+    read_through(work, file, what, |piece| {
+        sum.update(&piece);
+        Ok(piece)
+    })?;
+    Ok(hex(sum.finish().as_ref()))
+}
+
 /// Checksums of each part of the bytes so far.
 struct OfParts {
     /// Length of a part in bytes.
