@@ -162,6 +162,8 @@ fn control_group() -> PathBuf {
 
 pub fn memory(dir: &Path, report: &mut Report) {
     let (tree, archive) = (dir.join("many"), dir.join("many.sqsh"));
+    fs::create_dir_all(tree.join("etc")).unwrap();
+    fs::write(tree.join("etc/os-release"), "ID=debian\n").unwrap();
     let noise = File::open("/dev/urandom").unwrap();
     for number in 0..MANY {
         let directory = tree.join(format!("directory-{}", number / 100));
