@@ -146,7 +146,8 @@ fn damaged_sources_are_refused_or_used_but_never_harm() {
             let result = std::panic::catch_unwind(|| use_as_source(&image));
             let took = start.elapsed();
             assert!(result.is_ok(), "seed {seed} panicked");
-            assert!(took < Duration::from_secs(10), "seed {seed} took {took:?}");
+            // On a machine that does other things for seconds, too.
+            assert!(took < Duration::from_mins(1), "seed {seed} took {took:?}");
             used += u64::from(result.is_ok_and(|result| result.is_ok()));
             longest = longest.max(took);
         }

@@ -1,10 +1,13 @@
 //! Images written by `src/squashfs`, judged by the kernel: each is mounted, and every entry compared with the tree.
 //!
-//! `SQUASHFS_TREES` is the number of random trees (20 by default).
+//! `SQUASHFS_TREES` is the number of random trees (20 by default). With `SQUASHFS_IMAGES=all`, each of the cache's image
+//! roots is packed from each kind of source.
 
+mod failures;
 mod figures;
 mod format;
 mod hostile;
+mod images;
 mod random;
 mod snapshot;
 mod sources;

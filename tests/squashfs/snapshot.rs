@@ -4,10 +4,12 @@ use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::fs::{self, File};
+use std::io::{BufReader, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use backhand::{FilesystemReader, InnerNode};
 use ims_sshd::squashfs::gather::{Choice, gather, opener};
 use ims_sshd::squashfs::{Compression, Content, Inventory, Options, Reader, Summary};
 use ims_sshd::sys::tree::Tree;
@@ -135,6 +137,46 @@ pub fn of_reader(image: &Path) -> Snapshot {
     });
     walked.unwrap();
     snapshot
+}
+
+/// Panics unless the crate `backhand` reads the same of an image, but for extended attributes and hard links, which it
+/// does not show. Returns whether it can read the image at all.
+pub fn backhand_agrees(expected: &Snapshot, image: &Path, what: &str) -> bool {
+    let Ok(image) = FilesystemReader::from_reader(BufReader::new(File::open(image).unwrap())) else { return false };
+    let mut found = 0;
+    for node in image.files() {
+        let path = node.fullpath.strip_prefix("/").unwrap();
+        let header = node.header;
+        let (kind, rest) = match &node.inner {
+            InnerNode::Dir(_) => (0o040_000, String::new()),
+            InnerNode::File(file) => {
+                let mut content = Vec::new();
+                image.file(file).reader_checked().unwrap().read_to_end(&mut content).unwrap();
+                (0o100_000, format!(" size {} content {}", file.file_len(), shown(&content)))
+            }
+            InnerNode::Symlink(link) => (0o120_000, format!(" to {}", link.link.as_os_str().as_bytes().escape_ascii())),
+            InnerNode::CharacterDevice(device) => (0o020_000, shown_device(device.device_number)),
+            InnerNode::BlockDevice(device) => (0o060_000, shown_device(device.device_number)),
+            InnerNode::NamedPipe => (0o010_000, String::new()),
+            InnerNode::Socket => (0o140_000, String::new()),
+        };
+        let mode = kind | u32::from(header.permissions);
+        let begin = format!("mode {mode:o} owner {}:{} time {} links ", header.uid, header.gid, header.mtime);
+        let wanted = expected.get(path).unwrap_or_else(|| panic!("{what}: backhand found /{}", path.display()));
+        let agrees = wanted
+            .strip_prefix(&begin)
+            .is_some_and(|wanted| wanted.trim_start_matches(|digit: char| digit.is_ascii_digit()).starts_with(&rest));
+        assert!(agrees, "{what}: /{}\n  expected {wanted}\n  backhand {begin}*{rest}", path.display());
+        found += 1;
+    }
+    assert_eq!(found, expected.len(), "{what}: number of entries that backhand found");
+    true
+}
+
+/// A device number as the kernel encodes it for file systems.
+fn shown_device(number: u32) -> String {
+    let (major, minor) = (number >> 8 & 0xfff, number & 0xff | number >> 12 & 0xf_ff00);
+    format!(" device {:x}", rustix::fs::makedev(major, minor))
 }
 
 /// Panics with the entries that differ.
