@@ -475,8 +475,8 @@ fn has_read(child: &Child) -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix("rchar: ")?.parse().ok())
 }
 
-/// Programs that pack, by their short names: mksquashfs, and this program as started by its own packer.
-const PACKING: [&str; 2] = ["mksquashfs", "exe"];
+/// Programs that pack, by their short names: mksquashfs, and the packer's child, before and after it has named itself.
+const PACKING: [&str; 3] = ["mksquashfs", "exe", "ims-sshd-packer"];
 
 /// Time for the packer of a killed run to end: the kernel kills it with that run, which takes a while.
 const TIME_TO_END: Duration = Duration::from_secs(10);

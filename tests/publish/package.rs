@@ -422,7 +422,7 @@ fn second_run_that_packs_into_one_archive_is_refused() {
 fn packing_waits_for_the_packer_of_a_killed_run() {
     let (dir, tree) = bootable_image();
     let archive = dir.path().join("image.sqsh");
-    for name in ["mksquashfs", "exe"] {
+    for name in ["mksquashfs", "exe", "ims-sshd-packer"] {
         let program = dir.path().join(name);
         std::fs::copy("/bin/cat", &program).unwrap();
         let mut packer = Command::new(&program).current_dir(&tree).stdin(Stdio::piped()).spawn().unwrap();
