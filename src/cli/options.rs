@@ -4,6 +4,7 @@ use std::ffi::OsString;
 
 use clap::Args;
 
+use crate::ims::place;
 use crate::transfer::{checksum, network};
 
 /// Variables that options set, under their names in a pod.
@@ -28,8 +29,9 @@ pub(super) struct ServerOptions {
     /// URL of the S3 server; its keys are $S3_ACCESS_KEY and $S3_SECRET_KEY [variable: S3_ENDPOINT]
     #[arg(long, value_name = "URL", value_parser = network::http_url)]
     pub(super) s3_endpoint: Option<String>,
-    /// URL of the IMS that registers jobs and images [variable: IMS_URL] [default: none, without $OAUTH_CONFIG_DIR]
-    #[arg(long, value_name = "URL", value_parser = network::http_url)]
+    /// URL of the IMS that registers jobs and images, or unix:/PATH [variable: IMS_URL]
+    /// [default: none, without $OAUTH_CONFIG_DIR]
+    #[arg(long, value_name = "URL", value_parser = place::ims_url)]
     pub(super) ims_url: Option<String>,
 }
 

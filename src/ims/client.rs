@@ -289,10 +289,16 @@ impl<'a> Ims<'a> {
         body: Option<String>,
     ) -> Tried<Option<Vec<u8>>> {
         let Some(place) = &self.place else { return Ok(None) };
-        let client = if *method == Method::GET { self.work.reader()? } else { self.work.sender()? };
-        let mut request = client.request(method.clone(), below(&place.url, path)?).timeout(self.timeout.get());
+        let client = match place.socket() {
+            Some(socket) => self.work.local(socket)?,
+            None if *method == Method::GET => self.work.reader()?,
+            None => self.work.sender()?,
+        };
+        let mut request = client.request(method.clone(), below(place.base(), path)?).timeout(self.timeout.get());
         if let Some(directory) = &place.oauth {
             request = request.bearer_auth(self.token(directory).await?);
+        } else if let Some(file) = &place.token {
+            request = request.bearer_auth(token_in(file)?);
         }
         if let Some(body) = body {
             request = request.header("content-type", "application/json").body(body);
@@ -372,6 +378,15 @@ impl<'a> Ims<'a> {
         self.token.replace(Some(Token { bearer: bearer.clone(), until: asked + lives }));
         Ok(bearer)
     }
+}
+
+/// The token in a file. It is read for each request, since it may be replaced.
+fn token_in(file: &Path) -> Result<String> {
+    let attempted = || format!("read the token in {}", file.display());
+    let text = std::fs::read_to_string(file).attempt(attempted)?;
+    let token = text.trim();
+    redaction::keep(token);
+    if is_header_word(token) { Ok(token.to_owned()) } else { Err(Error::new(attempted()).because("it holds no token")) }
 }
 
 /// Completes "cannot ...".

@@ -1,25 +1,40 @@
 //! Variables that say where IMS is.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use crate::job::variables::Reader;
+use crate::job::variables::{Checked, Reader};
 use crate::transfer::network::http_url;
 use crate::transfer::without_query;
 
 /// Address of IMS, and credentials for it.
 #[derive(Debug, Clone)]
 pub struct Place {
-    /// `IMS_URL`.
+    /// `IMS_URL`: `unix:/PATH` is a socket.
     pub url: String,
     /// `OAUTH_CONFIG_DIR`, if it contains credentials.
     pub(crate) oauth: Option<PathBuf>,
+    /// `IMS_TOKEN_FILE`, which contains the token of an IMS without an OAuth server.
+    pub(crate) token: Option<PathBuf>,
 }
 
 impl Place {
+    /// Socket of an IMS on this machine.
+    pub(crate) fn socket(&self) -> Option<&Path> {
+        self.url.strip_prefix(SOCKET).map(Path::new)
+    }
+
+    /// URL that the paths of requests are below.
+    pub(crate) fn base(&self) -> &str {
+        if self.socket().is_some() { "http://localhost" } else { &self.url }
+    }
+
     /// Warnings about credentials that are sent without encryption.
     pub(crate) fn in_clear(&self) -> Vec<String> {
-        let Some(directory) = &self.oauth else { return Vec::new() };
-        let endpoint = std::fs::read_to_string(directory.join("endpoint")).unwrap_or_default();
+        if self.oauth.is_none() && self.token.is_none() {
+            return Vec::new();
+        }
+        let endpoint = self.oauth.as_ref().and_then(|dir| std::fs::read_to_string(dir.join("endpoint")).ok());
+        let endpoint = endpoint.unwrap_or_default();
         let urls = [
             ("OAUTH_CONFIG_DIR/endpoint", endpoint.trim(), "the client secret"),
             ("IMS_URL", &self.url, "the token of every request"),
@@ -29,6 +44,18 @@ impl Place {
             format!("{name} is {}: {what} is sent there without encryption; use https", without_query(url))
         };
         in_clear.map(warning).collect()
+    }
+}
+
+/// Scheme of a socket.
+const SOCKET: &str = "unix:";
+
+/// Checks the URL of an IMS: one of HTTP, or a socket.
+pub(crate) fn ims_url(url: &str) -> Checked {
+    match url.strip_prefix(SOCKET) {
+        Some(path) if path.starts_with('/') => Ok(url.to_owned()),
+        Some(_) => Err("expected unix:/PATH".into()),
+        None => http_url(url),
     }
 }
 
@@ -46,7 +73,8 @@ pub(crate) fn read(reader: &mut Reader) -> Option<Place> {
         reader.check("OAUTH_CONFIG_DIR/endpoint", endpoint.trim(), http_url);
     }
     let url = url.unwrap_or_else(|| DEFAULT_IMS.into());
-    Some(Place { url: reader.check("IMS_URL", &url, http_url)?, oauth })
+    let token = reader.text("IMS_TOKEN_FILE").map(PathBuf::from);
+    Some(Place { url: reader.check("IMS_URL", &url, ims_url)?, oauth, token })
 }
 
 #[cfg(test)]
@@ -54,16 +82,29 @@ mod tests {
     use super::*;
 
     #[test]
+    fn socket_is_named_by_its_absolute_path() {
+        let place = |url: &str| Place { url: ims_url(url).unwrap(), oauth: None, token: None };
+        let local = place("unix:/run/ims/ims.sock");
+        assert_eq!((local.socket(), local.base()), (Some(Path::new("/run/ims/ims.sock")), "http://localhost"));
+        let remote = place("http://ims/");
+        assert_eq!((remote.socket(), remote.base()), (None, "http://ims"));
+        assert!(ims_url("unix:ims.sock").is_err() && ims_url("ims").is_err());
+    }
+
+    #[test]
     fn credentials_sent_without_encryption_cause_warnings() {
         let dir = tempfile::tempdir().unwrap();
         let warned = |url: &str, endpoint: &str, has_oauth: bool| {
             std::fs::write(dir.path().join("endpoint"), endpoint).unwrap();
-            Place { url: url.into(), oauth: has_oauth.then(|| dir.path().to_owned()) }.in_clear().join("|")
+            let oauth = has_oauth.then(|| dir.path().to_owned());
+            Place { url: url.into(), oauth, token: None }.in_clear().join("|")
         };
         assert_eq!(warned("https://ims", "https://keycloak/token\n", true), "");
         assert_eq!(warned("http://ims", "http://keycloak/token", false), "", "nothing secret is sent");
         let both = warned("http://ims/apis/ims", "HTTP://keycloak/token\n", true);
         assert!(both.contains("IMS_URL is http://ims/apis/ims: the token"), "{both}");
         assert!(both.contains("endpoint is HTTP://keycloak/token: the client secret"), "{both}");
+        let token = Place { url: "http://ims".into(), oauth: None, token: Some("token".into()) };
+        assert_eq!(token.in_clear().len(), 1);
     }
 }

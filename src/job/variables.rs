@@ -354,9 +354,15 @@ pub const VARIABLES: &[Variable] = &[
     },
     Variable {
         name: "IMS_URL",
-        format: "URL of IMS; with `IMS_JOB_ID` the sidecar also needs a store, because the volume is deleted with \
+        format: "URL of IMS, or `unix:/PATH` of its socket; with `IMS_JOB_ID` the sidecar also needs a store, because the volume is deleted with \
             the job",
         default: "`https://api-gw-service-nmn.local/apis/ims` with credentials, otherwise none: nothing is registered",
+        readers: &[Publishing, Recipe],
+    },
+    Variable {
+        name: "IMS_TOKEN_FILE",
+        format: "a file with the token of an IMS that has no OAuth server; ignored with `OAUTH_CONFIG_DIR`",
+        default: "none",
         readers: &[Publishing, Recipe],
     },
     Variable {

@@ -92,7 +92,7 @@ impl Settings {
     /// Settings with which the refusal of `variables` is reported to IMS. Fails if those that name IMS and the job are
     /// refused as well, such as an invalid job ID: then nothing can be reported.
     pub(crate) fn to_report(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Result<Self> {
-        let known = ["IMS_URL", "OAUTH_CONFIG_DIR", "IMS_JOB_ID", "CA_CERT"];
+        let known = ["IMS_URL", "IMS_TOKEN_FILE", "OAUTH_CONFIG_DIR", "IMS_JOB_ID", "CA_CERT"];
         Self::read(None, variables.into_iter().filter(|(name, _)| known.iter().any(|known| name == *known)))
     }
 

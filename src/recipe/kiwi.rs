@@ -62,8 +62,10 @@ const KEYRINGS: [&str; 2] =
 /// Directories in which a pod has keys of repositories: those of the image, and those of the site.
 pub const KEY_DIRECTORIES: [&str; 2] = ["/signing-keys", "/etc/cray/signing-keys"];
 
-/// Directories with credentials in a pod, besides `OAUTH_CONFIG_DIR`. Root in the build does not see them.
-const HIDDEN: [&str; 4] = ["/etc/cray/remote-keys", "/etc/admin-client-auth", "/run/secrets", "/var/run/secrets"];
+/// Directories with credentials in a pod, besides `OAUTH_CONFIG_DIR`, and that of the IMS service's socket on one
+/// machine. Root in the build does not see them.
+const HIDDEN: [&str; 5] =
+    ["/etc/cray/remote-keys", "/etc/admin-client-auth", "/run/secrets", "/var/run/secrets", "/run/ims"];
 
 /// Variables that reach kiwi-ng, which has no others of this process: a site's proxies.
 const PROXIES: [&str; 6] = ["http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"];

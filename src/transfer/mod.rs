@@ -28,7 +28,7 @@ use crate::sys::signals::{Signals, unblock_signals};
 use crate::transfer::confinement::{Confined, clear_environment};
 use crate::transfer::network::{Network, Validate};
 use reqwest::redirect::Policy;
-use reqwest::{Certificate, Response, Url};
+use reqwest::{Certificate, ClientBuilder, Response, Url};
 
 /// Poll interval for signals and for the progress of a program.
 pub(crate) const TICK: Duration = Duration::from_millis(200);
@@ -76,6 +76,8 @@ pub(crate) struct Work {
     reader: OnceCell<reqwest::Client>,
     /// Follows no redirects.
     sender: OnceCell<reqwest::Client>,
+    /// Connects to a socket of this machine.
+    local: OnceCell<reqwest::Client>,
     signals: Signals,
     /// The signal that interrupted the work.
     interrupted: Cell<Option<Signal>>,
@@ -145,6 +147,7 @@ impl Work {
             client: OnceCell::new(),
             reader: OnceCell::new(),
             sender: OnceCell::new(),
+            local: OnceCell::new(),
             signals,
             interrupted: Cell::new(None),
             deaf: Cell::new(false),
@@ -169,12 +172,26 @@ impl Work {
         self.make(&self.sender, Redirects::Nowhere)
     }
 
+    /// The client for the server that listens on `socket`, the same one each time.
+    pub(crate) fn local(&self, socket: &Path) -> Result<&reqwest::Client> {
+        self.make_for(&self.local, Redirects::Nowhere, |client| client.unix_socket(socket))
+    }
+
     fn make<'a>(&self, cell: &'a OnceCell<reqwest::Client>, redirects: Redirects) -> Result<&'a reqwest::Client> {
+        self.make_for(cell, redirects, |client| client)
+    }
+
+    fn make_for<'a>(
+        &self,
+        cell: &'a OnceCell<reqwest::Client>,
+        redirects: Redirects,
+        place: impl FnOnce(ClientBuilder) -> ClientBuilder,
+    ) -> Result<&'a reqwest::Client> {
         if let Some(client) = cell.get() {
             return Ok(client);
         }
         let made = client(&self.network, &Validate::Yes, redirects)?.read_timeout(self.network.stall_limit);
-        let made = made.build().attempt(SET_UP)?;
+        let made = place(made).build().attempt(SET_UP)?;
         Ok(cell.get_or_init(|| made))
     }
 
