@@ -41,7 +41,8 @@ const JAIL_SHELL: &[&str] = &["session", "jail", "sys", "error", "printable", "v
 const TOO_HEAVY: &[&str] = &["tokio", "notify", "clap", "reqwest", "object_store", "tracing_subscriber"];
 
 /// Floors of the service, which is a package of its own.
-const SERVICE_FLOORS: &[&str] = &["client", "serve", "http", "runner", "database", "store", "records", "settings"];
+const SERVICE_FLOORS: &[&str] =
+    &["client", "serve", "listen", "http", "runner", "database", "store", "records", "settings"];
 
 /// Crates of the service that the pod's programs must not link.
 const SERVICE_ONLY: &[&str] = &["axum", "sqlx", "kube"];

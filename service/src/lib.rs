@@ -5,6 +5,7 @@
 //!
 //! - [`client`]: the commands that ask a running service, in the words of `cray ims`.
 //! - [`serve`]: starts the service and stops it in order.
+//! - [`listen`]: opens the places where requests arrive, and knows the token.
 //! - [`http`]: the API: routes, wire format, problems, what each request does.
 //! - [`runner`]: starts the steps of jobs, on Kubernetes or on this machine.
 //! - [`database`]: records that outlive a kill and a power failure.
@@ -15,6 +16,7 @@
 pub mod client;
 pub mod database;
 pub mod http;
+pub mod listen;
 pub mod records;
 pub mod runner;
 pub mod serve;

@@ -1,18 +1,21 @@
 //! Starts the service and stops it in order.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Router;
+use axum::extract::connect_info::Connected;
+use axum::serve::{IncomingStream, Listener};
 use chrono::TimeDelta;
 use ims_sshd::error::{Attempt, Error, Result};
-use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use crate::database::{Database, Place, files};
+use crate::http::access::Peer;
 use crate::http::{self, Service};
+use crate::listen::{self, Remote};
 use crate::records::Job;
 use crate::runner::{Kubernetes, Machine, Nothing, Runner};
 use crate::settings::{On, Records, Settings};
@@ -60,19 +63,29 @@ async fn run(settings: Settings) -> Result<()> {
     files::import(&database, &settings.records.data).await?;
     database.free_removals().await.attempt(|| "look for objects to remove")?;
     let store = Store::open(&settings)?;
-    let listen = settings.listen;
-    let listener = TcpListener::bind(listen).await.attempt(|| format!("listen on {listen}"))?;
-    let address = listener.local_addr().attempt(|| format!("listen on {listen}"))?;
-    let settings = Settings { listen: address, ..settings };
+    let access = listen::access(&settings)?;
+    let socket = settings.socket().map(std::path::absolute).transpose().attempt(|| "find the current directory")?;
+    let local = socket.as_deref().map(listen::on_socket).transpose()?;
+    let mut settings = settings;
+    let remote = match settings.listen.address {
+        Some(address) => {
+            let (remote, address) = listen::on_address(address, &settings.listen).await?;
+            settings.listen.address = Some(address);
+            Some(remote)
+        }
+        None => None,
+    };
     let runner: Arc<dyn Runner> = match settings.runs_on() {
         On::None => Arc::new(Nothing),
         On::Machine => {
             let program = std::env::current_exe().attempt(|| "find this program")?;
-            Arc::new(Machine::new(&settings, format!("http://{}", reached_here(address)), program)?)
+            // The socket needs no token, and no certificate.
+            let url = socket.as_ref().map(|socket| format!("unix:{}", socket.display()));
+            Arc::new(Machine::new(&settings, url.expect("jobs here have a socket"), program)?)
         }
         On::Kubernetes => Arc::new(Kubernetes::new(&settings, database.identity()).await?),
     };
-    let service = Arc::new(Service::new(settings, database, store, runner));
+    let service = Arc::new(Service::new(settings, database, store, runner, access));
     // A database of one process has no start that another one might be at.
     let age = if service.database.is_shared() { http::LONGEST_START } else { TimeDelta::zero() };
     let cut_off = service.starts(age).await;
@@ -87,27 +100,53 @@ async fn run(settings: Settings) -> Result<()> {
             tokio::time::sleep(CLEAR_EVERY).await;
         }
     });
-    let watch = tokio::spawn(watch(service.clone()));
-    tracing::info!("listening on {address}");
-    let router = http::router(service.clone()).into_make_service_with_connect_info::<SocketAddr>();
-    let ended = axum::serve(listener, router).with_graceful_shutdown(asked_to_stop()?).await;
-    sweep.abort();
-    clear.abort();
-    watch.abort();
+    let watching = tokio::spawn(watch(service.clone()));
+    let places = socket.iter().map(|socket| format!("unix:{}", socket.display()));
+    let places: Vec<_> = places.chain(service.settings.listen.address.map(|_| service.settings.url())).collect();
+    tracing::info!("listening on {}", places.join(" and "));
+    let (stop, stopping) = watch::channel(false);
+    let asked = asked_to_stop()?;
+    let stopped = tokio::spawn(async move {
+        asked.await;
+        let _ = stop.send(true);
+    });
+    let router = http::router(service.clone());
+    let ended = tokio::try_join!(
+        async {
+            match local {
+                Some(local) => answer_on(local, router.clone(), stopping.clone()).await,
+                None => Ok(()),
+            }
+        },
+        async {
+            match remote {
+                Some(Remote::Plain(remote)) => answer_on(remote, router.clone(), stopping.clone()).await,
+                Some(Remote::Tls(remote)) => answer_on(*remote, router.clone(), stopping.clone()).await,
+                None => Ok(()),
+            }
+        }
+    );
+    for task in [sweep, clear, watching, stopped] {
+        task.abort();
+    }
     service.database.close().await;
     ended.map_err(|e| Error::new("serve").because(e))?;
     tracing::info!("stopped: all requests are answered");
     Ok(())
 }
 
-/// Address at which programs of this machine reach a service that listens on `address`.
-fn reached_here(address: SocketAddr) -> SocketAddr {
-    let ip = match address.ip() {
-        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
-        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
-        ip => ip,
+/// Answers requests on `listener`, until `stopping` says so and those that have begun are answered.
+async fn answer_on<L>(listener: L, router: Router, mut stopping: watch::Receiver<bool>) -> std::io::Result<()>
+where
+    L: Listener,
+    L::Addr: std::fmt::Debug,
+    Peer: for<'a> Connected<IncomingStream<'a, L>>,
+{
+    let stopped = async move {
+        let _ = stopping.wait_for(|stop| *stop).await;
     };
-    SocketAddr::new(ip, address.port())
+    let router = router.into_make_service_with_connect_info::<Peer>();
+    axum::serve(listener, router).with_graceful_shutdown(stopped).await
 }
 
 /// Records the deaths of jobs, until the runner stops watching.

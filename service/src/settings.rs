@@ -10,7 +10,7 @@ use clap::{Args, ValueEnum};
 #[derive(Debug, Clone, Args)]
 pub struct Records {
     /// Directory of the database, and of upstream's JSON files, which are imported
-    #[arg(long, env = "IMS_DATA_DIR", default_value = "/var/ims/data", value_name = "DIRECTORY")]
+    #[arg(long, env = "IMS_DATA_DIR", default_value = DATA, value_name = "DIRECTORY")]
     pub data: PathBuf,
     /// PostgreSQL to keep the records in (`postgres://…`), for several replicas; without it a file in the data directory
     #[arg(long, env = "IMS_DATABASE_URL", hide_env_values = true, value_name = "URL")]
@@ -20,9 +20,9 @@ pub struct Records {
 /// Settings of `ims serve`.
 #[derive(Debug, Clone, Args)]
 pub struct Settings {
-    /// Address to listen on
-    #[arg(long, env = "IMS_LISTEN", default_value = "127.0.0.1:9000", value_name = "ADDRESS:PORT")]
-    pub listen: SocketAddr,
+    #[command(flatten)]
+    #[allow(missing_docs)] // clap would take it for the description of the command
+    pub listen: Listen,
     #[command(flatten)]
     #[allow(missing_docs)] // clap would take it for the description of the command
     pub records: Records,
@@ -79,6 +79,45 @@ pub struct Settings {
     #[allow(missing_docs)] // clap would take it for the description of the command
     pub kubernetes: KubernetesSettings,
 }
+
+/// Where the service listens, and who may ask there.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Access")]
+pub struct Listen {
+    /// Socket for programs of the user who starts the service [default: /run/ims/ims.sock, if that is root; otherwise
+    /// ims.sock in the data directory]
+    #[arg(long, env = "IMS_SOCKET", value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// Address to listen on besides; without jobs on this machine it takes the place of the default socket
+    #[arg(long = "listen", env = "IMS_LISTEN", value_name = "ADDRESS:PORT")]
+    pub address: Option<SocketAddr>,
+    /// Requests that are answered on that address
+    #[arg(long, env = "IMS_AUTH", value_enum, default_value = "token", value_name = "WORD")]
+    pub auth: Auth,
+    /// PEM file of the certificates that the service shows on that address, its own first
+    #[arg(long, env = "IMS_TLS_CERT", value_name = "FILE", requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+    /// PEM file of the certificate's private key
+    #[arg(long, env = "IMS_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+}
+
+/// Requests that are answered on an address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Auth {
+    /// Those with the token in the file `token` of the data directory, which is made if it is missing
+    Token,
+    /// All: only a gateway, which has asked who sends them, reaches the address
+    Gateway,
+}
+
+/// Socket of a service that this user starts, with this data directory.
+pub fn default_socket(data: &Path) -> PathBuf {
+    if rustix::process::geteuid().is_root() { "/run/ims/ims.sock".into() } else { data.join("ims.sock") }
+}
+
+/// Data directory, unless another one is named.
+pub const DATA: &str = "/var/ims/data";
 
 /// Runner of jobs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -165,6 +204,21 @@ impl Settings {
     /// Directory of the objects, unless an S3 server has them.
     pub fn directory(&self) -> Option<&Path> {
         self.s3_endpoint.strip_prefix("file://").map(Path::new).filter(|directory| directory.is_absolute())
+    }
+
+    /// URL of the service, for clients of this machine.
+    pub fn url(&self) -> String {
+        let scheme = if self.listen.tls_cert.is_some() { "https" } else { "http" };
+        let place = self.listen.address.map_or_else(|| "localhost".into(), |address| address.to_string());
+        format!("{scheme}://{place}")
+    }
+
+    /// Socket to listen on.
+    pub fn socket(&self) -> Option<PathBuf> {
+        let default = || {
+            (self.listen.address.is_none() || self.runs_on() == On::Machine).then(|| default_socket(&self.records.data))
+        };
+        self.listen.socket.clone().or_else(default)
     }
 
     /// Runner of jobs.

@@ -1,6 +1,7 @@
 //! The command line of people: from an image to a changed one, by the real programs.
 
 use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -16,7 +17,6 @@ use testbed::*;
 /// A service on this machine, with directories and ports of its own.
 struct Place {
     dir: TempDir,
-    port: u16,
     job_ports: String,
     service: Option<Child>,
 }
@@ -28,7 +28,7 @@ impl Place {
         assert!(Path::new(&*IMS_SSHD).exists() && IMS_JAIL_SHELL.starts_with('/'));
         let first = 20_000 + (std::process::id() % 100) * 100 + NEXT.fetch_add(1, Ordering::Relaxed) * 10;
         let job_ports = format!("{first}-{}", first + 9);
-        let mut place = Self { dir: directory(), port: free_port(), job_ports, service: None };
+        let mut place = Self { dir: directory(), job_ports, service: None };
         place.serve();
         let key = place.path("key");
         succeed(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&key));
@@ -52,11 +52,11 @@ impl Place {
     fn serve(&mut self) {
         let log = std::fs::File::options().create(true).append(true).open(self.path("service.log")).unwrap();
         let mut serve = self.ims(&["serve"]);
-        serve.env("IMS_LISTEN", format!("127.0.0.1:{}", self.port)).env("IMS_DATA_DIR", self.path("data"));
+        serve.env_remove("IMS_LISTEN").env("IMS_DATA_DIR", self.path("data"));
         serve.env("IMS_JOBS_DIR", self.path("jobs")).env("IMS_JOB_PORTS", &self.job_ports);
         serve.env("IMS_RUNNER", "machine").env("IMS_CLOSE_GRACE", "1").env("IMAGE_COMPRESSION", "none");
         self.service = Some(serve.stdout(Stdio::null()).stderr(log).process_group(0).spawn().unwrap());
-        wait_until("the service to listen", || TcpStream::connect(("127.0.0.1", self.port)).is_ok());
+        wait_until("the service to listen", || UnixStream::connect(self.path("run/ims.sock")).is_ok());
     }
 
     fn signal(&mut self, signal: Signal) {
@@ -69,7 +69,8 @@ impl Place {
         let mut command = Command::new(env!("CARGO_BIN_EXE_ims"));
         command.args(words).stdin(Stdio::null()).env("XDG_CACHE_HOME", self.path("cache"));
         command
-            .env("IMS_URL", format!("http://127.0.0.1:{}", self.port))
+            .env_remove("IMS_URL")
+            .env("IMS_SOCKET", self.path("run/ims.sock"))
             .env("S3_ENDPOINT", format!("file://{}", self.path("store").display()));
         command
     }
@@ -260,7 +261,7 @@ fn six_commands_of_the_pages_lead_from_an_image_to_a_changed_one() {
     let key = dir.path().join(".ssh/id_ed25519");
     succeed(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&key));
     // As typed, with directories and a port of its own, and with an agent, since ssh looks for keys in root's own home.
-    let mut script = "ip link set lo up; mount -t tmpfs -o mode=0755 tmpfs /var; eval \"$(ssh-agent)\" > /dev/null\n\
+    let mut script = "ip link set lo up; mount -t tmpfs -o mode=0755 tmpfs /var; mount -t tmpfs -o mode=0755 tmpfs /run; eval \"$(ssh-agent)\" > /dev/null\n\
         trap 'ims jobs deleteall; kill %1; wait; ssh-agent -k > /dev/null' EXIT\n\
         ssh-add -q ~/.ssh/id_ed25519\n"
         .to_owned();
@@ -281,7 +282,7 @@ fn six_commands_of_the_pages_lead_from_an_image_to_a_changed_one() {
     let mut typed = Command::new("unshare");
     typed.args(["--mount", "--net", "--propagation", "private", "bash", "-ec", &script]).current_dir(dir.path());
     typed.env("HOME", dir.path()).env("PATH", format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", built.display()));
-    for name in ["IMS_URL", "S3_ENDPOINT", "IMS_RUNNER", "XDG_CACHE_HOME", "SSH_AUTH_SOCK"] {
+    for name in ["IMS_URL", "IMS_SOCKET", "S3_ENDPOINT", "IMS_RUNNER", "XDG_CACHE_HOME", "SSH_AUTH_SOCK"] {
         typed.env_remove(name);
     }
     let output = typed.stdin(Stdio::null()).output().unwrap();

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use async_trait::async_trait;
 use clap::Parser;
 use ims_service::database::{Database, Place};
+use ims_service::http::access::{Access, OnAddress, Peer};
 use ims_service::http::{Service, router};
 use ims_service::records::{Address, Job};
 use ims_service::runner::{Death, Failures, NewJob, Runner, Started};
@@ -89,18 +90,18 @@ impl Running {
         let store = Store::open(&settings).unwrap();
         let (address, service) = runtime.block_on(async {
             let database = Database::open(Place::File(&data.path().join("db"))).await.unwrap();
-            let service = Arc::new(Service::new(settings, database, store, runner.clone()));
+            let service = Arc::new(Service::new(settings, database, store, runner.clone(), Access::All));
             let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
             let address = listener.local_addr().unwrap();
-            let app = router(service.clone()).into_make_service_with_connect_info::<SocketAddr>();
-            tokio::spawn(async move { axum::serve(listener, app).await });
+            let app = router(service.clone()).into_make_service_with_connect_info::<Peer>();
+            tokio::spawn(async move { axum::serve(OnAddress(listener), app).await });
             (address, service)
         });
         Self { address, runner, service, bucket, runtime, _data: data }
     }
 
     fn send(&self, method: &str, path: &str, body: &Value) -> Answer {
-        ask(self.address, method, path, "content-type: application/json\r\n", &body.to_string())
+        ask(self.address, method, path, "content-type: application/json\r\n", body.to_string())
     }
 
     fn key(&self) -> String {

@@ -3,6 +3,7 @@
 // json!(…) as an argument reads better without a reference.
 #![allow(clippy::needless_pass_by_value)]
 
+mod access;
 mod commands;
 mod endpoints;
 mod images;

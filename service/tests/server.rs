@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
@@ -38,16 +38,23 @@ impl Answer {
 }
 
 /// Sends a request; the answer's end is the end of the connection.
-pub fn ask(to: SocketAddr, method: &str, path: &str, headers: &str, body: &str) -> Answer {
+pub fn ask(to: SocketAddr, method: &str, path: &str, headers: &str, body: impl AsRef<[u8]>) -> Answer {
     try_ask(to, method, path, headers, body).unwrap_or_else(|e| panic!("{method} {path}: {e}"))
 }
 
 /// As [`ask`], of a service that may end meanwhile.
-pub fn try_ask(to: SocketAddr, method: &str, path: &str, headers: &str, body: &str) -> std::io::Result<Answer> {
+pub fn try_ask(
+    to: SocketAddr,
+    method: &str,
+    path: &str,
+    headers: &str,
+    body: impl AsRef<[u8]>,
+) -> std::io::Result<Answer> {
+    let body = body.as_ref();
     let mut connection = TcpStream::connect(to)?;
     let length = if body.is_empty() { String::new() } else { format!("content-length: {}\r\n", body.len()) };
     let head = format!("{method} {path} HTTP/1.1\r\nhost: ims\r\nconnection: close\r\n{length}{headers}\r\n");
-    connection.write_all((head + body).as_bytes())?;
+    connection.write_all(&[head.as_bytes(), body].concat())?;
     let mut answer = Vec::new();
     connection.read_to_end(&mut answer)?;
     let answer = String::from_utf8(answer).expect("answers are ASCII");
@@ -71,7 +78,6 @@ pub struct Server {
     pub address: SocketAddr,
     pub program: Ended,
     /// Its data directory, if it is its own: removed with it.
-    #[allow(dead_code)]
     data: Option<TempDir>,
 }
 
@@ -91,7 +97,7 @@ impl Server {
         let log = std::fs::File::options().create(true).append(true).open(data.join("log")).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_ims"));
         command.arg("serve").env("IMS_LISTEN", address.to_string()).env("IMS_DATA_DIR", data);
-        command.env_remove("IMS_DATABASE_URL");
+        command.env("IMS_AUTH", "gateway").env_remove("IMS_DATABASE_URL");
         command.env("IMS_RUNNER", "none").envs(variables.iter().copied());
         let program = Ended::killed(command.stdin(Stdio::null()).stderr(log).spawn().unwrap());
         let mut server = Self { address, program, data: None };
@@ -103,6 +109,20 @@ impl Server {
         server
     }
 
+    fn own(&self) -> &Path {
+        self.data.as_ref().expect("a data directory of its own").path()
+    }
+
+    /// Its store.
+    pub fn store(&self) -> PathBuf {
+        self.own().join("store")
+    }
+
+    /// What it has written.
+    pub fn log(&self) -> String {
+        String::from_utf8_lossy(&std::fs::read(self.own().join("log")).unwrap()).into_owned()
+    }
+
     pub fn get(&self, path: &str) -> Answer {
         ask(self.address, "GET", path, "", "")
     }
@@ -112,7 +132,7 @@ impl Server {
     }
 
     pub fn send(&self, method: &str, path: &str, body: &Value) -> Answer {
-        ask(self.address, method, path, "content-type: application/json\r\n", &body.to_string())
+        ask(self.address, method, path, "content-type: application/json\r\n", body.to_string())
     }
 
     pub fn post(&self, path: &str, body: &Value) -> Answer {

@@ -38,12 +38,15 @@ pub struct Group<V: Subcommand> {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Service")]
 pub struct Place {
-    /// URL of the service; `unix:PATH` for a socket
-    #[arg(long, global = true, env = "IMS_URL", value_name = "URL", default_value = "http://127.0.0.1:9000")]
-    pub(super) url: String,
+    /// URL of the service; unix:PATH for a socket [default: the socket of the service that this user has started]
+    #[arg(long, global = true, env = "IMS_URL", value_name = "URL")]
+    pub(super) url: Option<String>,
     /// File of the token: the token alone, or JSON with `access_token`
     #[arg(long, global = true, env = "CRAY_CREDENTIALS", value_name = "FILE")]
     pub(super) token: Option<PathBuf>,
+    /// PEM file of authorities to trust besides those of the system
+    #[arg(long, global = true, env = "CA_CERT", value_name = "FILE")]
+    pub(super) ca: Option<PathBuf>,
     /// Format of the output
     #[arg(long, global = true, env = "CRAY_FORMAT", value_enum, default_value = "toml")]
     pub(super) format: Format,

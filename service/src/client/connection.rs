@@ -1,17 +1,18 @@
 //! Requests to the service, and what it answers.
 
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ims_sshd::error::{Attempt, Error, Result};
 use ims_sshd::ims::problem::reason;
 use ims_sshd::printable::Printable;
-use reqwest::{Method, Response, StatusCode, Url};
+use reqwest::{Certificate, Method, Response, StatusCode, Url};
 use serde::Deserialize;
 
 use super::arguments::Place;
 use super::value::Value;
+use crate::settings;
 
 /// Limit for a connection to be made.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
@@ -36,34 +37,53 @@ pub(super) struct Service {
     client: reqwest::Client,
     url: Url,
     token: Option<String>,
+    /// File of authorities.
+    ca: Option<PathBuf>,
     /// Its URL, as it was given.
-    pub(super) shown: String,
+    shown: String,
 }
 
 impl Service {
     pub(super) fn at(place: &Place) -> Result<Self> {
-        let attempted = || format!("reach the service at {}", place.url);
-        let builder = reqwest::Client::builder().connect_timeout(CONNECT_LIMIT).user_agent("ims");
-        let (builder, url) = match place.url.strip_prefix("unix:") {
-            Some(socket) => (builder.unix_socket(Path::new(socket.trim_start_matches("//"))), "http://localhost"),
-            None => (builder, place.url.trim_end_matches('/')),
+        let shown = place.url.clone().unwrap_or_else(|| format!("unix:{}", socket().display()));
+        let attempted = || format!("reach the service at {shown}");
+        let mut builder = reqwest::Client::builder().connect_timeout(CONNECT_LIMIT).user_agent("ims");
+        for authority in place.ca.as_deref().map(authorities).transpose()?.into_iter().flatten() {
+            builder = builder.add_root_certificate(authority);
+        }
+        let (builder, url, shown) = match shown.strip_prefix("unix:") {
+            Some(socket) => {
+                let socket = std::path::absolute(socket.trim_start_matches("//")).attempt(attempted)?;
+                let shown = format!("unix:{}", socket.display());
+                (builder.unix_socket(socket), "http://localhost".to_owned(), shown)
+            }
+            None => (builder, shown.trim_end_matches('/').to_owned(), shown),
         };
-        let url = Url::parse(url).attempt(attempted)?;
+        let url = Url::parse(&url).attempt(|| format!("reach the service at {shown}"))?;
         if !["http", "https"].contains(&url.scheme()) {
             let expected = "expected http://HOST:PORT, https://… or unix:PATH";
-            return Err(Error::bad_input(format!("the service's URL is '{}': {expected}", place.url)));
+            return Err(Error::bad_input(format!("the service's URL is '{shown}': {expected}")));
         }
         let is_here = matches!(url.host_str(), Some("localhost" | "127.0.0.1" | "[::1]"));
         // A proxy cannot reach this machine's loopback address.
         let builder = if is_here { builder.no_proxy() } else { builder };
-        let client = builder.build().attempt(attempted)?;
+        let client = builder.build().attempt(|| format!("reach the service at {shown}"))?;
         let token = place.token.as_deref().map(token).transpose()?;
-        Ok(Self { client, url, token, shown: place.url.clone() })
+        let ca = place.ca.as_deref().map(std::path::absolute).transpose().attempt(|| "find the current directory")?;
+        Ok(Self { client, url, token, ca, shown })
     }
 
-    /// The URL for programs that only speak HTTP.
-    pub(super) fn url_for_programs(&self) -> Option<&str> {
-        (!self.shown.starts_with("unix:")).then_some(self.shown.as_str())
+    /// Variables by which `ims-sshd` reaches the service. The token is written into `directory`, which is the caller's
+    /// alone: its file may be JSON.
+    pub(super) fn variables(&self, directory: &Path) -> Result<Vec<(&'static str, PathBuf)>> {
+        let mut variables = vec![("IMS_URL", PathBuf::from(&self.shown))];
+        if let Some(token) = &self.token {
+            let file = directory.join("token");
+            std::fs::write(&file, token).attempt(|| format!("write {}", file.display()))?;
+            variables.push(("IMS_TOKEN_FILE", file));
+        }
+        variables.extend(self.ca.clone().map(|ca| ("CA_CERT", ca)));
+        Ok(variables)
     }
 
     /// Sends a request, and returns what the service answers; [`Value::Null`] if that has no content.
@@ -117,7 +137,7 @@ impl Service {
         let text = response.text().await.unwrap_or_default();
         let refused = Error::new(&request.attempted).because(Printable(reason(status, &text)));
         Err(match status {
-            StatusCode::UNAUTHORIZED => refused.advise("--token names the file of the service's token"),
+            StatusCode::UNAUTHORIZED => refused.advise("--token names the file of the token, in the service's data"),
             _ => refused,
         })
     }
@@ -130,6 +150,19 @@ fn failed(request: &Request, error: &reqwest::Error) -> Error {
         cause = source;
     }
     Error::new(&request.attempted).because(cause)
+}
+
+/// Socket of the service that this user has started with the variables of this process.
+fn socket() -> PathBuf {
+    let named = |name: &str| std::env::var_os(name).filter(|path| !path.is_empty()).map(PathBuf::from);
+    let data = || named("IMS_DATA_DIR").unwrap_or_else(|| settings::DATA.into());
+    named("IMS_SOCKET").unwrap_or_else(|| settings::default_socket(&data()))
+}
+
+/// Certificates in a file.
+fn authorities(file: &Path) -> Result<Vec<Certificate>> {
+    let attempted = || format!("read the authorities in {}", file.display());
+    Certificate::from_pem_bundle(&std::fs::read(file).attempt(attempted)?).attempt(attempted)
 }
 
 /// Token in a file: the text itself, or JSON with `access_token`, as `cray auth login` leaves it.

@@ -44,18 +44,16 @@ impl Drop for Work {
 /// Imports an image, and returns its record.
 pub(super) async fn image(service: &Service, wanted: &ImportImage) -> Result<Value> {
     let attempted = || format!("import {}", wanted.source);
-    let url = service.url_for_programs().ok_or_else(|| {
-        Error::new(attempted()).because("the programs that upload an image need the service's http URL").advise("--url")
-    })?;
     let name = wanted.name.clone().unwrap_or_else(|| names::of_source(&wanted.source));
     let source = std::path::absolute(&wanted.source).ok().filter(|path| path.exists());
     let source = source.map_or_else(|| wanted.source.clone(), |path| path.display().to_string());
     let variables = programs::store_variables(&wanted.store.settings()?);
     let work = Work::below(&wanted.work)?;
+    let access = service.variables(&work.0)?;
     let run = async |words: &[&str]| {
         let mut command = Command::new(programs::ims_sshd());
         command.args(words).current_dir(&work.0).stdin(Stdio::null());
-        command.envs(variables.clone()).env("IMS_URL", url).env_remove("IMS_JOB_ID").env("LOG_LEVEL", "WARNING");
+        command.envs(variables.clone()).envs(access.clone()).env_remove("IMS_JOB_ID").env("LOG_LEVEL", "WARNING");
         command.envs(wanted.arch.map(|arch| ("BUILD_ARCH", arch.word())));
         let boot = [("KERNEL_FILENAME", &wanted.kernel), ("INITRD_FILENAME", &wanted.initrd)];
         command.envs(boot.into_iter().filter_map(|(name, value)| Some((name, value.as_ref()?))));

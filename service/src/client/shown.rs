@@ -7,6 +7,7 @@ use ims_sshd::printable::{self, Printable};
 use serde_json::ser::{PrettyFormatter, Serializer};
 
 use super::value::{Table, Value};
+use crate::http::openapi;
 
 /// Format of the output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -15,6 +16,8 @@ pub enum Format {
     Toml,
     /// Indented by two blanks
     Json,
+    /// Names in alphabetical order
+    Yaml,
     /// A line for each record
     Table,
 }
@@ -24,6 +27,7 @@ pub(super) fn text(answer: &Value, format: Format) -> String {
     let text = match (answer, format) {
         (Value::Null, _) => return String::new(),
         (_, Format::Json) => json(answer),
+        (_, Format::Yaml) => yaml(answer),
         (Value::Table(record), Format::Table) => members(record),
         (_, Format::Table) => lines(answer.rows()),
         (Value::Table(record), Format::Toml) => toml(record),
@@ -40,6 +44,13 @@ fn json(value: &Value) -> String {
     // Every value has a form in JSON, and a vector takes any length.
     let _ = value.serialize(&mut serializer);
     printable::json(&String::from_utf8_lossy(&text))
+}
+
+/// YAML, whose texts are those of JSON.
+fn yaml(value: &Value) -> String {
+    // Every value has a form in JSON.
+    let value = serde_json::to_value(value).unwrap_or_default();
+    printable::json(&openapi::yaml(&value))
 }
 
 /// TOML in the layout of Python's `toml` 0.10: fields first, then lists of tables, then tables, level by level.
@@ -222,6 +233,14 @@ mod tests {
 
     fn toml_of(json: &str) -> String {
         text(&serde_json::from_str(json).unwrap(), Format::Toml)
+    }
+
+    #[test]
+    fn yaml_has_one_member_a_line() {
+        let list = r#"[{"name":"yes\u001b","a":{"b":[1,null]},"c":{}}]"#;
+        let shown = text(&serde_json::from_str(list).unwrap(), Format::Yaml);
+        assert_eq!(shown, "-\n  a:\n    b:\n      - 1\n      - null\n  c: {}\n  name: \"yes\\u001b\"\n");
+        assert_eq!(text(&serde_json::from_str("[]").unwrap(), Format::Yaml), "[]\n");
     }
 
     /// Layouts that `toml.dumps` of Python's toml 0.10.2 wrote, less blank lines at the end.

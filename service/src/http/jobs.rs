@@ -226,7 +226,7 @@ impl Service {
         let valid = Duration::from_secs(self.settings.s3_url_expiration);
         let url = self.store.signed_url(at, valid).await;
         let url = url.map_err(|failure: Failure| Problem::failed(format!("cannot sign a URL of {at}: {failure}")))?;
-        Ok(if url.starts_with('/') { format!("http://{}{url}", self.settings.listen) } else { url })
+        Ok(if url.starts_with('/') { format!("{}{url}", self.settings.url()) } else { url })
     }
 
     /// PATCH of a job. An end releases what the job holds before it is stored; a failure may be repeated.

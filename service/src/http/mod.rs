@@ -1,6 +1,5 @@
 //! The API over HTTP: what each request does, and what it is answered.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -16,10 +15,12 @@ use crate::records::{Kind, manifest, rules, wire};
 use crate::runner::Runner;
 use crate::settings::Settings;
 use crate::store::Store;
+use access::{Access, Peer};
 use metrics::Metrics;
 use problem::Problem;
 use routes::{Target, Version};
 
+pub mod access;
 mod create;
 mod delete;
 mod health;
@@ -49,6 +50,8 @@ pub struct Service {
     pub store: Store,
     /// Runner of jobs.
     pub runner: Arc<dyn Runner>,
+    /// Requests that are answered.
+    pub access: Access,
     metrics: Metrics,
     /// Held while an object is removed whose removal was left over.
     sweeping: tokio::sync::Mutex<()>,
@@ -56,8 +59,9 @@ pub struct Service {
 
 impl Service {
     /// A service without a request yet.
-    pub fn new(settings: Settings, database: Database, store: Store, runner: Arc<dyn Runner>) -> Self {
-        Self { settings, database, store, runner, metrics: Metrics::default(), sweeping: tokio::sync::Mutex::default() }
+    pub fn new(settings: Settings, database: Database, store: Store, runner: Arc<dyn Runner>, access: Access) -> Self {
+        let (metrics, sweeping) = Default::default();
+        Self { settings, database, store, runner, access, metrics, sweeping }
     }
 }
 
@@ -91,24 +95,33 @@ pub fn router(service: Arc<Service>) -> Router {
 
 async fn answer(
     State(service): State<Arc<Service>>,
-    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
     request: axum::extract::Request,
 ) -> Response<Body> {
     let began = Instant::now();
     let (method, uri, version) = (request.method().clone(), request.uri().clone(), request.version());
-    let name = routes::target(uri.path()).map_or("none", |target| target.name());
-    let shared = service.clone();
-    // A client that goes away must not stop half-way what it began.
-    let answer = tokio::spawn(async move { handle(&shared, request).await }).await;
-    let answer = answer.unwrap_or_else(|error| {
-        tracing::error!("a request has failed: {error}; this is a bug of ims: report it with this line");
-        Problem::message(StatusCode::INTERNAL_SERVER_ERROR, "Internal Server Error").answer()
-    });
+    let target = routes::target(uri.path());
+    let name = target.map_or("none", |target| target.name());
+    let answer = match service.access.refusal(peer, target, request.headers()) {
+        Some(refusal) => refusal,
+        None => {
+            let shared = service.clone();
+            // A client that goes away must not stop half-way what it began.
+            let answer = tokio::spawn(async move { handle(&shared, request).await }).await;
+            answer.unwrap_or_else(|error| {
+                tracing::error!("a request has failed: {error}; this is a bug of ims: report it with this line");
+                Problem::message(StatusCode::INTERNAL_SERVER_ERROR, "Internal Server Error").answer()
+            })
+        }
+    };
     let (status, took) = (answer.status().as_u16(), began.elapsed());
     // The query of a download is its signature.
     let shown = if name == "downloads" { uri.path() } else { uri.path_and_query().map_or("", |shown| shown.as_str()) };
-    tracing::info!("{} \"{method} {shown} {version:?}\" {status} {} ms", peer.ip(), took.as_millis());
-    service.metrics.answered(name, method.as_str(), status, took);
+    tracing::info!("{peer} \"{method} {shown} {version:?}\" {status} {} ms", took.as_millis());
+    // A label that clients choose would fill the memory.
+    let known = [Method::GET, Method::HEAD, Method::POST, Method::PATCH, Method::DELETE, Method::OPTIONS];
+    let counted = known.iter().find(|known| **known == method).map_or("other", Method::as_str);
+    service.metrics.answered(name, counted, status, took);
     answer
 }
 

@@ -45,8 +45,13 @@ const TABLES: &[Table] = &[
 
 /// The document as YAML.
 pub fn document() -> String {
-    let mut text = String::from("# Made from the code by `ims openapi`; see service/src/http/openapi.rs.\n");
-    write(&mut text, &value(), 0);
+    format!("# Made from the code by `ims openapi`; see service/src/http/openapi.rs.\n{}", yaml(&value()))
+}
+
+/// JSON as YAML.
+pub fn yaml(value: &Value) -> String {
+    let mut text = String::new();
+    write(&mut text, value, 0);
     text
 }
 
@@ -100,6 +105,7 @@ fn value() -> Value {
     paths.insert("/v3/remote-build-nodes/status".into(), get("node_statuses", &statuses, &[]));
     let xname = [path_parameter("xname")];
     paths.insert("/v3/remote-build-nodes/status/{xname}".into(), with_404(get("node_status", &status, &xname)));
+    paths.insert("/v3/jobs/{id}/logs".into(), logs());
     for (path, name) in [("/healthz/live", "live"), ("/healthz/ready", "ready"), ("/version", "version")] {
         paths.insert(path.into(), get(name, &json!({ "type": "object" }), &[]));
     }
@@ -110,8 +116,14 @@ fn value() -> Value {
             "version": env!("CARGO_PKG_VERSION"),
             "description": "Records of images, recipes, public keys and jobs.",
         },
+        // A socket and a gateway need none.
+        "security": [{}, { "token": [] }],
         "paths": paths,
-        "components": { "responses": { "Problem": problem_response() }, "schemas": schemas },
+        "components": {
+            "responses": { "Problem": problem_response() },
+            "schemas": schemas,
+            "securitySchemes": { "token": { "type": "http", "scheme": "bearer" } },
+        },
     })
 }
 
@@ -193,6 +205,16 @@ fn get(name: &str, schema: &Value, parameters: &[Value]) -> Value {
     })
 }
 
+fn logs() -> Value {
+    let parameters = [path_parameter("id"), query_parameter("follow", "boolean")];
+    let mut operations = with_404(get("logs_v3_jobs", &json!({ "type": "string" }), &parameters));
+    operations["get"]["responses"]["200"] = json!({
+        "description": "What the programs of the job have written; with `follow`, until the job ends.",
+        "content": { "text/plain": { "schema": { "type": "string" } } },
+    });
+    operations
+}
+
 fn with_404(mut operations: Value) -> Value {
     operations["get"]["responses"]["404"] = problem();
     operations
@@ -205,7 +227,7 @@ fn responses(status: &str, schema: Option<&Value>, problems: &[u16]) -> Value {
         good["content"] = json!({ "application/json": { "schema": schema } });
     }
     responses.insert(status.into(), good);
-    responses.extend(problems.iter().map(|status| (status.to_string(), problem())));
+    responses.extend(problems.iter().chain(&[401]).map(|status| (status.to_string(), problem())));
     Value::Object(responses)
 }
 

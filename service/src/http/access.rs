@@ -1,0 +1,154 @@
+//! Who may ask: programs of the user who owns the socket, and clients on an address that send the token.
+//!
+//! No request is answered for the address it comes from, the host that it names, or a cookie: a page in a browser, also
+//! one that has its name resolve to this machine, does not have the token.
+
+use std::fmt;
+use std::net::SocketAddr;
+
+use axum::body::Body;
+use axum::extract::connect_info::Connected;
+use axum::http::{HeaderMap, HeaderValue, Response, header};
+use axum::serve::{IncomingStream, Listener};
+use ims_sshd::error::{Attempt, Result};
+use ring::hmac;
+use ring::rand::{SecureRandom, SystemRandom};
+use tokio::net::UnixListener;
+use uuid::Uuid;
+
+use super::problem::Problem;
+use super::routes::Target;
+
+/// Client at the other end of a connection.
+#[derive(Debug, Clone, Copy)]
+pub enum Peer {
+    /// A program of this machine, on the socket; with its user's ID.
+    Local(Option<u32>),
+    /// A client on the address.
+    Remote(SocketAddr),
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Local(Some(user)) => write!(f, "uid={user}"),
+            Self::Local(None) => f.write_str("local"),
+            Self::Remote(address) => write!(f, "{}", address.ip()),
+        }
+    }
+}
+
+impl Connected<IncomingStream<'_, UnixListener>> for Peer {
+    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Self {
+        Self::Local(stream.io().peer_cred().ok().map(|peer| peer.uid()))
+    }
+}
+
+/// Listener on an address.
+pub struct OnAddress<L>(pub L);
+
+impl<L: Listener<Addr = SocketAddr>> Listener for OnAddress<L> {
+    type Io = L::Io;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Self::Io, SocketAddr) {
+        self.0.accept().await
+    }
+
+    fn local_addr(&self) -> std::io::Result<SocketAddr> {
+        self.0.local_addr()
+    }
+}
+
+impl<L: Listener<Addr = SocketAddr>> Connected<IncomingStream<'_, OnAddress<L>>> for Peer {
+    fn connect_info(stream: IncomingStream<'_, OnAddress<L>>) -> Self {
+        Self::Remote(*stream.remote_addr())
+    }
+}
+
+/// Requests that are answered.
+pub enum Access {
+    /// All: a gateway has asked who sends them.
+    All,
+    /// Those of the socket, to which the kernel lets its owner only, and those with the token.
+    Token(Box<Token>),
+}
+
+/// Token, as far as it takes to recognize it.
+pub struct Token {
+    key: hmac::Key,
+    tag: hmac::Tag,
+}
+
+impl Token {
+    /// Keeps `token`.
+    pub fn new(token: &str) -> Result<Self> {
+        let mut seed = [0; 32];
+        SystemRandom::new().fill(&mut seed).attempt(|| "make a key for the token")?;
+        let key = hmac::Key::new(hmac::HMAC_SHA256, &seed);
+        let tag = hmac::sign(&key, token.as_bytes());
+        Ok(Self { key, tag })
+    }
+
+    /// A new token, of 244 random bits.
+    pub fn random() -> String {
+        let [first, second] = [Uuid::new_v4(), Uuid::new_v4()];
+        format!("{}{}", first.simple(), second.simple())
+    }
+
+    /// Compares in a time that tells nothing of the token, not even its length.
+    fn is(&self, sent: &[u8]) -> bool {
+        hmac::verify(&self.key, sent, self.tag.as_ref()).is_ok()
+    }
+}
+
+impl Access {
+    /// Refuses a request that is not to be answered, before anything of its body is read. Health has no secrets, and
+    /// those who ask for it have no token. URLs of downloads are signed.
+    pub(super) fn refusal(
+        &self,
+        peer: Peer,
+        target: Option<Target<'_>>,
+        headers: &HeaderMap,
+    ) -> Option<Response<Body>> {
+        let (Self::Token(token), Peer::Remote(_)) = (self, peer) else { return None };
+        if matches!(target, Some(Target::Health | Target::Download)) {
+            return None;
+        }
+        let sent = headers.get(header::AUTHORIZATION).and_then(|sent| bearer(sent.as_bytes()));
+        let why = match sent {
+            Some(sent) if token.is(sent) => return None,
+            Some(_) => "the token is not that of this service: see the file 'token' in its data directory",
+            None => "the request has no token: expected 'Authorization: Bearer TOKEN'",
+        };
+        let mut answer = Problem::unauthorized(why).answer();
+        answer.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        Some(answer)
+    }
+}
+
+/// Token of the header `Authorization`, whose scheme has any case (RFC 9110, 11.1).
+fn bearer(sent: &[u8]) -> Option<&[u8]> {
+    let (scheme, token) = sent.split_at_checked(BEARER.len())?;
+    scheme.eq_ignore_ascii_case(BEARER).then(|| token.trim_ascii())
+}
+
+const BEARER: &[u8] = b"Bearer ";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn token_is_recognized_whole() {
+        let token = Token::new("secret").unwrap();
+        assert!(token.is(b"secret"));
+        for other in ["", "secre", "secret ", "Secret", "secretsecret"] {
+            assert!(!token.is(other.as_bytes()), "{other}");
+        }
+        assert_eq!(bearer(b"bearer  x "), Some(&b"x"[..]));
+        for other in ["", "Bearer", "Basic x", "x"] {
+            assert_eq!(bearer(other.as_bytes()), None, "{other}");
+        }
+    }
+}
