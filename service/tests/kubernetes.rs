@@ -350,7 +350,7 @@ fn restarted_service_finds_its_jobs_and_clears_up() {
     let address = site.server().address;
     let asked = std::thread::spawn(move || {
         let headers = "content-type: application/json\r\n";
-        crate::server::try_ask(address, "POST", "/v3/jobs", headers, &body.to_string()).is_err()
+        crate::server::try_ask(address, "POST", "/v3/jobs", headers, body.to_string()).is_err()
     });
     wait_until("the third ConfigMap", || site.cluster.all("configmaps").len() == 3);
     wait_until("its Job", || {

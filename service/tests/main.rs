@@ -6,6 +6,7 @@
 mod access;
 mod commands;
 mod endpoints;
+mod hostile;
 mod images;
 mod jobs;
 mod kubernetes;
@@ -14,4 +15,5 @@ mod machine;
 mod packages;
 mod postgres;
 mod server;
+mod slow_store;
 mod wire;

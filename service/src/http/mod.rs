@@ -7,6 +7,7 @@ use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::{ConnectInfo, State};
 use axum::http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header};
+use futures_util::StreamExt;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -39,6 +40,9 @@ pub use jobs::LONGEST_START;
 
 /// Size from which on a body is refused.
 const LONGEST_BODY: usize = 16 << 20;
+
+/// Most bytes that are read of a body that is refused.
+const MOST_DISCARDED: usize = 256 << 20;
 
 /// Everything that requests need.
 pub struct Service {
@@ -139,7 +143,7 @@ async fn handle(service: &Arc<Service>, request: axum::extract::Request) -> Resp
     if !allowed.split(", ").any(|name| name == method.as_str()) {
         return problem::no_such_method(allowed, matches!(target, Target::Health | Target::Release));
     }
-    let Ok(body) = axum::body::to_bytes(body, LONGEST_BODY).await else {
+    let Some(body) = read(body).await else {
         return Problem::new(StatusCode::PAYLOAD_TOO_LARGE, format!("the body has {LONGEST_BODY} bytes or more"))
             .answer();
     };
@@ -153,6 +157,22 @@ async fn handle(service: &Arc<Service>, request: axum::extract::Request) -> Resp
         }
         problem.answer()
     })
+}
+
+/// Reads a body, unless it is too long. The rest of one is read, too: a connection that is closed with data on its way
+/// is reset, and the client never sees the answer.
+async fn read(body: Body) -> Option<Bytes> {
+    let (mut chunks, mut kept, mut length) = (body.into_data_stream(), Vec::new(), 0);
+    while let Some(chunk) = chunks.next().await {
+        let chunk = chunk.ok()?;
+        length += chunk.len();
+        if length <= LONGEST_BODY {
+            kept.extend_from_slice(&chunk);
+        } else if length > MOST_DISCARDED {
+            break;
+        }
+    }
+    (length <= LONGEST_BODY).then(|| kept.into())
 }
 
 async fn dispatch(

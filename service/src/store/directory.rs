@@ -1,5 +1,6 @@
 //! A directory that holds the objects of one machine: `DIRECTORY/<bucket>/<key>`.
 
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -32,12 +33,12 @@ impl Directory {
         Ok(Self { root, key: hmac::Key::new(hmac::HMAC_SHA256, &seed) })
     }
 
-    /// File of an object. A key that leads out of the bucket's directory has none.
+    /// File of an object. A key that leads out of the bucket's directory has none: there is no such object.
     fn file(&self, at: &Location) -> Result<PathBuf> {
         let path = Path::new(&at.bucket).join(&at.key);
         let fits = !at.bucket.contains('/') && path.components().all(|part| matches!(part, Component::Normal(_)));
         if !fits || at.key.ends_with('/') || at.key.contains('\0') {
-            return Err(Failure::Refused(format!("{at} is no name of a file")));
+            return Err(Failure::Missing);
         }
         let file = self.root.join(path);
         // Symbolic links in the store could lead out of it.
@@ -155,7 +156,8 @@ fn unhex(text: &str) -> Option<Vec<u8>> {
 
 fn failure(error: &std::io::Error) -> Failure {
     match error.kind() {
-        std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory => Failure::Missing,
+        // No file has a name that is too long.
+        ErrorKind::NotFound | ErrorKind::NotADirectory | ErrorKind::InvalidFilename => Failure::Missing,
         _ => Failure::Refused(format!("cannot use the store: {error}")),
     }
 }
@@ -180,9 +182,12 @@ mod tests {
         assert_eq!(store.head(&from).await, Err(Failure::Missing));
         assert!(!directory.path().join("b/x").exists());
         std::os::unix::fs::symlink("/etc", directory.path().join("b/link")).unwrap();
-        for (bucket, key) in [("..", "x"), ("b", "../../x"), ("b", "link/passwd"), ("a/b", "x"), ("b", "/etc/passwd")] {
-            assert!(matches!(store.head(&at(bucket, key)).await, Err(Failure::Refused(_))), "{bucket} {key}");
+        for (bucket, key) in
+            [("..", "x"), ("b", "../../x"), ("a/b", "x"), ("b", "/etc/passwd"), ("b", "x/"), ("b", "\0")]
+        {
+            assert_eq!(store.head(&at(bucket, key)).await, Err(Failure::Missing), "{bucket} {key}");
         }
+        assert!(matches!(store.head(&at("b", "link/passwd")).await, Err(Failure::Refused(_))));
         let left: Vec<_> = std::fs::read_dir(directory.path().join("b/deleted/x")).unwrap().collect();
         assert_eq!(left.len(), 1, "{left:?}");
     }
