@@ -46,9 +46,13 @@ pub(crate) fn write(package: &Package, files: &[File], build: &Build<'_>) -> Res
     Ok(bytes)
 }
 
-/// Directories that are named after the package, and those below: rpm removes those alone that a package has.
+/// Directories of shells' completions: packages have them in common, and the last one takes them away.
+const SHARED: [&str; 3] = ["bash-completion", "fish", "zsh"];
+
+/// Directories that are named after the package or shared, and those below: rpm removes those alone that a package has.
 fn own_directories(package: &str, files: &[File]) -> BTreeSet<String> {
     let above = files.iter().flat_map(|file| Path::new(&file.to).ancestors().skip(1));
-    let is_own = |directory: &&Path| directory.iter().any(|name| name == package);
+    let is_own =
+        |directory: &&Path| directory.iter().any(|name| name == package || SHARED.iter().any(|own| name == *own));
     above.filter(is_own).filter_map(|directory| Some(directory.to_str()?.to_owned())).collect()
 }
