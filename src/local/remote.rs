@@ -51,14 +51,13 @@ use crate::volume::layout::{READY, REMOTE_CHANGES, TRANSFER};
 use crate::volume::signal_files::SignalFiles;
 
 /// Variables of this process that count on the node.
-const PASSED_ON: [&str; 9] = [
+const PASSED_ON: [&str; 8] = [
     "IMAGE_PACKER",
     "IMS_AGENT_FORWARDING",
     "IMS_CLOSE_GRACE",
     "IMS_JAIL_HOSTNAME",
     "IMS_JAIL_TIER",
     "JOB_ENABLE_DKMS",
-    "LOG_FORMAT",
     "LOG_LEVEL",
     "SOURCE_DATE_EPOCH",
 ];

@@ -1,11 +1,13 @@
 //! One ssh connection to a node, with the machine's own OpenSSH client. Everything of a job is a channel of it.
 
+use std::cell::RefCell;
 use std::fs::File;
 use std::io::{self, Read};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
 use base64::Engine;
@@ -15,6 +17,7 @@ use ring::digest::{SHA256, digest};
 
 use crate::error::{Attempt, Error, Result};
 use crate::printable::Printable;
+use crate::remote::node_log::log_all;
 use crate::sys::process::{Handle, Identity, end_with_us};
 use crate::sys::signals::unblock_signals;
 use crate::sys::tree::Tree;
@@ -24,6 +27,12 @@ const TIME_TO_CONNECT: Duration = Duration::from_secs(30);
 
 /// Time for ssh's master process to answer, and for a greeting through a forwarded port.
 const TIME_TO_ANSWER: Duration = Duration::from_secs(10);
+
+/// Time for the last lines of a node to be logged.
+const TIME_TO_LOG: Duration = Duration::from_secs(1);
+
+/// Longest text of ssh in a message, in bytes: a node can make it write anything.
+const LONGEST_SAID: u64 = 4096;
 
 /// Interval at which a wait looks whether it is still wanted.
 const TICK: Duration = Duration::from_millis(20);
@@ -61,6 +70,8 @@ pub(crate) struct Connection {
     master: Child,
     control: PathBuf,
     log: PathBuf,
+    /// Each is closed at the end of a command's standard error.
+    commands: RefCell<Vec<Receiver<()>>>,
 }
 
 impl Connection {
@@ -108,7 +119,8 @@ impl Connection {
         // A Ctrl-C at a terminal is ours to handle: the node's part is ended in order.
         let master =
             end_with_us(unblock_signals(ssh.process_group(0))).spawn().map_err(|e| missing(&attempted(), e))?;
-        let mut connection = Self { host: to.host.clone(), master, control, log };
+        let commands = RefCell::default();
+        let mut connection = Self { host: to.host.clone(), master, control, log, commands };
         connection.await_master(heed).map_err(|why| {
             Error::new(attempted())
                 .because(why)
@@ -139,8 +151,7 @@ impl Connection {
 
     /// Output of the master process, on one line.
     pub(crate) fn last_words(&self) -> String {
-        let said = std::fs::read_to_string(&self.log).unwrap_or_default();
-        said.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(", ")
+        File::open(&self.log).map(said).unwrap_or_default()
     }
 
     /// `ssh` over the connection. It needs nothing of a configuration, which might ask for forwardings of its own. Without
@@ -160,6 +171,20 @@ impl Connection {
         let mut ssh = self.ssh();
         ssh.args(["-T", "--", &self.host]).arg(shell_words::join(words));
         ssh
+    }
+
+    /// Starts a [`Connection::command`], whose standard error is logged here.
+    pub(crate) fn spawn(&self, command: &mut Command) -> io::Result<Child> {
+        let mut child = command.stderr(Stdio::piped()).spawn()?;
+        if let Some(stderr) = child.stderr.take() {
+            let (host, (until, end)) = (self.host.clone(), mpsc::channel());
+            std::thread::Builder::new().spawn(move || {
+                log_all(&host, stderr);
+                drop(until);
+            })?;
+            self.commands.borrow_mut().push(end);
+        }
+        Ok(child)
     }
 
     /// Has the master forward connections to each port of `listen` here, on its address or on all, to `there` on the
@@ -184,8 +209,9 @@ impl Connection {
         if output.status.success() {
             return Ok(());
         }
-        let why = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-        Err(Error::new(attempted()).because(why).advise("see whether something else listens there"))
+        Err(Error::new(attempted())
+            .because(said(&output.stderr[..]))
+            .advise("see whether something else listens there"))
     }
 
     /// Waits for sshd's greeting at `address`. Where the node's sshd forbids forwarding, the port is there all the same,
@@ -224,6 +250,11 @@ impl Drop for Connection {
         let _ = self.master.kill();
         let _ = self.master.wait();
         let _ = std::fs::remove_file(&self.control);
+        // The last lines tell why a job has failed. The master had their other ends.
+        let limit = Instant::now() + TIME_TO_LOG;
+        for end in self.commands.take() {
+            let _ = end.recv_timeout(limit.saturating_duration_since(Instant::now()));
+        }
     }
 }
 
@@ -247,6 +278,14 @@ fn copy_keys(key: &Path, directory: &Tree) -> Result<bool> {
     }
     directory.remove("known_hosts").attempt(|| "remove an old known_hosts")?;
     Ok(false)
+}
+
+/// Text of ssh or a node on one line.
+pub(super) fn said(from: impl Read) -> String {
+    let mut text = Vec::new();
+    let _ = from.take(LONGEST_SAID).read_to_end(&mut text);
+    let text = String::from_utf8_lossy(&text);
+    text.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(", ")
 }
 
 fn set(name: &str, value: &str) -> Vec<String> {

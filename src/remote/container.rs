@@ -139,7 +139,8 @@ impl Running {
     fn start(connection: &Connection, script: &str, arguments: &[&str]) -> Result<Self> {
         let attempted = || format!("run a command on the build node {}", connection.host());
         let mut command = connection.command(&[&["sh", "-c", script, "sh"], arguments].concat());
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().attempt(attempted)?;
+        let command = command.stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut child = connection.spawn(command).attempt(attempted)?;
         let output = child.stdout.take().ok_or_else(|| Error::new(attempted()).because("ssh has no pipes"))?;
         let flags = rustix::fs::fcntl_getfl(&output).attempt(attempted)?;
         rustix::fs::fcntl_setfl(&output, flags | OFlags::NONBLOCK).attempt(attempted)?;
@@ -366,7 +367,7 @@ impl Container {
         let path = format!("{}/image/{}", self.directory, result.name);
         let mut command = self.connection.command(&["cat", "--", &path]);
         let to = file.try_clone().attempt(attempted)?;
-        let child = command.stdin(Stdio::null()).stdout(to).spawn().attempt(attempted)?;
+        let child = self.connection.spawn(command.stdin(Stdio::null()).stdout(to)).attempt(attempted)?;
         self.step = Step::Fetching(Some(Fetching { child, file, result: Some(result) }));
         Ok(())
     }

@@ -19,7 +19,7 @@ use crate::sys::tree::Tree;
 use crate::volume::layout::BOOT_NAMES;
 
 /// Variables of the job that its environment on the node gets.
-const PASSED_ON: [&str; 23] = [
+const PASSED_ON: [&str; 22] = [
     "BUILD_ARCH",
     "ENABLE_DEBUG",
     "IMAGE_COMPRESSION",
@@ -38,7 +38,6 @@ const PASSED_ON: [&str; 23] = [
     "JOB_ENABLE_DKMS",
     "KERNEL_FILENAME",
     "KERNEL_PARAMETERS_FILENAME",
-    "LOG_FORMAT",
     "LOG_LEVEL",
     "REMOTE_BUILD_NODE",
     "SOURCE_DATE_EPOCH",
@@ -190,12 +189,13 @@ mod tests {
     use crate::job::variables::{Program, VARIABLES};
 
     /// Variables that the pod uses itself; REMOTE_NODES.md says how.
-    const HERE: [&str; 8] = [
+    const HERE: [&str; 9] = [
         "CUSTOMIZATION_SCRIPT",
         "IMAGE_ROOT_PARENT",
         "IMS_ACTION",
         "IMS_JAIL_BINDS",
         "IMS_REMOTE_KEY",
+        "LOG_FORMAT",
         "REMOTE_HEARTBEAT_TIMEOUT_COUNT",
         "SSHD_CONFIG_FILE",
         "SSHD_OPTIONS",

@@ -177,9 +177,9 @@ pub(crate) struct Hello {
     pub(crate) refusals: Vec<String>,
 }
 
-/// Returns whether the variable `name` says how to log.
+/// Returns whether the variable `name` says how to log on a node, whose lines become events of the log here.
 pub(crate) fn is_of_log(name: &str) -> bool {
-    ["LOG_LEVEL", "LOG_FORMAT"].contains(&name)
+    name == "LOG_LEVEL"
 }
 
 /// Returns whether `id` can be a job's ID: it becomes part of a path on the node.

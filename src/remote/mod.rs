@@ -11,6 +11,7 @@ pub mod inside;
 pub(crate) mod job_directory;
 pub(crate) mod message;
 pub mod node;
+mod node_log;
 pub(crate) mod node_root;
 pub(crate) mod provision;
 pub(crate) mod relay;

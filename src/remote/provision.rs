@@ -10,7 +10,7 @@ use crate::error::{Attempt, Error, Result};
 use crate::image::packer::inheritable;
 use crate::jail::arguments::NAME;
 use crate::jailer::open;
-use crate::remote::connection::{Connection, Heed, finish};
+use crate::remote::connection::{Connection, Heed, finish, said};
 use crate::sys::architecture::Architecture;
 use crate::transfer::checksum::sha256_of;
 
@@ -160,7 +160,7 @@ fn succeeded(output: &Output, attempted: impl FnOnce() -> String) -> Result<Stri
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
-    let said = String::from_utf8_lossy(&output.stderr).trim().replace('\n', ", ");
+    let said = said(&output.stderr[..]);
     let why = if said.is_empty() { output.status.to_string() } else { said };
     Err(Error::new(attempted()).because(why))
 }

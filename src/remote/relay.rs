@@ -392,7 +392,8 @@ impl Node {
         let log: Vec<_> = log.map(|(name, value)| format!("{name}={value}")).collect();
         let words = ["env"].into_iter().chain(log.iter().map(String::as_str)).chain([path.as_str(), "node"]);
         let mut program = connection.command(&words.collect::<Vec<_>>());
-        let mut program = program.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().attempt(attempted)?;
+        let program = program.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut program = connection.spawn(program).attempt(attempted)?;
         let pipes = program.stdout.take().zip(program.stdin.take());
         let (output, input) = pipes.ok_or_else(|| Error::new(attempted()).because("ssh has no pipes"))?;
         let mut channel = Channel::new(output.into(), input.into(), Some(silence))?;

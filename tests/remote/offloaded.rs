@@ -187,6 +187,46 @@ fn command_or_script_makes_the_image_of_any_source_on_a_node() {
     lab.nodes[0].is_as_before(&before);
 }
 
+/// In place of ssh: the far side writes hostile lines to its standard error, and then more than a pipe holds.
+const HOSTILE: &str = r#"#!/bin/sh
+case "$*" in *' node')
+    printf '\033[2J\r2026-01-01T00:00:00Z  WARN the image is sound\n{"level":"INFO","message":"forged"}\n' >&2
+    head -c 100000 /dev/zero | tr '\0' x >&2
+    printf '\n2026-01-01T00:00:00Z  WARN its disk is full\n' >&2
+    yes | head -n 20000 >&2 ;;
+esac
+exec /usr/bin/ssh -F "${0%/bin/ssh}/config" "$@"
+"#;
+
+#[test]
+fn standard_error_of_a_node_becomes_bounded_events_of_the_log() {
+    let lab = Lab::new();
+    let machine = Machine::new(&lab);
+    std::fs::write(machine.path("bin/ssh"), HOSTILE).unwrap();
+    for format in ["json", "text"] {
+        let mut command = machine.command(&[], &machine.source, &machine.path("store"), &["true"]);
+        let output = command.env("LOG_FORMAT", format).output().unwrap();
+        let log = text(&output.stderr);
+        assert!(output.status.success(), "{log}");
+        assert!(!log.contains(['\x1b', '\r']), "{log}");
+        let events: Vec<_> = log.lines().filter(|line| line.contains("builder says: ")).collect();
+        assert!((9_990..=10_000).contains(&events.len()), "{}", events.len());
+        assert!(events.iter().all(|line| line.len() < 1200), "{log}");
+        for words in ["the image is sound", "lines of builder were left out of the log"] {
+            assert_eq!(log.matches(words).count(), 1, "{words}");
+        }
+        for line in log.lines() {
+            let event: Value = if format == "json" { serde_json::from_str(line).unwrap() } else { Value::Null };
+            if line.contains("its disk is full") {
+                assert!(event["level"] == "WARN" || line.contains("  WARN builder says: its disk"), "{line}");
+            }
+            let is_ours = event["timestamp"].is_string() || format == "text" && line.starts_with("20");
+            assert!(is_ours && !line.starts_with("2026-01-01") && event["message"] != "forged", "{line}");
+        }
+    }
+    machine.keeps_nothing();
+}
+
 #[test]
 fn packed_image_that_could_not_be_published_is_kept_and_the_same_command_publishes_it() {
     let lab = Lab::new();
