@@ -248,7 +248,7 @@ const HOST_ALIAS: &str = "image";
 /// key. Returns the command that logs in.
 pub(super) fn configure_client(run: &Path, address: SocketAddr, identity: Option<&Path>, key: &str) -> Result<String> {
     let known_hosts = run.join("known_hosts");
-    std::fs::write(&known_hosts, format!("{HOST_ALIAS} {key}"))
+    std::fs::write(&known_hosts, format!("{HOST_ALIAS} {}\n", key.trim_end()))
         .attempt(|| format!("write {}", known_hosts.display()))?;
     // ssh_config(5): % begins a token, and ${ a variable.
     let identity = identity.map(|key| key.display().to_string()).filter(|key| !key.contains(['"', '\\', '$', '\n']));

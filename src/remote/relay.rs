@@ -24,6 +24,7 @@ use crate::remote::far::{Far, Told, Wanted, give_names, part_name};
 use crate::remote::message::{Hello, Judged, Message, Order, Part, Task, is_of_log};
 use crate::remote::provision;
 use crate::remote::transfer::{Receiving, Sending};
+use crate::sshd::public_keys;
 use crate::sys::poll;
 use crate::sys::signals::Signals;
 use crate::verdict::Verdict;
@@ -467,6 +468,9 @@ impl Node {
         match (message, self.step) {
             (Message::Failed { why }, _) => Err(refused(&why)),
             (Message::Listening { port, host_key }, Step::Opening) => {
+                // It becomes a line of known_hosts.
+                let host_key =
+                    public_keys::host_key(&host_key).ok_or_else(|| refused("it has sent a host key that is none"))?;
                 let heed = || {
                     let mut arrived = [PollFd::new(signals, PollFlags::IN)];
                     match poll::wait(&mut arrived, Duration::ZERO) {

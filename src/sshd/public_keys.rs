@@ -3,6 +3,8 @@
 use std::io::Read;
 use std::path::Path;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use chrono::{DateTime, Local, NaiveDateTime, TimeZone, Utc};
 
 use crate::error::{Error, Result};
@@ -39,6 +41,25 @@ pub(crate) fn check_public_keys(option: &str, file: &Path) -> Result<()> {
         tracing::warn!("the key in line {at} of {file} has expired (expiry-time=\"{time}\"): sshd will refuse it");
     }
     Ok(())
+}
+
+/// Kinds of host keys (ssh-keygen(1)), without certificates.
+const HOST_KEYS: [&str; 5] =
+    ["ssh-ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521", "ssh-rsa"];
+
+/// The host key in `text`, without its comment, as a line of known_hosts takes it. `None` unless `text` is one line with
+/// one key of a known kind.
+pub(crate) fn host_key(text: &str) -> Option<String> {
+    let line = text.strip_suffix('\n').unwrap_or(text);
+    let mut words = line.split(' ');
+    let (kind, key) = (words.next()?, words.next()?);
+    let bytes = STANDARD.decode(key).ok()?;
+    // The key begins with the name of its kind and that name's length (RFC 4253, section 6.6).
+    let (length, rest) = bytes.split_first_chunk()?;
+    let is_of_kind =
+        usize::try_from(u32::from_be_bytes(*length)) == Ok(kind.len()) && rest.starts_with(kind.as_bytes());
+    let is_one = HOST_KEYS.contains(&kind) && is_of_kind && rest.len() > kind.len() && !line.contains(char::is_control);
+    is_one.then(|| format!("{kind} {key}"))
 }
 
 /// Returns whether a line holds a key: it follows its type's name, which may follow options, and begins with the
@@ -102,6 +123,31 @@ fn parse(time: &str, local: &impl TimeZone) -> Option<DateTime<Utc>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn host_key_is_one_key_of_a_known_kind_on_one_line() {
+        let key = "AAAAC3NzaC1lZDI1NTE5AAAAIDfcMyPkBBsmqY4WPQUBB5gAPbPXgvzHT8qDYVkkQC6l";
+        let line = format!("ssh-ed25519 {key}");
+        for text in [line.clone(), format!("{line}\n"), format!("{line} ims-sshd node\n")] {
+            assert_eq!(host_key(&text).as_deref(), Some(line.as_str()), "{text}");
+        }
+        for text in [
+            String::new(),
+            "ssh-ed25519".into(),
+            format!("{line} x\n* {line}\n"),
+            format!("{line}\r* {line}"),
+            format!("{line}\n\n"),
+            format!("ssh-ed25519\n{key}"),
+            format!("@cert-authority * {line}"),
+            format!("x,* {line}"),
+            format!("ssh-rsa {key}"),
+            format!("ssh-ed25519 {}", &key[..20]),
+            "ssh-ed25519 AAAA".into(),
+            "ssh-ed25519 key".into(),
+        ] {
+            assert_eq!(host_key(&text), None, "{text:?}");
+        }
+    }
     use chrono::FixedOffset;
 
     #[test]
