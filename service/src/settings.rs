@@ -72,6 +72,9 @@ pub struct Settings {
     /// Kubernetes machine, if root starts the service; otherwise none]
     #[arg(long, env = "IMS_RUNNER", value_enum)]
     pub runner: Option<On>,
+    /// Private key that is root on the remote build nodes; without it, jobs do not run there
+    #[arg(long, env = "IMS_REMOTE_KEY", default_value = "/etc/cray/remote-keys/id_ecdsa", value_name = "FILE")]
+    pub remote_key: PathBuf,
     #[command(flatten)]
     #[allow(missing_docs)] // clap would take it for the description of the command
     pub machine: MachineSettings,

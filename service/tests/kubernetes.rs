@@ -13,9 +13,9 @@ use testbed::{repository, wait_until, wait_within};
 use crate::server::{Answer, Server};
 
 /// The service, its store and its cluster.
-struct Site {
+pub struct Site {
     data: TempDir,
-    cluster: Kubernetes,
+    pub cluster: Kubernetes,
     server: Option<Server>,
 }
 
@@ -27,7 +27,7 @@ impl Site {
         Self::with(&[])
     }
 
-    fn with(variables: &[(&str, &str)]) -> Self {
+    pub fn with(variables: &[(&str, &str)]) -> Self {
         let mut site = Self { data: tempfile::tempdir().unwrap(), cluster: Kubernetes::start(), server: None };
         std::fs::write(site.path("kubeconfig"), site.cluster.configuration()).unwrap();
         site.restart(variables);
@@ -53,11 +53,11 @@ impl Site {
         self.server = Some(Server::with(self.data.path(), &all));
     }
 
-    fn server(&self) -> &Server {
+    pub fn server(&self) -> &Server {
         self.server.as_ref().unwrap()
     }
 
-    fn log(&self) -> String {
+    pub fn log(&self) -> String {
         std::fs::read_to_string(self.data.path().join("log")).unwrap()
     }
 
@@ -104,7 +104,7 @@ impl Site {
         self.post("customize", &image, json!({"ssh_containers": [{"name": "cfs-1", "jail": true}]})).good()
     }
 
-    fn status(&self, job: &Value) -> String {
+    pub fn status(&self, job: &Value) -> String {
         let path = format!("/v3/jobs/{}", job["id"].as_str().unwrap());
         self.server().get(&path).good()["status"].as_str().unwrap().to_owned()
     }

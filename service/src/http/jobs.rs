@@ -77,10 +77,17 @@ impl Service {
     }
 
     /// Starts a job. Its ID is recorded before, so that a kill leaves nothing of it.
-    async fn start(&self, new: NewJob) -> Result<Response<Body>, Problem> {
+    async fn start(&self, mut new: NewJob) -> Result<Response<Body>, Problem> {
+        let is_for_node = self.runner.takes_nodes(&new.job);
+        let statuses = if is_for_node { self.probe_nodes().await? } else { Vec::new() };
+        let choosing = self.choosing.lock().await;
+        if !statuses.is_empty() {
+            new.job.remote_build_node = self.choose_node(&statuses, &new.job.arch).await?;
+        }
         let mut change = self.database.change(&[Kind::Starting]).await?;
         change.insert_into(Kind::Starting, &new.job).await?;
         change.commit().await?;
+        drop(choosing);
         let job = match self.runner.start(&new).await {
             Ok(job) => job,
             Err(failures) => {

@@ -57,6 +57,8 @@ pub struct Service {
     /// Requests that are answered.
     pub access: Access,
     metrics: Metrics,
+    /// Held while a node is chosen, until the job's start is recorded with it.
+    choosing: tokio::sync::Mutex<()>,
     /// Held while an object is removed whose removal was left over.
     sweeping: tokio::sync::Mutex<()>,
 }
@@ -64,8 +66,8 @@ pub struct Service {
 impl Service {
     /// A service without a request yet.
     pub fn new(settings: Settings, database: Database, store: Store, runner: Arc<dyn Runner>, access: Access) -> Self {
-        let (metrics, sweeping) = Default::default();
-        Self { settings, database, store, runner, access, metrics, sweeping }
+        let (metrics, choosing, sweeping) = Default::default();
+        Self { settings, database, store, runner, access, metrics, choosing, sweeping }
     }
 }
 

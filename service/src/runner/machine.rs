@@ -19,8 +19,9 @@ use ims_sshd::local::names;
 use ims_sshd::volume::mounts_below::refuse_mounts_below;
 use tokio::sync::mpsc;
 
+use super::nodes::Nodes;
 use super::pod::{self, Pod, Program, State};
-use super::{Death, Failures, Log, NewJob, Runner, Started, programs};
+use super::{Death, Failures, Log, NewJob, NodeStatus, Runner, Started, programs};
 use crate::records::{Address, Job};
 use crate::settings::{MachineSettings, Settings};
 
@@ -31,6 +32,9 @@ pub struct Machine {
 
 struct Shared {
     settings: MachineSettings,
+    nodes: Nodes,
+    /// Private key that is root on the nodes.
+    key: PathBuf,
     /// `ims`, which runs the programs of a job.
     program: PathBuf,
     /// URL at which the programs reach the service.
@@ -71,6 +75,7 @@ impl Machine {
     pub fn new(settings: &Settings, url: String, program: PathBuf) -> Result<Self> {
         let store = programs::store_variables(settings).into_iter().collect();
         let objects = settings.directory().map(Path::to_owned);
+        let (nodes, key) = (Nodes::new(&settings.remote_key), settings.remote_key.clone());
         let settings = settings.machine.clone();
         if !rustix::process::geteuid().is_root() {
             let advice = "run 'ims serve' as root; --runner none only keeps records";
@@ -87,7 +92,7 @@ impl Machine {
         let settings = MachineSettings { jobs, ..settings };
         make(&settings.jobs, true)?;
         let (ports, deaths) = Default::default();
-        Ok(Self { shared: Arc::new(Shared { settings, program, url, store, objects, ports, deaths }) })
+        Ok(Self { shared: Arc::new(Shared { settings, nodes, key, program, url, store, objects, ports, deaths }) })
     }
 
     /// File that the programs of a job write to.
@@ -130,9 +135,6 @@ impl Shared {
     /// Lays out the directory of a job, whose programs are not started yet.
     fn lay_out(&self, new: &NewJob) -> Result<Job> {
         let job = &new.job;
-        if !job.remote_build_node.is_empty() {
-            return Err(Error::new("start the job").because("jobs of this service run on this machine"));
-        }
         let directory = self.directory(&job.id);
         make(&directory, false)?;
         let volume = directory.join(VOLUME);
@@ -201,7 +203,8 @@ impl Shared {
             ("ENABLE_DEBUG".to_owned(), truth(job.enable_debug)),
             ("SSH_JAIL".to_owned(), truth(true)),
             ("JOB_ENABLE_DKMS".to_owned(), truth(false)),
-            ("REMOTE_BUILD_NODE".to_owned(), String::new()),
+            ("REMOTE_BUILD_NODE".to_owned(), job.remote_build_node.clone()),
+            ("IMS_REMOTE_KEY".to_owned(), self.key.display().to_string()),
         ]);
         variables
     }
@@ -402,6 +405,15 @@ impl Runner for Machine {
             }
         });
         Ok(())
+    }
+
+    fn takes_nodes(&self, job: &Job) -> bool {
+        // A recipe is built here.
+        job.job_type == "customize" && self.shared.nodes.has_key()
+    }
+
+    async fn probe(&self, xname: &str) -> NodeStatus {
+        self.shared.nodes.probe(xname).await
     }
 
     async fn watch(&self, running: Vec<Job>, deaths: mpsc::Sender<Death>) {

@@ -12,6 +12,7 @@ use crate::records::{Job, Location};
 
 pub mod kubernetes;
 mod machine;
+pub mod nodes;
 mod nothing;
 pub mod pod;
 pub mod programs;
@@ -94,6 +95,15 @@ pub struct NodeStatus {
 }
 
 impl NodeStatus {
+    /// Reason why a node can run no jobs.
+    pub fn complaint(&self) -> &str {
+        match () {
+            () if !self.ssh.starts_with(nodes::CONNECTED) => &self.ssh,
+            () if !["aarch64", "x86_64"].contains(&self.arch.as_str()) => &self.arch,
+            () => &self.podman,
+        }
+    }
+
     /// The status of a node that nothing is known about.
     pub fn unknown(xname: &str) -> Self {
         let unknown = || "Unknown".to_owned();
@@ -133,6 +143,11 @@ pub trait Runner: Send + Sync {
 
     /// Called when a death has become the end of a job.
     async fn died(&self, _job: &Job, _reason: &str) {}
+
+    /// Whether such jobs can run on remote build nodes, which [`Runner::probe`] asks.
+    fn takes_nodes(&self, _job: &Job) -> bool {
+        false
+    }
 
     /// Asks whether a remote build node can run jobs. A node that does not answer is an answer, after some seconds.
     async fn probe(&self, xname: &str) -> NodeStatus {

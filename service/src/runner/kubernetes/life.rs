@@ -138,9 +138,9 @@ fn waiting(pod: &str, container: &ContainerStatus) -> Option<Trouble> {
     Some(trouble(format!("pod {pod}: container {} does not start: {reason}{message}", container.name), patience))
 }
 
-#[cfg(test)]
 // json!(…) as an argument reads better without a reference.
 #[allow(clippy::needless_pass_by_value)]
+#[cfg(test)]
 mod tests {
     use serde_json::{Value, json};
 

@@ -13,7 +13,8 @@ use tokio::sync::mpsc;
 
 use self::objects::{Cluster, Kind, Refusal};
 use self::templates::{Filled, Variables};
-use super::{Death, Failures, Held, Log, NewJob, Runner, Started};
+use super::nodes::Nodes;
+use super::{Death, Failures, Held, Log, NewJob, NodeStatus, Runner, Started};
 use crate::records::{Address, Job};
 use crate::settings::{KubernetesSettings, Settings};
 
@@ -35,6 +36,7 @@ const PORT: u16 = 22;
 /// Runs jobs on Kubernetes.
 pub struct Kubernetes {
     cluster: Arc<Cluster>,
+    nodes: Nodes,
     settings: KubernetesSettings,
     boot_images_bucket: String,
     s3_endpoint: String,
@@ -55,6 +57,7 @@ impl Kubernetes {
         let namespace = settings.kubernetes.namespace.clone();
         let runner = Self {
             cluster: Arc::new(Cluster { client, namespace, records: records.to_owned() }),
+            nodes: Nodes::new(&settings.remote_key),
             settings: settings.kubernetes.clone(),
             boot_images_bucket: settings.boot_images_bucket.clone(),
             s3_endpoint: settings.s3_endpoint.clone(),
@@ -319,6 +322,14 @@ impl Runner for Kubernetes {
         if let Err(error) = watch::record_event(&self.cluster, job, reason).await {
             tracing::warn!("cannot record the death of job {} as an event: {error}", job.id);
         }
+    }
+
+    fn takes_nodes(&self, _job: &Job) -> bool {
+        self.nodes.has_key()
+    }
+
+    async fn probe(&self, xname: &str) -> NodeStatus {
+        self.nodes.probe(xname).await
     }
 
     async fn watch(&self, running: Vec<Job>, deaths: mpsc::Sender<Death>) {
