@@ -12,9 +12,8 @@ use ims_sshd::pod::pod_files::SSHD_CONFIG;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use testbed::job::{image, md5, squashfs_of};
-use testbed::repository_server::RepositoryServer;
 use testbed::s3_server::Bucket;
-use testbed::{cache, repository, ssh_options, succeed, wait_within};
+use testbed::{cache, repository, ssh_options, succeed};
 
 use crate::kubernetes::Site;
 
@@ -350,32 +349,5 @@ fn customize_job_whose_container_is_killed_is_an_error_with_the_reason() {
         kubelet.wait_for(&job, pod, "error");
     });
     assert!(site.log().contains("container buildenv-sidecar ended with exit code 137"), "{}", site.log());
-    goes(&site, &job);
-}
-
-#[test]
-fn create_job_is_published() {
-    let bucket = Bucket::new();
-    let (site, _) = site(&bucket);
-    let kubelet = Kubelet::new(&site, &bucket);
-    let packages = RepositoryServer::start(&cache().join("debian-archive"));
-    let archive = kubelet.dir.path().join("recipe.tgz");
-    let recipe = repository().join("tests/recipe/debian");
-    succeed(Command::new("tar").arg("-czf").arg(&archive).arg("-C").arg(recipe).arg("."));
-    bucket.put("recipe.tgz", &std::fs::read(archive).unwrap());
-    let recipe = json!({
-        "name": "r", "recipe_type": "kiwi-ng", "linux_distribution": "sles15", "require_dkms": false,
-        "link": {"path": format!("s3://{}/recipe.tgz", bucket.name), "etag": "", "type": "s3"},
-        "template_dictionary": [{"key": "MIRROR", "value": packages.url}, {"key": "SUITE", "value": "bookworm"}],
-    });
-    let recipe = site.server().post("/recipes", &recipe).id();
-    let job = post(&site, &kubelet, "create", &recipe);
-    kubelet.run(&job, |pod| {
-        wait_within(LIMIT, &format!("the build to begin; {}", site.log()), || site.status(&job) != "creating");
-        kubelet.wait_for(&job, pod, "success");
-    });
-    let now = site.server().get(&format!("/v3/jobs/{}", job["id"].as_str().unwrap())).good();
-    let published = now["resultant_image_id"].as_str().unwrap();
-    assert!(bucket.keys().contains(&format!("{published}/rootfs")));
     goes(&site, &job);
 }
