@@ -126,14 +126,19 @@ impl Ending {
                 return Ok(());
             }
             if is_over {
-                let mut names = Vec::new();
+                let (mut names, mut is_stuck) = (Vec::new(), false);
                 visit(&mut |entry| {
+                    is_stuck |= entry.is_stuck();
                     names.push(format!("{} ({})", entry.pid, without_secrets(&entry.command_line())));
                     if names.len() < NAMED { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
                 });
                 return Err(Error::new(format!("end process {}", names.join(", ")))
                     .because(format!("{} processes are still there after SIGKILL", sweep.left))
-                    .advise("they wait for a device or a network file system; the image cannot be trusted"));
+                    .advise(if is_stuck {
+                        "they wait for a device or a network file system; the image cannot be trusted"
+                    } else {
+                        "the machine is overloaded: see its load; the image cannot be trusted"
+                    }));
             }
             let moment = Duration::from_millis(50);
             wait_for_all(sweep.watched, TERM_TIME.saturating_sub(self.began.elapsed()).max(moment));

@@ -1,6 +1,7 @@
 //! The supervisor's handle of a jail: makes it, records it for sessions, watches it, ends it, and removes its traces
 //! from the image root.
 
+use std::collections::HashSet;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
@@ -78,20 +79,54 @@ const TIME_TO_MAKE: Duration = Duration::from_secs(10);
 /// Time for the init to exit by itself, which it does unless a session keeps all processors busy.
 const TIME_TO_FINISH: Duration = Duration::from_millis(200);
 
+/// Limit of the wait for the kernel to end a killed jail, as long as it goes on with that.
+const END_TIME: Duration = Duration::from_mins(1);
+
+/// Interval of looking at a jail's processes that are being ended: it takes a moment where there are thousands.
+const END_POLL: Duration = Duration::from_millis(500);
+
 /// Poll interval for sealing the image root; the kernel raises no event when another process closes a file.
 const TIME_BETWEEN_SEALS: Duration = Duration::from_millis(50);
 
 /// Minimum time for a process outside to close a file whose descriptor a session has sent it.
 pub(crate) const TIME_TO_CLOSE_FILES: Duration = Duration::from_secs(1);
 
-/// Describes the process that has a file open for writing on the mount of this number.
-fn holder(mount: u64) -> String {
+/// Progress of ending a jail's killed processes.
+#[derive(Debug, Default)]
+struct Ending {
+    /// The ones that were left when their number last changed, and when that was.
+    left: HashSet<Identity>,
+    since: Duration,
+}
+
+impl Ending {
+    /// Returns whether to wait on, `waited` after the first look. Processes that only wait for a processor end in time;
+    /// if all that are left are stuck, they have to become fewer.
+    fn goes_on(&mut self, left: &[Entry], all_stuck: bool, waited: Duration) -> bool {
+        let now: HashSet<_> = left.iter().map(Entry::identity).collect();
+        if now != self.left {
+            (self.left, self.since) = (now, waited);
+        }
+        waited < END_TIME && (!all_stuck || waited.saturating_sub(self.since) < KILL_TIME / 2)
+    }
+}
+
+/// Name of a process's PID namespace, as in the links below `/proc/PID/ns`.
+fn pid_namespace(pid: Pid) -> Option<PathBuf> {
+    std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok()
+}
+
+/// Describes the process that has a file open for writing on the mount of this number. `init` is that of the jail.
+fn holder(mount: u64, init: Pid) -> String {
     let name = |entry: &Entry| format!("process {} ({})", entry.pid, without_secrets(&entry.command_line()));
+    let is_inside = |entry: &Entry| pid_namespace(init).is_some_and(|own| pid_namespace(entry.pid) == Some(own));
+    let place =
+        |entry: &Entry| if is_inside(entry) { "of the jail, which is being ended," } else { "outside the jail" };
     if let Some(entry) = writers_on(mount).first() {
-        return format!("{} outside the jail has one of its files open for writing", name(entry));
+        return format!("{} {} has one of its files open for writing", name(entry), place(entry));
     }
     if let Some(entry) = mapped_on(mount).first() {
-        return format!("{} outside the jail has one of its files mapped for writing", name(entry));
+        return format!("{} {} has one of its files mapped for writing", name(entry), place(entry));
     }
     "one of its files is open for writing outside the jail: in a process that is not visible from here, or in the \
      queue of a socket that nobody has read yet"
@@ -217,13 +252,53 @@ impl OpenJail {
         if !self.init.ends_within(TIME_TO_FINISH) {
             let _ = self.init.signal(Signal::SIGKILL);
         }
-        if !self.init.ends_within(KILL_TIME) {
-            return Err(Error::new("end the jail")
-                .because("a process in it is still there after SIGKILL")
-                .advise("it waits for a device or a network file system; the image cannot be trusted"));
+        if !self.init.ends_within(KILL_TIME / 2) {
+            self.await_end()?;
         }
         while waitpid(self.init.pid, None) == Err(nix::errno::Errno::EINTR) {}
         Ok(())
+    }
+
+    /// Waits for the kernel to end the killed processes of the jail, which on a loaded machine takes long for many. The
+    /// init's end has killed all of them, and none can be started (zap_pid_ns_processes in the kernel).
+    fn await_end(&self) -> Result<()> {
+        let failed = |why: String, advice| Err(Error::new("end the jail").because(why).advise(advice));
+        let (began, mut ending, mut is_logged) = (Instant::now(), Ending::default(), false);
+        loop {
+            let left = self.processes();
+            let stuck: Vec<_> = left.iter().filter(|entry| entry.is_stuck()).collect();
+            let all_stuck = stuck.len() == left.len();
+            match (stuck.first(), ending.goes_on(&left, all_stuck, began.elapsed())) {
+                (_, true) => {}
+                (Some(entry), false) if all_stuck => {
+                    let name = format!("{} ({})", entry.pid, without_secrets(&entry.command_line()));
+                    let why = format!("process {name} in it is still there after SIGKILL");
+                    return failed(why, "it waits for a device or a network file system; the image cannot be trusted");
+                }
+                _ => {
+                    let why = format!(
+                        "{} processes in it are still there {} s after SIGKILL",
+                        left.len(),
+                        END_TIME.as_secs()
+                    );
+                    return failed(why, "the machine is overloaded: see its load; the image cannot be trusted");
+                }
+            }
+            if self.init.ends_within(END_POLL) {
+                return Ok(());
+            }
+            if began.elapsed() >= KILL_TIME && !std::mem::replace(&mut is_logged, true) {
+                tracing::warn!("waiting for the kernel to end {} killed processes of the jail", left.len());
+            }
+        }
+    }
+
+    /// Processes of the jail besides its init, or that alone. In the chroot tier only the init is found.
+    fn processes(&self) -> Vec<Entry> {
+        let own = self.namespace_name("pid");
+        let is_inside = |pid: &Pid| *pid != self.init.pid && own.is_some() && pid_namespace(*pid) == own;
+        let found: Vec<_> = numbers(Path::new("/proc")).filter(is_inside).filter_map(Entry::read).collect();
+        if found.is_empty() { Entry::read(self.init.pid).into_iter().collect() } else { found }
     }
 
     /// Makes sure that no process outside can write to the image root any more, after the jail's end: a session can
@@ -231,6 +306,8 @@ impl OpenJail {
     /// be closed, then fails.
     pub(crate) fn seal(state: &StateDirectory, limit: Instant) -> Result<()> {
         let attempted = || "release the image root";
+        let init = Record::read(&state.jail()).attempt(attempted)?.init;
+        let holder = |mount| holder(mount, Pid::from_raw(init.pid));
         let mut is_logged = false;
         loop {
             let output = helper_output(&Arguments::Seal(state.jail())).attempt(attempted)?;
@@ -454,4 +531,29 @@ fn mapped_on(mount: u64) -> Vec<Entry> {
         links.map(|link| link.path()).any(|link| is_writable(&link) && is_on_it(&link))
     };
     numbers(Path::new("/proc")).filter(maps).filter_map(Entry::read).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn killed_jail_is_waited_for_while_its_processes_end_or_can() {
+        let child = |_| std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let mut children: Vec<_> = (0..2).map(child).collect();
+        let entry = |child: &std::process::Child| Entry::read(Pid::from_raw(child.id().cast_signed())).unwrap();
+        let all: Vec<_> = children.iter().map(entry).collect();
+        let ms = Duration::from_millis;
+        let mut ending = Ending::default();
+        assert!(ending.goes_on(&all, true, ms(0)), "the first look");
+        assert!(ending.goes_on(&all, true, ms(1_500)), "a disk may be slow");
+        assert!(ending.goes_on(&all[..1], true, ms(2_000)), "one has ended");
+        assert!(ending.goes_on(&all[..1], false, ms(30_000)), "it waits for a processor");
+        assert!(!ending.goes_on(&all[..1], true, ms(30_000)), "nothing changes any more");
+        assert!(!ending.goes_on(&all, false, ms(60_000)), "the limit is over");
+        for child in &mut children {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+    }
 }

@@ -324,6 +324,14 @@ impl Entry {
         self.state == 'Z' && self.threads <= 1
     }
 
+    /// True if one of its threads waits in the kernel where no signal ends the wait, as for a device.
+    pub(crate) fn is_stuck(&self) -> bool {
+        let threads = || numbers(Path::new(&format!("/proc/{}/task", self.pid)));
+        let stat = |thread| File::open(format!("/proc/{}/task/{thread}/stat", self.pid)).ok();
+        let is_stuck = |thread| stat(thread).and_then(Self::from_stat).is_some_and(|thread| thread.state == 'D');
+        self.state == 'D' || self.threads > 1 && threads().any(is_stuck)
+    }
+
     /// True if it is ending, or is about to: a signal that kills it has arrived.
     pub(crate) fn is_dying(&self) -> bool {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
