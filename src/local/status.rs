@@ -37,6 +37,9 @@ const LIMIT: u64 = 64 << 10;
 /// Field of a report that names an image root that is not open.
 const PREPARED: &str = "image_root";
 
+/// Field of a killed environment's report: the PID of its sshd, if that is still running.
+const LISTENER: &str = "sshd";
+
 /// Target of a status query or a mark.
 enum Target {
     /// A run of `customize` or `enter` on this machine, by its entry in the register.
@@ -389,6 +392,12 @@ fn report_of(parent: &Path) -> Result<Value> {
     if let Some(since) = since {
         report["since"] = since.into();
     }
+    // An ended environment removes it; one of another container has it there.
+    if stage.is_none() && StateDirectory::place(parent).exists() {
+        let listener = Daemon::recorded(&StateDirectory::of(parent)?.sshd());
+        report["state"] = register::KILLED.into();
+        report[LISTENER] = json!(listener.map(|sshd| sshd.pid.as_raw()));
+    }
     // An image root that 'ims-sshd prepare' made and no container of a pod waits for.
     if let Some(root) = root.filter(|_| stage.is_none() && verdict.is_none() && !is_ready) {
         report[PREPARED] = json!(parent.join(root));
@@ -447,6 +456,14 @@ fn in_words(report: &Value) -> String {
             text += "  the source does not exist: it was renamed or removed\n";
         }
         let _ = writeln!(text, "  {}: ims-sshd fail {}", if kept { "drop" } else { "clean up" }, name_of(report));
+    }
+    // Runs on this machine have lines of their own.
+    if report["state"] == register::KILLED && report["kept"].is_null() && report["command"].is_null() {
+        if let Some(pid) = report[LISTENER].as_i64() {
+            let _ = writeln!(text, "  left: sshd (process {pid}), which still listens; to end it: kill {pid}");
+        }
+        let line = words_of(&[report["image_root_parent"].as_str().unwrap_or_default().into()]);
+        let _ = writeln!(text, "  clean up: ims-sshd entrypoint {line}, as a restarted container does");
     }
     for session in report["sessions"].as_array().into_iter().flatten() {
         let column = |name| word(&session[name]).unwrap_or_default();
