@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 
 use nix::sched::CloneFlags;
 
-use crate::error::{Advise, Attempt, Result};
+use crate::error::{Advise, Attempt, Error, Result};
 use crate::jail::record::Record;
 use crate::jail::tier::Tier;
 use crate::sys::mounts::change_root;
@@ -29,9 +29,8 @@ pub fn join(record: &Record) -> Result<Joined> {
     let hide = || nix::sys::prctl::set_dumpable(false).attempt(|| "hide this process from the jail (PR_SET_DUMPABLE)");
     // Until exec, the child has this program's memory and descriptors, which nobody inside may read (CVE-2024-21626).
     hide()?;
-    let gone = "it has just ended; if the build environment is not closing, log in again in a moment";
     let attempted = || format!("reach the jail's init (process {})", record.init.pid);
-    let init = Handle::open(record.init).attempt(attempted).advise(gone)?;
+    let init = Handle::open(record.init).map_err(|e| Error::new(attempted()).because(e).advise(gone(record)))?;
     // The supervisor's duplicates of the namespace descriptors, and not /proc/PID/ns of the init: the init is not
     // dumpable, so reading that would need CAP_SYS_PTRACE.
     let numbers = [&record.descriptors[..], &[record.helper]].concat();
@@ -49,6 +48,16 @@ pub fn join(record: &Record) -> Result<Joined> {
     // PR_SET_DUMPABLE).
     hide()?;
     Ok(Joined { init, helper })
+}
+
+/// Advice for a jail whose init has ended.
+fn gone(record: &Record) -> &'static str {
+    match Handle::open(record.keeper) {
+        Err(e) if e.raw_os_error() == Some(libc::ESRCH) => {
+            "the build environment was killed: run 'ims-sshd status' there"
+        }
+        _ => "it has just ended; if the build environment is not closing, log in again in a moment",
+    }
 }
 
 /// Duplicates these descriptors of the keeper.
