@@ -109,10 +109,10 @@ impl Daemon {
         std::fs::write(path, identity.to_string()).attempt(|| format!("write {}", path.display()))
     }
 
-    /// The listener recorded in the file `path`, if it still runs.
+    /// The listener recorded in the file `path`, if it still runs. A zombie, whose parent does not reap, does not.
     pub fn recorded(path: &Path) -> Option<Entry> {
         let recorded = Identity::parse(&std::fs::read_to_string(path).ok()?)?;
-        Entry::read(Pid::from_raw(recorded.pid)).filter(|e| e.identity() == recorded)
+        Entry::read(Pid::from_raw(recorded.pid)).filter(|e| e.identity() == recorded && !e.has_ended())
     }
 
     /// Every sshd process that has this log open, listener or connection. Until this environment starts sshd, they
@@ -279,6 +279,25 @@ mod tests {
                      0: 0100007F:0016 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4711 1 x\n   \
                      1: 0100007F:0016 0100007F:C350 01 00000000:00000000 00:00000000 00000000     0        0 4712 1 x\n";
         assert_eq!(listening_inodes(table).collect::<Vec<_>>(), ["4711"]);
+    }
+
+    #[test]
+    fn recorded_listener_that_nobody_reaps_does_not_run() {
+        let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        let pid = Pid::from_raw(child.id().cast_signed());
+        let dir = tempfile::tempdir().unwrap();
+        let record = dir.path().join("sshd");
+        let daemon = Daemon { pid, start: Entry::read(pid).unwrap().start };
+        daemon.record(&record).unwrap();
+        assert_eq!(Daemon::recorded(&record).unwrap().pid, pid);
+        drop(child.stdin.take());
+        nix::sys::wait::waitid(
+            nix::sys::wait::Id::Pid(pid),
+            nix::sys::wait::WaitPidFlag::WEXITED | nix::sys::wait::WaitPidFlag::WNOWAIT,
+        )
+        .unwrap();
+        assert!(Daemon::recorded(&record).is_none());
+        child.wait().unwrap();
     }
 
     #[test]
