@@ -160,13 +160,14 @@ pub(crate) fn own(path: &Path) -> Result<PathBuf> {
     let refuse = |why: String| Err::<PathBuf, _>(Error::new(attempted()).because(why).advise(advice));
     // Called before the directory is created, and again with the result.
     let check = |there: &Path| {
+        let check = |place: &Path| refuse_changeable(place, there != path).attempt(attempted).advise(advice);
+        check(there)?;
         let real = std::fs::canonicalize(there).attempt(attempted)?;
-        for place in [there, &real] {
-            refuse_changeable(place, there != path).attempt(attempted).advise(advice)?;
-        }
+        check(&real)?;
         Ok(real)
     };
-    if let Some(there) = path.ancestors().find(|place| place.exists()) {
+    // A link counts, wherever it leads.
+    if let Some(there) = path.ancestors().find(|place| std::fs::symlink_metadata(place).is_ok()) {
         check(there)?;
     }
     let mut make = std::fs::DirBuilder::new();
@@ -197,6 +198,11 @@ mod tests {
             assert!(error.contains("belongs to user 1234"), "{error}");
             assert_eq!(std::fs::read_dir(&theirs).unwrap().count(), 0, "{work}");
         }
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(dir.path().join("missing"), &link).unwrap();
+        std::os::unix::fs::lchown(&link, Some(1234), Some(1234)).unwrap();
+        let error = own(&link.join("ims-sshd")).unwrap_err().to_string();
+        assert!(error.contains("link belongs to user 1234"), "{error}");
         let open = dir.path().join("open");
         std::fs::create_dir(&open).unwrap();
         std::fs::set_permissions(&open, PermissionsExt::from_mode(0o777)).unwrap();
