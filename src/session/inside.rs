@@ -306,18 +306,27 @@ fn run_first<'a>(programs: &[(&'a Program, Exec)], image_root: &Tree) -> (&'a Pa
 
 /// Prints why nothing could be started, and returns the exit code that shells use for it.
 fn report(program: &Path, error: Errno, interpreter: Option<&str>) -> u8 {
+    let program = program.to_string_lossy();
+    let advice = advice(error, interpreter);
+    eprintln!("ims-jail-shell: cannot start {} in this image: {}; {advice}", Printable(program), error.desc());
+    if error == Errno::ENOENT { 127 } else { 126 }
+}
+
+fn advice(error: Errno, interpreter: Option<&str>) -> String {
     let missing = error == Errno::ENOENT;
-    let advice = match interpreter {
+    match interpreter {
         Some(line) if missing && line.ends_with('\r') => {
             "its first line has Windows line ends, which 'dos2unix' converts".to_owned()
         }
         Some(line) if missing => format!("its first line names {}, which the image lacks", Printable(line)),
         _ if missing => "the program or its loader does not exist".to_owned(),
+        // binfmt_script and a chain of links end in it.
+        Some(line) if error == Errno::ELOOP => {
+            format!("its first line names {}, which leads to itself", Printable(line))
+        }
+        _ if error == Errno::ELOOP => "it, or its interpreter, is a link that leads to itself".to_owned(),
         _ => "is it built for this architecture and executable?".to_owned(),
-    };
-    let program = program.to_string_lossy();
-    eprintln!("ims-jail-shell: cannot start {} in this image: {}; {advice}", Printable(program), error.desc());
-    if missing { 127 } else { 126 }
+    }
 }
 
 /// The interpreter in a script's first line, with a trailing carriage return if the line ends with one.
@@ -403,6 +412,13 @@ mod tests {
                 (p.path.display().to_string(), arguments)
             })
             .collect()
+    }
+
+    #[test]
+    fn advice_names_an_interpreter_that_leads_to_itself() {
+        assert_eq!(advice(Errno::ELOOP, Some("/bin/x")), "its first line names /bin/x, which leads to itself");
+        assert!(advice(Errno::ELOOP, None).contains("leads to itself"));
+        assert!(advice(Errno::ENOEXEC, None).contains("architecture"));
     }
 
     #[test]
