@@ -356,14 +356,14 @@ pub(super) struct Named {
     pub(super) name: Option<PathBuf>,
 }
 
-/// Makes options of `customize` and `enter` that describe the new image require an output.
+/// Makes options of `customize` and `enter` that describe the new image require an output. Its name is the run's, too.
 fn only_to_publish(option: clap::Arg) -> clap::Arg {
     const OPTIONS: [&str; 7] = ["from_scratch", "kernel", "initrd", "kernel_parameters", "exclude", "changes", "json"];
     match option.get_id().as_str() {
         "compression" => {
             with_default(option, "gzip", "the source's, if it is a squashfs, else gzip").requires("output")
         }
-        "name" => with_default(option, "image", "the source's name").requires("output"),
+        "name" => with_default(option, "image", "the source's name"),
         name if OPTIONS.contains(&name) => option.requires("output"),
         _ => option,
     }
