@@ -1,5 +1,5 @@
-//! The crates that may be linked: deny.toml, checked with cargo alone, since cargo-deny takes longer to build than the
-//! programs.
+//! The crates that may be linked: .cargo/deny.toml, checked with cargo alone, since cargo-deny takes longer to build than
+//! the programs.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -11,7 +11,7 @@ const TOP: &str = env!("CARGO_MANIFEST_DIR");
 
 /// Texts of the list `name` in deny.toml.
 fn list(name: &str) -> BTreeSet<String> {
-    let text = std::fs::read_to_string(Path::new(TOP).join("deny.toml")).unwrap();
+    let text = std::fs::read_to_string(Path::new(TOP).join(".cargo/deny.toml")).unwrap();
     let list = text.split_once(&format!("\n{name} = [")).unwrap().1.split_once(']').unwrap().0;
     let lines = list.lines().filter(|line| !line.trim_start().starts_with('#'));
     lines.flat_map(|line| line.split('"').skip(1).step_by(2)).map(str::to_owned).collect()
