@@ -327,7 +327,7 @@ fn pack_place(
 ) -> Result<String> {
     let place = Place::of(settings, named, archive)?;
     place.archive().check_place("the archive")?;
-    packed::refuse_source(place.files.parent(), &place.archive(), settings)?;
+    packed::refuse_source(place.files.parent(), &place.archive(), settings, "name another file by --archive")?;
     packed::refuse_to_replace(place.files.parent(), &place.archive(), &place.image_root)?;
     let shown = place.image_root.shown();
     let refused = |why| Error::new(format!("pack {}", shown.display())).because(why);

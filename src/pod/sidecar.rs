@@ -415,7 +415,8 @@ impl<'a> Sidecar<'a> {
             self.ims.check()?;
         }
         let archive = Archive { directory: self.files.parent(), name: &self.settings.archive() };
-        packed::refuse_source(self.files.parent(), &archive, self.settings)?;
+        let advice = "name the image otherwise (--name, IMAGE_ROOT_ARCHIVE_NAME)";
+        packed::refuse_source(self.files.parent(), &archive, self.settings, advice)?;
         let Settings { boot, store, network, job, .. } = self.settings;
         if store.url.is_none() {
             tracing::warn!(

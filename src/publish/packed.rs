@@ -157,8 +157,8 @@ pub(crate) fn refuse_to_replace(directory: &Tree, archive: &Archive, image_root:
     refused("the file exists, and was not packed from this image root")
 }
 
-/// Refuses an `archive` that would replace the file that the image root was made from.
-pub(crate) fn refuse_source(directory: &Tree, archive: &Archive, settings: &Settings) -> Result<()> {
+/// Refuses an `archive` that would replace the file that the image root was made from, with `advice` on another one.
+pub(crate) fn refuse_source(directory: &Tree, archive: &Archive, settings: &Settings, advice: &str) -> Result<()> {
     let Some(source) = identity::Record::on(directory, settings)?.read() else { return Ok(()) };
     let source = if source.is_fetched() { directory.shown().join(ARCHIVE) } else { source.source().into() };
     let attempted = || format!("pack into {}", archive.shown());
@@ -170,7 +170,6 @@ pub(crate) fn refuse_source(directory: &Tree, archive: &Archive, settings: &Sett
     if !found.as_ref().is_some_and(is_same) {
         return Ok(());
     }
-    let advice = "name the image otherwise (--name, IMAGE_ROOT_ARCHIVE_NAME)";
     Err(Error::new(attempted()).because("the image root was made from this file").advise(advice))
 }
 

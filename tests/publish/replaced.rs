@@ -33,7 +33,10 @@ fn package_replaces_only_what_it_has_packed_of_the_same_image_root() {
     std::os::unix::fs::symlink("my.txt", dir.join("link.sqsh")).unwrap();
     let content = std::fs::read(&source).unwrap();
     done(dir, &["prepare", ".", "image.sqsh"]);
-    refused(dir, &["package", "."], "the image root was made from this file; name the image otherwise");
+    for archive in [&[][..], &["--archive", "image.sqsh"]] {
+        let package = [&["package"][..], archive, &["."]].concat();
+        refused(dir, &package, "the image root was made from this file; name another file by --archive");
+    }
     refused(
         dir,
         &["package", "--archive", "my.txt", "."],
