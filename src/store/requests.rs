@@ -8,8 +8,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -30,7 +29,7 @@ const LONGEST: usize = 4 << 20;
 /// Size of the pieces in which content is sent, in bytes; each one sent is progress.
 const PIECE: usize = 64 << 10;
 
-/// Limits of requests to a store that did not answer within the usual limits.
+/// Longest time for all further requests to a store that did not answer within the usual limits.
 const SILENT: Duration = Duration::from_secs(5);
 
 /// Beginning of an error about an answer, as opposed to a missing one.
@@ -47,10 +46,16 @@ pub(crate) struct Requests {
 /// Outage of a store, shared by all of its clients.
 #[derive(Debug, Default)]
 pub(crate) struct Outage {
-    /// Set while the store does not answer: a rollback then uses shorter limits.
-    is_silent: AtomicBool,
+    /// When the store was given up, until it answers: a rollback then has little time.
+    silent_since: Mutex<Option<Instant>>,
     /// When it is logged.
     log: transfer::Outage,
+}
+
+impl Outage {
+    fn silent_since(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.silent_since.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Time of a request's last progress.
@@ -63,11 +68,11 @@ impl Moved {
     }
 
     fn again(&self) {
-        *self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Instant::now();
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
 
     fn last(&self) -> Instant {
-        *self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -88,23 +93,27 @@ impl Requests {
     /// Sends a request with its own body, or with `content` as that.
     pub(crate) async fn send(&self, request: HttpRequest, content: Option<&Slice>) -> Result<HttpResponse, HttpError> {
         let Network { mut stall_limit, mut retry_limit, mut is_shortened, .. } = self.network;
-        if self.outage.is_silent.load(Ordering::Relaxed) {
-            is_shortened |= retry_limit > SILENT;
-            (stall_limit, retry_limit) = (stall_limit.min(SILENT), retry_limit.min(SILENT));
+        let (mut shortest, mut until) = (SHORTEST, None);
+        if let Some(since) = *self.outage.silent_since() {
+            // The retry limit is over: a rollback must not double it.
+            let short = SILENT.min(retry_limit / 4);
+            (stall_limit, retry_limit, is_shortened) = (stall_limit.min(SILENT), short, true);
+            (shortest, until) = (short.max(SHORTEST), Some(since + short));
         }
         let asked = format!("{} {}", request.method(), without_query(&request.uri().to_string()));
-        let (mut pause, mut until) = (PAUSE.0, None);
+        let (mut pause, mut is_first) = (PAUSE.0, true);
         let began = Instant::now();
         loop {
             let (moved, sent) = (Moved::now(), Moved::now());
-            let left = until.map(|until: Instant| until.saturating_duration_since(Instant::now()).max(SHORTEST));
+            let left = until.map(|until: Instant| until.saturating_duration_since(Instant::now()).max(shortest));
             let stall_limit = stall_limit.min(left.unwrap_or(stall_limit));
             let answer_limit = left.unwrap_or_else(|| retry_limit.max(stall_limit));
             let tried = self.try_once((request.clone(), content), (&moved, &sent), stall_limit, answer_limit).await;
-            let is_first = until.is_none();
             // The retry clock starts when the first attempt has sent its last piece.
             let until = *until.get_or_insert_with(|| sent.last() + retry_limit);
-            let is_over = Instant::now() + pause >= until;
+            // The last attempt comes at the end of the limit.
+            let left = until.saturating_duration_since(Instant::now());
+            let is_over = left.is_zero();
             let why = match tried {
                 Ok((answer, false)) => {
                     self.outage.log.end();
@@ -114,7 +123,7 @@ impl Requests {
                 Ok((answer, true)) => format!("the server answers {}", answer.status()),
                 Err(Failure::Final(why)) => return Err(error(why)),
                 Err(Failure::Transient(why)) if is_over => {
-                    self.outage.is_silent.store(true, Ordering::Relaxed);
+                    self.outage.silent_since().get_or_insert_with(Instant::now);
                     let tried = if is_first {
                         String::new()
                     } else {
@@ -125,18 +134,19 @@ impl Requests {
                 Err(Failure::Transient(why)) => why,
             };
             if self.outage.log.is_due(Instant::now()) {
-                let left = shown(until.saturating_duration_since(Instant::now()), is_shortened);
+                let left = shown(left, is_shortened);
                 tracing::warn!("no good answer to {asked} yet: {why}; trying again for {left}");
             } else {
                 tracing::debug!("no good answer to {asked} yet: {why}; trying again");
             }
-            tokio::time::sleep(pause).await;
+            is_first = false;
+            tokio::time::sleep(pause.min(left)).await;
             pause = (pause * 2).min(PAUSE.1);
         }
     }
 
     fn heard(&self, answer: HttpResponse) -> HttpResponse {
-        self.outage.is_silent.store(false, Ordering::Relaxed);
+        *self.outage.silent_since() = None;
         answer
     }
 

@@ -602,17 +602,19 @@ pub(crate) async fn retry<T>(
             Err(Fault::Final(error)) => return Err(error),
             Err(Fault::Transient(cause)) => cause,
         };
-        if began.elapsed() + pause > limit {
+        // The last attempt comes at the end of the limit.
+        let left = limit.saturating_sub(began.elapsed());
+        if left.is_zero() {
             let tried = format!("tried for {} s (IMS_RETRY_LIMIT)", began.elapsed().as_secs_f64().round());
             return Err(Error::new(attempted).because(cause).advise(tried));
         }
         if outage.is_due(Instant::now()) {
-            let left = limit.saturating_sub(began.elapsed()).as_secs_f64().round();
+            let left = left.as_secs_f64().round();
             tracing::warn!("cannot {attempted} yet: {cause}; trying again for {left} s (IMS_RETRY_LIMIT)");
         } else {
             tracing::debug!("cannot {attempted} yet: {cause}; trying again");
         }
-        tokio::time::sleep(pause).await;
+        tokio::time::sleep(pause.min(left)).await;
         pause = (pause * 2).min(PAUSE.1);
     }
 }

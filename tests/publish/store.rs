@@ -170,3 +170,34 @@ fn store_without_an_endpoint_is_refused_with_the_variables_to_set() {
     let said = text(&output.stderr);
     assert!(["S3_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_REGION"].iter().all(|name| said.contains(name)), "{said}");
 }
+
+#[test]
+fn store_that_nothing_listens_for_is_tried_for_the_retry_limit_as_a_whole() {
+    let (dir, _, squashfs) = packed_image();
+    let endpoint = format!("http://127.0.0.1:{}", free_port());
+    let (store, limit) =
+        ([("S3_ENDPOINT", endpoint.clone()), ("S3_ACCESS_KEY", "a".into()), ("S3_SECRET_KEY", "s".into())], 4);
+    let customize = || {
+        let mut command = ims_sshd(&["customize"], &store);
+        command
+            .arg(&squashfs)
+            .args(["--output", "s3://bucket", "--work", "work", "--", "true"])
+            .current_dir(dir.path());
+        command
+    };
+    let prepare = || {
+        let mut command = ims_sshd(&["prepare"], &[]);
+        command.args(["w", &format!("{endpoint}/image")]).current_dir(dir.path());
+        command
+    };
+    let (_upload_dir, mut upload) = upload(&endpoint, &[]);
+    for command in [&mut customize(), &mut prepare(), &mut upload] {
+        command.env("IMS_RETRY_LIMIT", limit.to_string()).stderr(Stdio::piped());
+        let began = Instant::now();
+        let output = ended(command.spawn().unwrap());
+        let (said, took) = (text(&output.stderr), began.elapsed());
+        assert!(!output.status.success() && said.contains("; trying again for 4 s"), "{said}");
+        let tried = seconds_tried(&said);
+        assert!(tried >= limit && took < Duration::from_secs(2 * limit - 1), "{took:?}: {said}");
+    }
+}
