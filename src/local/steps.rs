@@ -29,12 +29,9 @@ use crate::publish::source::Source;
 use crate::sys::named;
 use crate::sys::tree::Tree;
 use crate::transfer::{Work, interruptible};
-use crate::verdict::Verdict;
 use crate::volume::holds;
 use crate::volume::image_root;
-use crate::volume::layout::{
-    BOOT_NAMES, CREATED_IMAGE_ROOT, EXITING, IMAGE_ROOT, INVENTORY, POD_ERROR, READY, REMOTE_PORT, SSHD_LISTENING,
-};
+use crate::volume::layout::{BOOT_NAMES, CREATED_IMAGE_ROOT, IMAGE_ROOT, INVENTORY, POD_ERROR};
 use crate::volume::open_tree;
 use crate::volume::signal_files::{SignalFiles, Step};
 
@@ -132,10 +129,10 @@ pub fn prepare(settings: &Settings, source: &Source, open: Open, is_fresh: bool)
     }
     let result = ims.set_status(Status::FetchingImage).and_then(|_| {
         unmade.map_or(Ok(()), Err)?;
-        clear_signals(settings, is_fresh || image_root.exists())?;
         anew::clear(&work, &open_tree(&settings.job.parent)?)?;
         if let (Some(node), Some(Action::Customize) | None) = (&settings.job.node, settings.job.action) {
             prepare::fetch(&work, settings, source)?;
+            prepare::clear_marks(parent, is_fresh || image_root.exists())?;
             // The container that has the image packed is not told them.
             let names = serde_json::to_vec(&settings.boot).attempt(|| "record the names of the boot files")?;
             let volume = open_tree(&settings.job.parent)?;
@@ -216,21 +213,6 @@ fn make_parent(parent: &Path) -> Result<SignalFiles> {
 
 fn removed(parent: &Path) -> Error {
     Error::new(format!("open {}", parent.display())).because("it has been removed").advise("run it again")
-}
-
-/// Removes signal files, which are left from an earlier job or an earlier pod. Keeps the journal if the image root
-/// stays: the sidecar continues with what this job published in part.
-fn clear_signals(settings: &Settings, is_prepared: bool) -> Result<()> {
-    let parent = &settings.job.parent;
-    let files = SignalFiles::open(parent)?.ok_or_else(|| removed(parent))?;
-    for name in [READY, SSHD_LISTENING, EXITING, POD_ERROR, REMOTE_PORT]
-        .into_iter()
-        .chain(Verdict::ALL.map(Verdict::signal_file))
-    {
-        files.retract(name)?;
-    }
-    // Without an image root, what was published in part or packed elsewhere belongs to another one.
-    if is_prepared { Ok(()) } else { prepare::clear_published(&files) }
 }
 
 /// An image root, with the place of its archive and of the records about it.

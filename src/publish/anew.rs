@@ -13,12 +13,12 @@ use crate::publish::packed;
 use crate::publish::prepare::{self, Open};
 use crate::publish::settings::Settings;
 use crate::publish::source::Source;
+use crate::sys::file_kind::FileKind;
 use crate::sys::mounts;
 use crate::sys::tree::Tree;
 use crate::transfer::Work;
 use crate::volume::layout::{ARCHIVE, DROPPED, FRESH, INVENTORY, KEPT_SOURCE, OVERLAY, PACKED, SOURCE, UNPACKED};
 use crate::volume::mounts_below::mounts_below;
-use crate::volume::signal_files::SignalFiles;
 use crate::volume::{holds, open_tree};
 
 /// Makes the image root from `source` beside the one that exists, then drops that one with all changes and what was
@@ -175,7 +175,12 @@ impl Old {
         let mut aside = Moved { volume, to: volume.make_private(DROPPED).attempt(attempted)?, names: Vec::new() };
         let record = Record::on(volume, settings)?;
         let put_in_place = |aside: &mut Moved| {
-            for path in self.paths.iter().map(PathBuf::as_path).chain([Path::new(SOURCE)]) {
+            let is_mark = |name: &&str| {
+                let found = volume.look(name).ok().flatten();
+                found.is_some_and(|found| FileKind::of(&found) != FileKind::Directory)
+            };
+            let marks: Vec<&Path> = prepare::marks().filter(is_mark).map(Path::new).collect();
+            for path in self.paths.iter().map(PathBuf::as_path).chain([Path::new(SOURCE)]).chain(marks) {
                 aside.put(path).attempt(|| format!("put {} aside", parent.join(path).display()))?;
             }
             let move_in = |path: &str| {
@@ -212,8 +217,7 @@ impl Old {
             }
             return put;
         }
-        let files = SignalFiles::open(parent)?;
-        files.map_or(Ok(()), |files| prepare::clear_published(&files))?;
+        prepare::clear_marks(parent, false)?;
         let shown = match source {
             Source::Here(path) => path.display().to_string(),
             _ => identity.source().to_owned(),

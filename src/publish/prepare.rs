@@ -23,8 +23,11 @@ use crate::sys::file_kind::FileKind;
 use crate::sys::tree::Tree;
 use crate::transfer::Work;
 use crate::transfer::confinement;
+use crate::verdict::Verdict;
 use crate::volume::image_root;
-use crate::volume::layout::{ARCHIVE, FETCHING, INVENTORY, OVERLAY, TRANSFER, UNPACKING};
+use crate::volume::layout::{
+    ARCHIVE, EXITING, FETCHING, INVENTORY, OVERLAY, POD_ERROR, READY, REMOTE_PORT, SSHD_LISTENING, TRANSFER, UNPACKING,
+};
 use crate::volume::open_tree;
 use crate::volume::signal_files::SignalFiles;
 
@@ -40,6 +43,22 @@ pub enum Open {
 /// Removes the journal of what was published in part, and an image packed elsewhere: a new image root has neither.
 pub(crate) fn clear_published(files: &SignalFiles) -> Result<()> {
     journal::clear(files).and_then(|()| files.retract(TRANSFER))
+}
+
+/// Signal files and marks that an earlier job or an earlier pod has left.
+pub(crate) fn marks() -> impl Iterator<Item = &'static str> {
+    let verdicts = Verdict::ALL.map(Verdict::signal_file);
+    [READY, SSHD_LISTENING, EXITING, POD_ERROR, REMOTE_PORT].into_iter().chain(verdicts)
+}
+
+/// Removes them, for an image root that is there or about to get its name: a refused command leaves those of the old
+/// one, which may be complete. Keeps the journal if the image root `stays`: the sidecar continues with what this job
+/// published in part.
+pub(crate) fn clear_marks(parent: &Path, stays: bool) -> Result<()> {
+    let Some(files) = SignalFiles::open(parent)? else { return Ok(()) };
+    marks().try_for_each(|name| files.retract(name))?;
+    // Without an image root, what was published in part or packed elsewhere belongs to another one.
+    if stays { Ok(()) } else { clear_published(&files) }
 }
 
 /// Makes the image root from `source`, in the best way unless `open` says how. Removes everything if that fails. An
@@ -68,6 +87,9 @@ pub(crate) fn make(
     }
     let parent = &settings.job.parent;
     let volume = open_tree(parent)?;
+    let stays = image_root.exists();
+    // Only `prepare` says how to open the source, and has other containers that wait for signal files.
+    let clear_marks = || if open.is_some() { clear_marks(parent, stays) } else { Ok(()) };
     refuse_links(parent, image_root)?;
     await_unpackers(&volume.shown().join(UNPACKING));
     remove(&volume, UNPACKING)?;
@@ -81,6 +103,7 @@ pub(crate) fn make(
             return Err(Error::new(format!("unpack to {}", image_root.display())).because(why).advise(advice));
         }
         if Overlay::is_mounted(&parent.join(OVERLAY), image_root) {
+            clear_marks()?;
             tracing::info!(
                 "{} is mounted already, made of {}: going on with it and with what was changed",
                 image_root.display(),
@@ -91,6 +114,7 @@ pub(crate) fn make(
     }
     // Unpacked by an earlier run of `prepare` or, if it could not be published, of `customize`.
     if let Some(known) = known.as_ref().filter(|_| !has_overlay && open != Some(Open::Overlay)) {
+        clear_marks()?;
         tracing::info!(
             "{} is there already, made of {}: going on with it and with what was changed; --fresh drops it and begins \
              anew",
@@ -132,17 +156,8 @@ pub(crate) fn make(
         match open.map_or_else(|| best(&archive), Ok)? {
             Open::Overlay => {
                 unpacked = false;
-                let directory = parent.join(OVERLAY);
-                // Changes of an earlier run are kept even if the overlay cannot be mounted now.
-                let is_new = !directory.exists();
-                let mounted = Overlay::mount(&archive, &directory, image_root)
-                    .and_then(|overlay| check(&archive, &open_tree(image_root)?).map(|()| overlay));
-                let mounted = mounted.inspect_err(|_| {
-                    if is_new {
-                        let _ = remove(&volume, OVERLAY).map(|()| std::fs::remove_dir(image_root));
-                    }
-                });
-                Ok((Some(mounted?), Some(archive)))
+                let mounted = mount(&archive, &volume, parent, image_root, clear_marks)?;
+                Ok((Some(mounted), Some(archive)))
             }
             Open::Unpack => {
                 let tree = unpack(work, &archive, &volume, UNPACKING)?;
@@ -151,6 +166,7 @@ pub(crate) fn make(
                 // Last, and before anybody else can reach the tree.
                 let is_fetched = !matches!(source, Source::Here(_));
                 basis::keep(work, settings, is_fetched, &archive, &volume, &tree)?;
+                clear_marks()?;
                 give_name(&tree, parent, image_root)?;
                 Ok((None, Some(archive)))
             }
@@ -170,6 +186,27 @@ pub(crate) fn make(
         let _ = record.remove();
     }
     result
+}
+
+/// Mounts an archive below an overlay; `ready` is called once that shows an image.
+fn mount(
+    archive: &Opened,
+    volume: &Tree,
+    parent: &Path,
+    image_root: &Path,
+    ready: impl Fn() -> Result<()>,
+) -> Result<Overlay> {
+    let directory = parent.join(OVERLAY);
+    // Changes of an earlier run are kept even if the overlay cannot be mounted now.
+    let is_new = !directory.exists();
+    let mounted = Overlay::mount(archive, &directory, image_root)
+        .and_then(|overlay| check(archive, &open_tree(image_root)?).map(|()| overlay))
+        .and_then(|overlay| ready().map(|()| overlay));
+    mounted.inspect_err(|_| {
+        if is_new {
+            let _ = remove(volume, OVERLAY).map(|()| std::fs::remove_dir(image_root));
+        }
+    })
 }
 
 /// Programs that unpack, by their short names.

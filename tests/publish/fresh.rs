@@ -231,3 +231,46 @@ fn killed_run_loses_nothing_and_the_next_one_cleans_up() {
     let wanted = [".ims-sshd.inventory", ".ims-sshd.source", ".ims-sshd.unpacked", "image-root"];
     assert_eq!(names(&parent), wanted);
 }
+
+#[test]
+fn marks_are_removed_only_when_an_image_root_takes_its_place() {
+    const MARKS: [&str; 4] = ["complete", "exiting", "ready", "sshd_listening"];
+    let (dir, _, squashfs) = packed_image();
+    let squashfs = squashfs.to_str().unwrap();
+    let content = std::fs::read(squashfs).unwrap();
+    for (name, bytes) in [("cut.sqsh", &content[..content.len() / 2]), ("junk", b"<html>404</html>")] {
+        std::fs::write(dir.path().join(name), bytes).unwrap();
+    }
+    let marks = |parent: &Path| MARKS.iter().filter(|name| parent.join(name).exists()).count();
+    let mark = |parent: &Path| MARKS.iter().for_each(|name| std::fs::write(parent.join(name), "").unwrap());
+    let run = |options: &[&str], source: &str| {
+        let mut prepare = Command::new("unshare");
+        prepare.args(["-m", &*IMS_SSHD, "prepare"]).args(options).args(["w", source]).current_dir(dir.path());
+        prepare.output().unwrap()
+    };
+    let parent = dir.path().join("w");
+    std::fs::create_dir(&parent).unwrap();
+    for ways in [&[][..], &["--open", "overlay"]] {
+        for there in ["no image root", "an image root"] {
+            mark(&parent);
+            let before = state(&parent);
+            for options in [&[][..], &["--fresh"]] {
+                for source in ["missing", "junk", "cut.sqsh"] {
+                    let refused = run(&[options, ways].concat(), source);
+                    assert!(!refused.status.success(), "{refused:?}");
+                    assert_eq!(state(&parent), before, "{options:?} {ways:?} {source}, {there}");
+                }
+            }
+            let status = succeed(ims_sshd(&["status", "w"], &[]).current_dir(dir.path()));
+            assert!(!status.contains("remove:"), "{status}");
+            // The second time it goes on with what is there.
+            for options in [&[][..], &[], &["--fresh"]] {
+                mark(&parent);
+                let prepared = run(&[options, ways].concat(), squashfs);
+                assert!(prepared.status.success(), "{prepared:?}");
+                assert_eq!(marks(&parent), 0, "{options:?} {ways:?}, {there}");
+            }
+        }
+        succeed(Command::new("sh").args(["-c", "rm -r w/* w/.ims*"]).current_dir(dir.path()));
+    }
+}
