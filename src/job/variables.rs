@@ -250,8 +250,8 @@ pub const VARIABLES: &[Variable] = &[
     },
     Variable {
         name: "IMAGE_KEEP_SOURCE",
-        format: "`true` or `false`, in any case: whether `prepare` keeps a fetched squashfs for the packer `ims-sshd`",
-        default: "`true` if three times its size is free",
+        format: "`true` or `false`, in any case: whether `prepare` keeps a fetched squashfs for the packer `ims-sshd`; with `true` it also keeps a copy of one of this machine",
+        default: "for a fetched one `true` if three times its size is free",
         readers: &[Publishing],
     },
     Variable {

@@ -1,6 +1,7 @@
 //! The squashfs that an image root was made from, for the packer to take unchanged files over from it.
 
 use std::fs::File;
+use std::io::{Read, Seek};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -18,7 +19,7 @@ use crate::publish::identity::{Record, is_own};
 use crate::publish::settings::Settings;
 use crate::sys::tree::Tree;
 use crate::transfer::Work;
-use crate::volume::layout::{ARCHIVE, KEPT_SOURCE, OVERLAY, UNPACKED};
+use crate::volume::layout::{ARCHIVE, FETCHING, KEPT_SOURCE, OVERLAY, UNPACKED};
 
 /// Label under which the inventory of an unpacked image root is authenticated.
 const KIND: &str = "unpacked";
@@ -87,7 +88,8 @@ fn unpacked(settings: &Settings, directory: &Tree, image_root: &Tree) -> Result<
     // The sidecar sees files that those who can write to the volume do not see.
     if inventory.source().is_some() && seal.is_none() && !is_own(directory, settings, 0o022)? {
         return Err(Error::new(attempted())
-            .because("it names a squashfs outside the volume, and other programs could have written it"));
+            .because("it names a squashfs outside the volume, and other programs could have written it")
+            .advise("IMAGE_KEEP_SOURCE=true for 'ims-sshd prepare' keeps a copy of it there"));
     }
     let squashfs = open_source(directory, &inventory)?;
     inventory.source_of(image_root, squashfs).map(Some).map_err(|why| Error::new(attempted()).because(why))
@@ -118,7 +120,7 @@ pub(crate) fn keep(
         return Ok(());
     }
     let Some(squashfs) = archive.file() else { return Ok(()) };
-    let kept = try_to_keep(settings, is_fetched, (squashfs, &archive.shown), directory, root);
+    let kept = try_to_keep(work, settings, is_fetched, (squashfs, &archive.shown), directory, root);
     if let Err(why) = work.unless_interrupted(kept) {
         forget(directory);
         if why.is_interruption() {
@@ -130,6 +132,7 @@ pub(crate) fn keep(
 }
 
 fn try_to_keep(
+    work: &Work,
     settings: &Settings,
     is_fetched: bool,
     (squashfs, shown): (&File, &Path),
@@ -137,6 +140,10 @@ fn try_to_keep(
     root: &Tree,
 ) -> Result<()> {
     let attempted = || "keep its source".to_owned();
+    // A sidecar without a secret opens only what is on the volume: other containers could have named anything else.
+    let is_copied = !is_fetched && settings.keep_source == Some(true);
+    let copied = is_copied.then(|| copy(work, squashfs, directory, KEPT_SOURCE)).transpose()?;
+    let squashfs = copied.as_ref().unwrap_or(squashfs);
     let found = squashfs.metadata().attempt(attempted)?;
     if found.nlink() == 0 {
         return Err(Error::new(attempted()).because("other users can write to its directory"));
@@ -153,10 +160,28 @@ fn try_to_keep(
         directory.rename(ARCHIVE, KEPT_SOURCE).attempt(attempted)?;
         None
     } else {
-        Some(shown.to_owned())
+        (!is_copied).then(|| shown.to_owned())
     };
     let inventory = Inventory::of(root, squashfs, source).map_err(|why| Error::new(attempted()).because(why))?;
     save(directory, seal_of(settings, directory)?.as_ref(), &inventory)
+}
+
+/// Copies a file of this machine to the volume, as `name`.
+pub(crate) fn copy(work: &Work, mut from: &File, volume: &Tree, name: &str) -> Result<File> {
+    let attempted = || format!("copy the image to {}", volume.shown().join(name).display());
+    let mut to = volume.create_file(FETCHING).attempt(attempted)?;
+    let mut fill = || {
+        // It was read to see what it is.
+        from.rewind().attempt(attempted)?;
+        loop {
+            work.heed()?;
+            if std::io::copy(&mut from.take(64 << 20), &mut to).attempt(attempted)? == 0 {
+                return volume.rename(FETCHING, name).attempt(attempted);
+            }
+        }
+    };
+    fill().inspect_err(|_| drop(volume.remove(FETCHING)))?;
+    Ok(to)
 }
 
 /// Removes a source that is kept, and its inventory.

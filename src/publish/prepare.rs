@@ -1,7 +1,6 @@
 //! `ims-sshd prepare`: makes an image root from a source image; leaves nothing behind if that fails.
 
 use std::fs::File;
-use std::io::{Read, Seek};
 use std::path::Path;
 
 use rustix::io::Errno;
@@ -230,7 +229,7 @@ pub(crate) fn fetch(work: &Work, settings: &Settings, source: &Source) -> Result
     if volume.look(ARCHIVE).attempt(attempted)?.is_some_and(is_there) {
         return Ok(());
     }
-    copy(work, image, &volume).inspect_err(|_| drop(volume.remove(FETCHING)))
+    basis::copy(work, &image, &volume, ARCHIVE).map(drop)
 }
 
 /// The squashfs that a remote job begins with: `source` itself, if it is one on this machine, else a file in the image
@@ -281,20 +280,6 @@ fn squash(work: &Work, settings: &Settings, source: &Opened, volume: &Tree) -> R
     removed?;
     volume.rename(FETCHING, ARCHIVE).attempt(|| format!("rename {FETCHING}"))?;
     Ok(packed.file)
-}
-
-/// Copies a file of this machine to where a fetched one lies.
-fn copy(work: &Work, mut from: File, volume: &Tree) -> Result<()> {
-    let attempted = || format!("copy the image to {}", volume.shown().join(ARCHIVE).display());
-    let mut to = volume.create_file(FETCHING).attempt(attempted)?;
-    // It was read to see what it is.
-    from.rewind().attempt(attempted)?;
-    loop {
-        work.heed()?;
-        if std::io::copy(&mut (&mut from).take(64 << 20), &mut to).attempt(attempted)? == 0 {
-            return volume.rename(FETCHING, ARCHIVE).attempt(attempted);
-        }
-    }
 }
 
 /// Gives an unpacked tree the name of the image root.

@@ -592,3 +592,29 @@ fn sidecar_takes_over_from_a_kept_source_and_removes_it() {
     assert!(!job.volume.parent.join(KEPT).exists());
     job.is_published(&output);
 }
+
+/// Containers of a pod that are run by hand have no secret by which the sidecar could verify the record of a source.
+#[test]
+fn sidecar_without_a_secret_takes_over_only_from_a_copy_on_the_volume() {
+    let nowhere = ["IMS_URL", "OAUTH_CONFIG_DIR", "S3_BUCKET", "S3_ENDPOINT", "S3_ACCESS_KEY", "S3_SECRET_KEY"];
+    for keep in ["", "true"] {
+        let job = Job::laid_out("build/image-root");
+        fs::remove_dir_all(job.volume.parent.join("build")).unwrap();
+        let squashfs = squashfs_of(&tree(job.volume.dir.path()));
+        let before = fs::read(&squashfs).unwrap();
+        let by_hand = [("IMS_ACTION", "create"), ("IMAGE_PACKER", "ims-sshd"), ("IMAGE_KEEP_SOURCE", keep)];
+        let by_hand = by_hand.map(|(name, value)| (name, value.to_owned()));
+        succeed(ims_sshd(&["prepare"], &by_hand).arg(&job.volume.parent).arg(&squashfs));
+        assert_eq!(job.volume.parent.join(KEPT).exists(), keep == "true");
+        let mut further: Vec<_> = nowhere.map(|name| (name, "")).into();
+        further.extend([("IMS_ACTION", "create"), ("IMAGE_PACKER", "ims-sshd"), ("IMAGE_COMPRESSION", "")]);
+        let output = job.sidecar(Mode::Plain, &further).output().unwrap();
+        let said = text(&output.stderr);
+        assert!(output.status.success(), "{said}");
+        assert_eq!(taken(&output) >= 4, keep == "true", "{said}");
+        let remedy = "IMAGE_KEEP_SOURCE=true for 'ims-sshd prepare' keeps a copy of it there";
+        assert_eq!(said.contains(remedy), keep != "true", "{said}");
+        assert!(!job.volume.parent.join(KEPT).exists());
+        assert!(fs::read(&squashfs).unwrap() == before, "the source itself is left alone");
+    }
+}
