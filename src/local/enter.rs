@@ -118,7 +118,15 @@ pub fn run(run: Run, entry: &Entry) -> Result<u8> {
                 tracing::warn!("interrupted by {signal}");
             }
             let marked_to_discard = mark == Some(Verdict::Failed) || mark.is_some() && is_discarded;
-            let fate = if marked_to_discard { Fate::Discard } else { Fate::Keep };
+            // The command of `customize --in-place`; `enter` is like chroot, and its shell may end with any code.
+            let has_failed = stopped.is_some() || has_failed(status, at_terminal, mark.is_some());
+            let fate = if marked_to_discard {
+                Fate::Discard
+            } else if is_discarded || has_failed && entry.answer == Some(Answer::Yes) {
+                Fate::Keep
+            } else {
+                Fate::Publish
+            };
             if verdict == Some(Verdict::Complete) && !is_discarded {
                 tracing::info!("the changes are in {}, which was changed in place", question.source);
             }

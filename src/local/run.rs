@@ -94,9 +94,9 @@ pub struct Reports {
 /// Fate of the changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fate {
-    /// They are packed and published, or applied to the source.
+    /// They are packed and published, or applied to the source, where they are already if it is changed in place.
     Publish,
-    /// They stay on this machine, and the same command resumes them.
+    /// They stay on this machine, and the same command resumes them, unless the source is changed in place.
     Keep,
     /// They are dropped. A directory that was changed in place stays as it is now.
     Discard,
@@ -113,13 +113,21 @@ impl Run {
         !self.is_in_place() && self.end != End::Discarded
     }
 
-    /// Message about changes that were discarded.
-    fn discarded(&self) -> String {
-        if self.in_place {
-            format!("the changes stay in {}, which was changed in place", self.shown())
-        } else {
-            format!("the changes were discarded; {} is as it was", self.shown())
+    /// Reports what became of changes that were neither published nor applied, and are not kept apart.
+    fn tell_of_end(&self, fate: Fate) {
+        match fate {
+            Fate::Discard if !self.in_place => {
+                tracing::info!("the changes were discarded; {} is as it was", self.shown());
+            }
+            Fate::Discard => tracing::info!("{}", self.stay_in_place()),
+            Fate::Keep if self.in_place => tracing::warn!("{}", self.stay_in_place()),
+            _ => {}
         }
+    }
+
+    /// Message about changes to a directory that was changed in place.
+    fn stay_in_place(&self) -> String {
+        format!("the changes stay in {}, which was changed in place", self.shown())
     }
 
     /// Name of the image as a label of a host name.
@@ -269,9 +277,7 @@ impl Run {
         let Some(mut settings) = self.settings.take() else {
             let image_root = directory.ok_or_else(|| Error::bad_input("expected a directory"))?;
             let (fate, value) = session(&image_root)?;
-            if fate == Fate::Discard {
-                tracing::info!("{}", self.discarded());
-            }
+            self.tell_of_end(fate);
             return Ok(value);
         };
         let root = directory.as_deref().filter(|_| !self.in_place).map(directory::open).transpose()?;
@@ -346,9 +352,7 @@ impl Run {
         let path = place.path().to_owned();
         work.last(place.remove()).map_err(|e| e.advise_if_interrupted(|| left_in(&path)))?;
         let (fate, value) = result?;
-        if fate == Fate::Discard {
-            tracing::info!("{}", self.discarded());
-        }
+        self.tell_of_end(fate);
         Ok(value)
     }
 
@@ -562,7 +566,9 @@ impl Opened<'_> {
         }
         let (fate, value) = ended?;
         match (fate, self.run.end, directory.zip(root)) {
-            (Fate::Publish, End::Published, _) => self.publish(source, &image_root, overlay)?,
+            (Fate::Publish, End::Published, _) => self
+                .publish(source, &image_root, overlay)
+                .map_err(|e| if self.run.in_place { e.advise_also(&self.run.stay_in_place()) } else { e })?,
             (Fate::Publish, End::Applied, Some((directory, root))) => {
                 // First of all: if this run is killed from here on, the next one applies the changes.
                 apply_progress::decide(self.files.parent(), root)?;

@@ -124,6 +124,31 @@ fn changes_to_a_directory_are_kept_without_a_verdict() {
 }
 
 #[test]
+fn failure_in_place_says_that_the_changes_stay() {
+    let dir = directory();
+    let tree = tree(dir.path());
+    std::fs::write(dir.path().join("failing"), "exit 3\n").unwrap();
+    let stay = format!("the changes stay in {}, which was changed in place", tree.display());
+    let failing = ["--", "sh", "-c", "echo 1 > /etc/new; exit 3"];
+    for (options, end, code) in [
+        (&[][..], &failing[..], 3),
+        (&["--output", "out"], &failing, 3),
+        (&["--output", "out", "--kernel", "later"], &["--", "rm", "-r", "/boot"], 1),
+        (&[], &["--host-script", "./failing"], 1),
+        (&["--output", "out"], &["--host-script", "./failing"], 1),
+        (&[], &["--", "sh", "-c", "kill -KILL $$"], 1),
+    ] {
+        std::fs::create_dir_all(tree.join("boot")).unwrap();
+        std::fs::write(tree.join("boot/later"), "a kernel").unwrap();
+        let output = run(dir.path(), &[&CUSTOMIZE[..], &["--in-place"], options, end].concat());
+        assert!(output.status.code().is_none_or(|ended| ended == code), "{options:?} {end:?}: {output:?}");
+        assert_eq!(text(&output.stderr).matches(&stay).count(), 1, "{options:?} {end:?}: {output:?}");
+    }
+    let succeeded = run(dir.path(), &[&CUSTOMIZE[..], &["--in-place", "--", "true"]].concat());
+    assert!(succeeded.status.success() && !text(&succeeded.stderr).contains("stay"), "{succeeded:?}");
+}
+
+#[test]
 fn killed_application_is_finished_first_by_the_same_command() {
     let dir = directory();
     let tree = tree(dir.path());
