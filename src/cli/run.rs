@@ -295,6 +295,7 @@ fn local_run(options: JobOptions, source: String, end: Option<End>, command_line
         in_place,
         fresh,
         discards: false,
+        unattended: None,
         end,
         settings,
         work,

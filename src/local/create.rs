@@ -117,6 +117,7 @@ fn mend(creation: &Creation, place: &Path, failed: Error) -> Result<u8> {
         in_place: true,
         fresh: false,
         discards: false,
+        unattended: None,
         end: End::Published,
         settings: None,
         node: None,

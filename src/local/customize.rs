@@ -20,6 +20,7 @@ use crate::local::register::Entry;
 use crate::local::run::{End, Fate, Run};
 use crate::local::run_directory::RunDirectory;
 use crate::local::source;
+use crate::local::unattended::Unattended;
 use crate::log::output::say;
 use crate::sshd::options::Options;
 use crate::sshd::public_keys::check_public_keys;
@@ -56,7 +57,7 @@ pub struct Customization {
 
 /// Opens the environment, waits until it closes, and publishes or applies the changes. Returns 0 if the image was
 /// marked complete, 1 if it was marked failed.
-pub fn run(run: Run, wanted: &Customization) -> Result<u8> {
+pub fn run(mut run: Run, wanted: &Customization) -> Result<u8> {
     source::need_root()?;
     if let Some(file) = &wanted.host_script {
         let refuse = |why: String| Error::bad_input(format!("--host-script is '{}': {why}", file.display()));
@@ -65,7 +66,10 @@ pub fn run(run: Run, wanted: &Customization) -> Result<u8> {
         if !std::fs::metadata(&real).map_err(|e| refuse(e.to_string()))?.is_file() {
             return Err(refuse("expected a regular file".into()));
         }
-        named::open_file(&real).map_err(|e| refuse(e.to_string()))?;
+        let mut content = Vec::new();
+        let opened = named::open_file(&real).and_then(|mut script| script.read_to_end(&mut content));
+        opened.map_err(|e| refuse(e.to_string()))?;
+        run.unattended = Some(Unattended::of("script", &[], &content, &wanted.variables, &wanted.binds));
     }
     refuse_unusable_key(wanted)?;
     let mut settings = read_variables(wanted)?;
@@ -81,7 +85,7 @@ pub fn run(run: Run, wanted: &Customization) -> Result<u8> {
         End::Applied | End::Discarded => Marked::APPLIED,
     };
     let (source, shown) = (run.shown(), source::directory_of(&run.source));
-    run.carry_out(&entry, |image_root, markers| {
+    run.carry_out(&entry, 0, |image_root, markers| {
         settings.markers = markers;
         let shown = shown.as_deref().unwrap_or(image_root);
         open(wanted, settings, &Opened { source: &source, image_root, shown, in_place }, &entry, label)

@@ -34,6 +34,7 @@ use crate::local::run::{End, Fate, Run};
 use crate::local::run_directory::RunDirectory;
 use crate::local::script::Script;
 use crate::local::source;
+use crate::local::unattended::Unattended;
 use crate::printable::Printable;
 use crate::sys::poll;
 use crate::sys::process::end_like;
@@ -62,6 +63,17 @@ pub struct Entry {
     pub heeds_dkms: bool,
 }
 
+impl Entry {
+    /// The command or script, unless a person is at a shell.
+    fn unattended(&self) -> Option<Unattended> {
+        let of = |what, content| Unattended::of(what, &self.command, content, &self.variables, &self.binds);
+        match &self.script {
+            Some(script) => Some(of("script", script.content())),
+            None => (!self.command.is_empty()).then(|| of("command", &[])),
+        }
+    }
+}
+
 /// The command line's answer to the question at the end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answer {
@@ -73,7 +85,7 @@ pub enum Answer {
 
 /// Runs the command in a jail around the image root and then ends everything inside. Publishes, keeps or discards the
 /// changes. Returns the command's exit code, or 0 for a published image; dies of the signal that killed the command.
-pub fn run(run: Run, entry: &Entry) -> Result<u8> {
+pub fn run(mut run: Run, entry: &Entry) -> Result<u8> {
     source::need_root()?;
     let heeded = |(name, _): &(OsString, OsString)| entry.heeds_dkms || name != "JOB_ENABLE_DKMS";
     let (tiers, hostname, dkms, grace) = of_jail(std::env::vars_os().filter(heeded))?;
@@ -82,11 +94,12 @@ pub fn run(run: Run, entry: &Entry) -> Result<u8> {
         // Before anything is opened: an earlier descriptor belongs to the machine's mount namespace.
         mounts::own_mounts()?;
     }
+    run.unattended = entry.unattended();
     let question = Question { source: without_query(&run.source), in_place };
     let is_discarded = !decides && !run.is_in_place();
     let registered = run.register()?;
     let label = registered.name();
-    let ended = run.carry_out(&registered, |image_root, markers| {
+    let ended = run.carry_out(&registered, exited(0), |image_root, markers| {
         if is_discarded {
             let source = &question.source;
             let is_chosen = entry.answer == Some(Answer::Discard);

@@ -22,4 +22,5 @@ pub(crate) mod source;
 pub(crate) mod space;
 pub mod status;
 pub mod steps;
+mod unattended;
 pub mod work_directory;

@@ -17,6 +17,7 @@ use crate::local::apply_progress;
 use crate::local::claim::{claim, is_claimed, remove_directory};
 use crate::local::command_line;
 use crate::local::names;
+use crate::local::unattended;
 use crate::local::work_directory;
 use crate::sys::tree::Tree;
 use crate::volume::signal_files::SignalFiles;
@@ -145,10 +146,17 @@ impl Entry {
         }
     }
 
+    /// Goes on with the changes in `place`, without opening the image: from here on, they are this run's.
+    pub(crate) fn resume(&self, place: &Tree) {
+        self.is_open.set(true);
+        self.record_in(place);
+    }
+
     /// Drops changes put aside: from here on, kept changes are this run's.
     fn take_over(&self) {
         let Some(work) = &self.keeps else { return };
         if let Ok(place) = Tree::open(work) {
+            unattended::forget(&place);
             self.record_in(&place);
         }
         match work_directory::drop_aside(work) {
@@ -158,7 +166,7 @@ impl Entry {
         }
     }
 
-    /// Returns whether this run has opened the image.
+    /// Returns whether this run has opened the image, or goes on with what an earlier one has completed.
     pub(crate) fn is_open(&self) -> bool {
         self.is_open.get()
     }

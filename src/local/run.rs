@@ -21,6 +21,7 @@ use crate::local::left_over::end_left_over;
 use crate::local::names;
 use crate::local::register::{self, Entry, resuming_line};
 use crate::local::source;
+use crate::local::unattended::{self, Unattended};
 use crate::local::work_directory::{ASIDE, WorkDirectory};
 use crate::local::{apply_checks, apply_progress, space};
 use crate::publish::basis;
@@ -69,6 +70,8 @@ pub struct Run {
     pub fresh: bool,
     /// True if the changes are discarded in any case, and need no space.
     pub discards: bool,
+    /// What changes the image without a person.
+    pub unattended: Option<Unattended>,
     /// Use of the changes. In place, only [`End::Published`] makes a difference.
     pub end: End,
     /// Settings to fetch, pack and publish the image, whose parent is the directory below which changes are kept. None
@@ -186,6 +189,16 @@ impl Run {
         Ok(())
     }
 
+    /// Refuses what would keep the image from being published, before any work is done.
+    fn check_publication(&self, work: &Work, ims: &Ims, settings: &Settings, source: &Source) -> Result<()> {
+        work.unless_interrupted(ims.job())?;
+        settings.packing.packer.check()?;
+        let place = settings.job.parent.join(name_of(source, &self.source));
+        let resumes = holds_changes(&place, &place.join(IMAGE_ROOT));
+        work.unless_interrupted(self.check_store(work, settings, source, resumes))?;
+        self.reports.changes.as_deref().map_or(Ok(()), |file| packing::check_output(file, "--changes").map(drop))
+    }
+
     /// Refuses a store that takes no image, and disks on which none fits, before any work is done.
     fn check_store(&self, work: &Work, settings: &Settings, source: &Source, resumes: bool) -> Result<()> {
         let in_store = work.wait(Store::check(&settings.store, &settings.network))?;
@@ -250,11 +263,13 @@ impl Run {
     }
 
     /// Opens the image and passes its root to `session`, with the users whose marks count in it. The session decides
-    /// what happens to the changes. Returns the session's value. Unless [`Run::is_in_place`], the caller must have called
+    /// what happens to the changes. Returns the session's value, or `done` if what runs unattended has succeeded before
+    /// and its changes were only to be applied or published. Unless [`Run::is_in_place`], the caller must have called
     /// [`own_mounts`](crate::local::mounts::own_mounts).
-    pub(crate) fn carry_out<T>(
+    pub(crate) fn carry_out<T: Copy>(
         mut self,
         entry: &Entry,
+        done: T,
         session: impl FnOnce(&Path, Markers) -> Result<(Fate, T)>,
     ) -> Result<T> {
         let source = Source::parse(&self.source)?;
@@ -287,21 +302,11 @@ impl Run {
             .filter(|_| !self.in_place)
             .map(|directory| self.hold(directory, &source))
             .transpose()?;
-        if let Source::Here(path) = &source {
-            let refuse = |e| Error::bad_input(format!("SOURCE is '{}': {e}", path.display()));
-            if !std::fs::metadata(path).map_err(refuse)?.is_dir() {
-                kind::Opened::open(path)?.kind()?;
-            }
-        }
+        refuse_unknown_kind(&source)?;
         let work = Work::begin(&settings.network)?;
         let ims = settings.ims_client(&work);
         if self.end == End::Published {
-            work.unless_interrupted(ims.job())?;
-            settings.packing.packer.check()?;
-            let place = settings.job.parent.join(name_of(&source, &self.source));
-            let resumes = holds_changes(&place, &place.join(IMAGE_ROOT));
-            work.unless_interrupted(self.check_store(&work, &settings, &source, resumes))?;
-            self.reports.changes.as_deref().map(|file| packing::check_output(file, "--changes")).transpose()?;
+            self.check_publication(&work, &ims, &settings, &source)?;
         }
         let place = work.unless_interrupted(self.claim(&source, &settings.job.parent))?;
         place.path().clone_into(&mut settings.job.parent);
@@ -309,14 +314,21 @@ impl Run {
         let mounted = parent.join(IMAGE_ROOT);
         entry.set(&[("work", &parent.display().to_string())]);
         end_left_over(&mounted)?;
+        let done = Some(done).filter(|_| self.has_succeeded(&place, root.as_ref()));
         if let Some(changed) = changed.filter(|_| apply_progress::has_begun(place.files().parent()).unwrap_or(true)) {
             let finished = self.finish_application(entry, &ims, &settings, &source, changed, &place);
             work.unless_interrupted(finished)?;
+            if let (Some(value), End::Applied) = (done.as_ref(), self.end) {
+                tracing::info!("what was run before had succeeded, and was not run again; the same line runs it anew");
+                let path = place.path().to_owned();
+                work.last(place.remove()).map_err(|e| e.advise_if_interrupted(|| left_in(&path)))?;
+                return Ok(*value);
+            }
         }
         work.unless_interrupted(self.check_kept(&ims, &settings, &source, &place, root.as_ref()))?;
         entry.record_in(place.files().parent());
         if holds_changes(parent, &mounted) {
-            self.tell_of_resuming(parent, entry);
+            self.tell_of_resuming(parent, entry, done.is_some());
         }
         let journal = JournalDirectory::private(place.files(), &settings);
         let (files, is_unchanged) = (place.files(), Cell::new(false));
@@ -330,7 +342,8 @@ impl Run {
             journal: &journal,
             is_unchanged: &is_unchanged,
         };
-        let result = opened.open_and_close(&source, directory.as_deref(), root.as_ref(), &mounted, session);
+        let places = (directory.as_deref(), root.as_ref(), &*mounted);
+        let result = opened.open_and_close(&source, places, done, session);
         let result = work.unless_interrupted(result);
         let left = |e: Error| e.advise_if_interrupted(|| left_in(files.path()));
         // Changes put aside are dropped only once the image is open.
@@ -362,10 +375,25 @@ impl Run {
         self.command_line.differs(line).map(str::to_owned)
     }
 
-    /// Reports that changes kept in `place` are resumed; warns if another command made them.
-    fn tell_of_resuming(&self, place: &Path, entry: &Entry) {
+    /// Returns whether what runs unattended has made the changes kept in `place`, or applied to `root`, and has succeeded.
+    fn has_succeeded(&self, place: &WorkDirectory, root: Option<&Tree>) -> bool {
+        let record = place.files().parent();
+        let is_resumed = !self.in_place && !self.fresh && !self.discards && self.end != End::Discarded;
+        is_resumed
+            && self.unattended.as_ref().is_some_and(|unattended| unattended.has_succeeded(record))
+            && (holds_changes(place.path(), &place.path().join(IMAGE_ROOT))
+                || root.is_some_and(|root| apply_progress::is_of(record, root).unwrap_or(false)))
+    }
+
+    /// Reports that changes kept in `place` are resumed; warns if another command made them. Their own command is not
+    /// run again if it `has_succeeded`.
+    fn tell_of_resuming(&self, place: &Path, entry: &Entry, has_succeeded: bool) {
         let shown = place.display();
         match self.made_by_another(entry) {
+            _ if has_succeeded => tracing::info!(
+                "resuming the changes kept in {shown}; what made them has succeeded, and is not run again; --fresh \
+                 drops them and runs it"
+            ),
             Some(other) => tracing::warn!(
                 "resuming the changes kept in {shown}, which another command made: {other}; --fresh drops them and \
                  starts over"
@@ -473,15 +501,35 @@ impl Run {
         let (shown, name) = (place.shown(), before.map_or_else(|| entry.name(), str::to_owned));
         let (shown, line) =
             (shown.display(), entry.before().map_or_else(|| self.command_line.line.clone(), resuming_line));
+        let succeeded = unattended::succeeded(place);
+        let again = succeeded.map_or_else(String::new, |what| format!(", without running the {what} again"));
         if !apply_progress::has_begun(place).unwrap_or(true) {
-            return format!("the changes are kept in {shown}; 'ims-sshd fail {name}' drops them; to resume: {line}");
+            let going_on = match (succeeded, self.end) {
+                (None, _) => "resume",
+                (_, End::Published) => "publish the image",
+                (_, End::Applied | End::Discarded) => "apply them",
+            };
+            let kept = format!("the changes are kept in {shown}; 'ims-sshd fail {name}' drops them");
+            return format!("{kept}; to {going_on}{again}: {line}");
         }
         let how_many = if apply_progress::is_only_decided(place).unwrap_or(false) { "none" } else { "some" };
         format!(
             "{how_many} of the changes are applied, and all are in {shown}; if a disk is full, free space on it; \
-             'ims-sshd fail {name}' drops those that are not applied; to apply them: {line}"
+             'ims-sshd fail {name}' drops those that are not applied; to apply \
+             them{again}: {line}"
         )
     }
+}
+
+/// Refuses a file that is no image.
+fn refuse_unknown_kind(source: &Source) -> Result<()> {
+    if let Source::Here(path) = source {
+        let refuse = |e| Error::bad_input(format!("SOURCE is '{}': {e}", path.display()));
+        if !std::fs::metadata(path).map_err(refuse)?.is_dir() {
+            kind::Opened::open(path)?.kind()?;
+        }
+    }
+    Ok(())
 }
 
 /// Name of another open run whose entry has `path` in `field`.
@@ -530,9 +578,8 @@ impl Opened<'_> {
     fn open_and_close<T>(
         &self,
         source: &Source,
-        directory: Option<&Path>,
-        root: Option<&Tree>,
-        mounted: &Path,
+        (directory, root, mounted): (Option<&Path>, Option<&Tree>, &Path),
+        done: Option<T>,
         session: impl FnOnce(&Path) -> Result<(Fate, T)>,
     ) -> Result<(Fate, T)> {
         let (image_root, overlay) = match directory {
@@ -559,12 +606,13 @@ impl Opened<'_> {
             boot::warn_of_missing_initrd(&root, names, arch);
         }
         self.roll_back_aside()?;
-        let ended = session(&image_root);
-        if let (Some(overlay), Ok((Fate::Keep, _)) | Err(_)) = (&overlay, &ended) {
-            let upper = open_tree(&self.files.path().join(OVERLAY).join(UPPER))?;
-            self.is_unchanged.set(upper_layer::is_unchanged(&upper, &overlay.lower).unwrap_or(false));
-        }
-        let (fate, value) = ended?;
+        let (fate, value) = match done {
+            Some(value) => {
+                self.entry.resume(self.files.parent());
+                (Fate::Publish, value)
+            }
+            None => self.run_session(&image_root, overlay.as_ref(), session)?,
+        };
         match (fate, self.run.end, directory.zip(root)) {
             (Fate::Publish, End::Published, _) => self
                 .publish(source, &image_root, overlay)
@@ -578,6 +626,28 @@ impl Opened<'_> {
             _ => {}
         }
         Ok((fate, value))
+    }
+
+    /// Runs the session. Records that what runs unattended has succeeded, if its changes are to be published or applied.
+    fn run_session<T>(
+        &self,
+        image_root: &Path,
+        overlay: Option<&Overlay>,
+        session: impl FnOnce(&Path) -> Result<(Fate, T)>,
+    ) -> Result<(Fate, T)> {
+        let unattended = self.run.unattended.as_ref().filter(|_| !self.run.in_place);
+        if let Some(unattended) = unattended {
+            unattended.begin(self.files.parent());
+        }
+        let ended = session(image_root);
+        if let (Some(overlay), Ok((Fate::Keep, _)) | Err(_)) = (overlay, &ended) {
+            let upper = open_tree(&self.files.path().join(OVERLAY).join(UPPER))?;
+            self.is_unchanged.set(upper_layer::is_unchanged(&upper, &overlay.lower).unwrap_or(false));
+        }
+        if let (Ok((Fate::Publish, _)), Some(unattended)) = (&ended, unattended) {
+            unattended.succeed(self.files.parent());
+        }
+        ended
     }
 
     /// Rolls back what was published of changes that are put aside.

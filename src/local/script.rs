@@ -45,6 +45,11 @@ impl Script {
         Ok(Self { name: name.to_owned(), content })
     }
 
+    /// What the file held.
+    pub(crate) fn content(&self) -> &[u8] {
+        &self.content
+    }
+
     /// Writes it to `directory`, which belongs to root, for a jail of this tier to copy.
     pub(crate) fn put(&self, directory: &Path, tier: Tier) -> Result<Program> {
         if tier == Tier::Chroot {

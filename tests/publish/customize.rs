@@ -125,6 +125,28 @@ fn changes_are_kept_if_publication_fails() {
     nothing_stays(dir.path());
 }
 
+#[test]
+fn host_script_that_has_marked_the_image_is_not_run_again_to_publish_it() {
+    let (dir, _, squashfs) = packed_image();
+    let script = "set -e; cd \"${0%/*}\"; echo line >> $IMAGE_ROOT_PARENT/image-root/etc/lines\n\
+        echo ran >> runs; [ -e runs-2 ] || touch gone; touch $IMAGE_ROOT_PARENT/complete\n";
+    std::fs::write(dir.path().join("script"), script).unwrap();
+    let run = || {
+        let mut command =
+            ims_sshd(&["customize", squashfs.to_str().unwrap(), "--output", "gone", "--work", "work"], &[]);
+        command.args(["--kernel", "vmlinuz", "--initrd", "initrd", "--host-script", "./script"]);
+        command.current_dir(dir.path()).output().unwrap()
+    };
+    let failed = run();
+    assert_eq!(failed.status.code(), Some(1), "{failed:?}");
+    assert!(text(&failed.stderr).contains(", without running the script again: "), "{failed:?}");
+    std::fs::remove_file(dir.path().join("gone")).unwrap();
+    let output = run();
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(std::fs::read_to_string(dir.path().join("runs")).unwrap(), "ran\n");
+    nothing_stays(dir.path());
+}
+
 /// Only a verdict drops changes.
 #[test]
 fn changes_are_kept_when_a_signal_or_a_failing_script_ends_customize_before_a_verdict() {

@@ -371,3 +371,48 @@ fn interrupted_application_is_refused_by_every_command_in_the_same_words() {
     assert_eq!(said.matches("applying changes to it was interrupted; 'ims-sshd fail ").count(), 6, "{said}");
     assert_eq!(said.matches("drops them; to resume: ").count(), 6, "{said}");
 }
+
+/// Runs `customize` of a directory on a small disk, which the command `$1` fills in one way or another.
+fn on_a_small_disk(dir: &Path, script: &str, command: &str) -> String {
+    tree(dir);
+    std::fs::create_dir(dir.join("disk")).unwrap();
+    let run = "run() { $0 customize \"$@\" 2>&1; echo \"ended $?\"; }; ";
+    let output = Command::new("unshare")
+        .args(["-m", "sh", "-c", &format!("{run}{script}"), &*IMS_SSHD, command])
+        .current_dir(dir)
+        .output()
+        .unwrap();
+    text(&output.stdout)
+}
+
+#[test]
+fn command_that_has_succeeded_is_not_run_again_to_apply_its_changes() {
+    // The disk of the directory is full, and then the disk of the changes.
+    for (script, counts) in [
+        (
+            "mount -t tmpfs -o size=12m tmpfs disk; cp -a tree disk/tree; run disk/tree --work work -- sh -c \"$1\"; \
+             mount -o remount,size=90m disk; run disk/tree --work work -- sh -c \"$1\"; \
+             grep -c line disk/tree/etc/fstab; run disk/tree --work work -- sh -c \"$1\"; \
+             grep -c line disk/tree/etc/fstab",
+            ["0\n1\n", "0\n2\n"],
+        ),
+        (
+            "mount -t tmpfs -o size=12m tmpfs disk; run tree --work disk --output out -- sh -c \"$1\"; \
+             mount -o remount,size=90m disk; run tree --work disk --output out -- sh -c \"$1\"; \
+             unsquashfs -cat out/tree/rootfs etc/fstab | grep -c line; \
+             run tree --work disk --output out -- sh -c \"$1\"; \
+             unsquashfs -cat out/tree-2/rootfs etc/fstab | grep -c line",
+            ["0\n1\n", "0\n1\n"],
+        ),
+    ] {
+        let dir = directory();
+        let command = "echo line >> /etc/fstab; dd if=/dev/zero of=/usr/big bs=65536 count=400; echo ran";
+        let said = on_a_small_disk(dir.path(), script, command);
+        let parts: Vec<_> = said.split("ended ").collect();
+        assert!(parts.len() == 4 && parts[1].starts_with("1\n"), "{said}");
+        assert!(parts[0].contains("ran\n") && parts[0].contains(", without running the command again: "), "{said}");
+        assert!(!parts[1].contains("ran\n"), "{said}");
+        assert!(parts[2].starts_with(counts[0]) && parts[2].contains("ran\n"), "nothing is kept, so it is run: {said}");
+        assert!(parts[3].starts_with(counts[1]), "{said}");
+    }
+}

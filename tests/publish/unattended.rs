@@ -406,3 +406,72 @@ pub fn published(dir: &Path) -> String {
     assert_eq!(images.len(), 1, "{images:?}");
     succeed(Command::new("unsquashfs").arg("-l").arg(images[0].join("rootfs")))
 }
+
+/// The line of a message is pasted, with other options too.
+#[test]
+fn command_that_has_succeeded_is_not_run_again_to_publish_its_changes() {
+    let (dir, _, squashfs) = packed_image();
+    let dir = dir.path();
+    std::fs::create_dir(dir.join("shared")).unwrap();
+    let squashfs = squashfs.display().to_string();
+    let bind = format!("{}:/mnt", dir.join("shared").display());
+    // It makes a file in place of the store.
+    let lines = "echo line >> /etc/fstab; echo ran; touch /mnt/out";
+    std::fs::write(dir.join("script"), lines).unwrap();
+    let run = |options: &[&str], end: &[&str]| {
+        let mut command = ims_sshd(&["customize", &squashfs, "--work", "work", "--kernel", "vmlinuz"], &[]);
+        command.args(["--initrd", "initrd", "--bind", &bind]).args(options).args(end).current_dir(dir);
+        command.output().unwrap()
+    };
+    let fstab = |store: &str| {
+        let image = std::fs::read_dir(dir.join(store)).unwrap().next().unwrap().unwrap().path();
+        let fstab = succeed(Command::new("unsquashfs").arg("-cat").arg(image.join("rootfs")).arg("etc/fstab"));
+        std::fs::remove_dir_all(dir.join(store)).unwrap();
+        fstab
+    };
+    let no_store = || std::fs::remove_file(dir.join("shared/out")).unwrap();
+    let (command, script) = (&["--", "sh", "-c", lines][..], &["--script", "./script"][..]);
+    for end in [command, script] {
+        let failed = run(&["--output", "shared/out"], end);
+        let said = text(&failed.stderr);
+        assert!(failed.status.code() == Some(1) && text(&failed.stdout) == "ran\n", "{failed:?}");
+        let what = if end == script { "script" } else { "command" };
+        let told = format!("; to publish the image, without running the {what} again: ");
+        let (_, pasted) = said.split_once(&told).unwrap_or_else(|| panic!("{said}"));
+        no_store();
+        let pasted = pasted.lines().next().unwrap();
+        let pasted = Command::new("bash").args(["-c", pasted]).current_dir(dir).output().unwrap();
+        assert!(pasted.status.success() && pasted.stdout.is_empty(), "{pasted:?}");
+        assert_eq!(fstab("shared/out"), "line\n");
+        nothing_stays(dir);
+        // A corrected option is no other command.
+        assert!(!run(&["--output", "shared/out"], end).status.success());
+        let corrected = run(&["--output", "other"], end);
+        assert!(corrected.status.success() && corrected.stdout.is_empty(), "{corrected:?}");
+        assert_eq!(fstab("other"), "line\n");
+        no_store();
+        // Another command is run, and so is the same one with `--fresh`.
+        assert!(!run(&["--output", "shared/out"], end).status.success());
+        no_store();
+        let further = run(&["--output", "other"], &["--", "sh", "-c", "echo further >> /etc/fstab"]);
+        assert!(further.status.success(), "{further:?}");
+        assert_eq!(fstab("other"), "line\nfurther\n");
+        assert!(!run(&["--output", "shared/out"], end).status.success());
+        no_store();
+        let fresh = run(&["--output", "other", "--fresh"], end);
+        assert!(fresh.status.success() && text(&fresh.stdout) == "ran\n", "{fresh:?}");
+        assert_eq!(fstab("other"), "line\n");
+        no_store();
+    }
+    // The script itself was changed, and then a command failed that had succeeded before.
+    assert!(!run(&["--output", "shared/out"], script).status.success());
+    no_store();
+    std::fs::write(dir.join("script"), "echo changed >> /etc/fstab; exit 3").unwrap();
+    assert_eq!(run(&["--output", "shared/out"], script).status.code(), Some(3));
+    assert!(!run(&["--output", "shared/out"], command).status.success());
+    assert_eq!(run(&["--output", "other"], &["--", "false"]).status.code(), Some(1));
+    let again = run(&["--output", "other"], command);
+    assert!(again.status.success() && text(&again.stdout) == "ran\n", "{again:?}");
+    assert_eq!(fstab("other"), "line\nchanged\nline\nline\n");
+    nothing_stays(dir);
+}

@@ -1,0 +1,89 @@
+//! Record of a command or script that has succeeded, in the work directory with its changes: the same one is not run
+//! again if these could not be applied or published.
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStrExt;
+
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use ring::digest::{Context, SHA256};
+
+use crate::jail::binds::Bind;
+use crate::sys::tree::Tree;
+
+/// The record while it runs. Renamed at the end, since a full disk has no space for a new one.
+const RUNNING: &str = ".ims-sshd.running";
+
+/// The record once it has succeeded.
+const SUCCEEDED: &str = ".ims-sshd.succeeded";
+
+/// Size limit of the record, in bytes.
+const LIMIT: u64 = 4096;
+
+/// What changes the image without a person: a command, or a script of this machine.
+#[derive(Debug, Clone)]
+pub struct Unattended {
+    /// `command` or `script`.
+    what: &'static str,
+    /// Digest of all that makes it another one. Options of the run, such as the place of the new image, are no part.
+    digest: String,
+}
+
+impl Unattended {
+    /// A command of `words`, or a script with this `content`.
+    pub(crate) fn of(
+        what: &'static str,
+        words: &[OsString],
+        content: &[u8],
+        variables: &[(String, String)],
+        binds: &[Bind],
+    ) -> Self {
+        let mut digest = Context::new(&SHA256);
+        let settings = format!("{variables:?}{binds:?}");
+        for part in words.iter().map(|word| word.as_bytes()).chain([content, settings.as_bytes()]) {
+            digest.update(&(part.len() as u64).to_le_bytes());
+            digest.update(part);
+        }
+        Self { what, digest: URL_SAFE_NO_PAD.encode(digest.finish()) }
+    }
+
+    fn record(&self) -> String {
+        format!("{} {}\n", self.what, self.digest)
+    }
+
+    /// Prepares the record in `work` before it runs.
+    pub(crate) fn begin(&self, work: &Tree) {
+        // A full disk has no space for it, and may have some at the end.
+        let _ = work.replace(RUNNING, self.record().as_bytes());
+    }
+
+    /// Records that it has succeeded.
+    pub(crate) fn succeed(&self, work: &Tree) {
+        let renamed = work.rename(RUNNING, SUCCEEDED);
+        if let Err(e) = renamed.or_else(|_| work.replace(SUCCEEDED, self.record().as_bytes())) {
+            tracing::warn!(
+                "cannot record in {} that the {} has succeeded: {e}; with the changes kept there, it is run again",
+                work.shown().display(),
+                self.what
+            );
+        }
+    }
+
+    /// Returns whether it has made the changes in `work`, and has succeeded.
+    pub(crate) fn has_succeeded(&self, work: &Tree) -> bool {
+        work.read(SUCCEEDED, LIMIT).is_ok_and(|record| record == self.record().as_bytes())
+    }
+}
+
+/// Kind of what has made the changes in `work` and has succeeded: `command` or `script`.
+pub(crate) fn succeeded(work: &Tree) -> Option<&'static str> {
+    let record = work.read(SUCCEEDED, LIMIT).ok()?;
+    ["command", "script"].into_iter().find(|what| record.starts_with(what.as_bytes()))
+}
+
+/// Removes the record from `work`: something else changes the image from now on.
+pub(crate) fn forget(work: &Tree) {
+    if let Err(e) = work.remove(SUCCEEDED) {
+        tracing::warn!("cannot remove {}: {e}", work.shown().join(SUCCEEDED).display());
+    }
+}
