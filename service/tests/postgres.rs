@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::json;
 use tempfile::TempDir;
@@ -62,6 +63,71 @@ impl Postgres {
         let store = format!("file://{}", data.display());
         Server::with(data, &[("S3_ENDPOINT", &store), ("IMS_DATABASE_URL", &self.url())])
     }
+}
+
+/// Changes records by one service and another in turn: each list that is asked for after the answer has the change, while
+/// other clients ask for lists all the time.
+fn lists_follow_changes(services: [&Server; 2]) {
+    let is_over = AtomicBool::new(false);
+    let paths = ["/images", "/v3/deleted/images"];
+    let see = |id: &str, expected: [Option<&str>; 2]| {
+        let all = services
+            .iter()
+            .flat_map(|service| paths.iter().zip(expected).map(move |(path, turn)| (service, path, turn)));
+        for (service, path, expected) in all {
+            let list = service.get(path).good();
+            let record = list.as_array().unwrap().iter().find(|record| record["id"] == id);
+            let turn = record.map(|record| record["metadata"]["turn"].as_str().unwrap_or_default());
+            assert_eq!(turn, expected, "{path} of {}", service.address);
+        }
+    };
+    std::thread::scope(|scope| {
+        for service in services {
+            scope.spawn(|| {
+                while !is_over.load(Ordering::Relaxed) {
+                    for path in paths {
+                        service.get(path).good();
+                    }
+                }
+            });
+        }
+        // Stops the other clients when an assertion fails, too.
+        let _over = Over(&is_over);
+        for turn in 0..4 {
+            let (by, at) = (services[turn % 2], services[(turn + 1) % 2]);
+            let id = by.post("/images", &json!({"name": "n"})).id();
+            see(&id, [Some(""), None]);
+            let (path, value) = (format!("/v3/images/{id}"), turn.to_string());
+            let change = json!({"metadata": {"operation": "set", "key": "turn", "value": value}});
+            assert_eq!(at.patch(&path, &change).status, 200);
+            see(&id, [Some(&value), None]);
+            assert_eq!(by.delete(&path).status, 204);
+            see(&id, [None, Some(&value)]);
+            assert_eq!(at.undelete(&format!("/v3/deleted/images/{id}")).status, 204);
+            see(&id, [Some(&value), None]);
+            assert_eq!(by.delete(&format!("/images/{id}")).status, 204);
+            see(&id, [None, None]);
+        }
+    });
+}
+
+/// Sets a flag at its end.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn lists_are_never_older_than_an_answered_change() {
+    let server = Server::start();
+    lists_follow_changes([&server, &server]);
+    let postgres = Postgres::start();
+    let data = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let replicas = data.each_ref().map(|data| postgres.replica(data.path()));
+    lists_follow_changes(replicas.each_ref());
 }
 
 #[test]

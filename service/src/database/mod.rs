@@ -7,15 +7,16 @@
 use std::collections::HashMap;
 use std::path::Path;
 use std::str::FromStr;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
+use axum::body::Bytes;
 use ims_sshd::error::{Error, Result as Started};
 use sqlx::any::{AnyConnectOptions, AnyPoolOptions};
 use sqlx::{Any, AnyPool, Row, Transaction};
 use tokio::sync::OwnedMutexGuard;
 
-use crate::records::{Kind, Location, Record};
+use crate::records::{Kind, Location, Record, wire};
 
 pub mod files;
 mod migrations;
@@ -48,6 +49,15 @@ pub struct List {
     pub version: i64,
     /// Records as JSON.
     pub records: Arc<Vec<String>>,
+    /// The body of an answer with all of them, once one was asked for.
+    whole: Arc<OnceLock<Bytes>>,
+}
+
+impl List {
+    /// Returns all records as the body of an answer. CFS asks for all images before each of its calls.
+    pub fn whole(&self) -> Bytes {
+        self.whole.get_or_init(|| wire::list(self.records.iter().map(String::as_str)).into()).clone()
+    }
 }
 
 /// Connections to PostgreSQL, and readers of SQLite.
@@ -99,7 +109,7 @@ impl Database {
         let rows = sqlx::query("SELECT body FROM records WHERE kind = $1 ORDER BY place").bind(kind.name());
         let rows = rows.fetch_all(&self.pool).await?;
         let records = rows.iter().map(|row| row.try_get(0)).collect::<Result<_>>()?;
-        let list = List { version, records: Arc::new(records) };
+        let list = List { version, records: Arc::new(records), whole: Arc::default() };
         self.lists.lock().expect("no panic").insert(kind, list.clone());
         Ok(list)
     }
@@ -313,7 +323,7 @@ impl Change {
 }
 
 fn text(record: &impl Record) -> String {
-    crate::records::wire::compact(record)
+    wire::compact(record)
 }
 
 fn parsed<R: Record>(text: &str) -> Result<R> {

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::problem::Problem;
 use super::{Service, json};
-use crate::records::Kind;
+use crate::records::{Kind, wire};
 
 /// Fields by which a list can be filtered: those whose values are texts.
 pub const FILTERS: &[&str] = &[
@@ -49,12 +49,13 @@ impl Service {
             return Ok(answer);
         }
         let list = self.database.list(kind).await?;
-        let (text, next) = if wanted == Wanted::default() {
-            (joined(list.records.iter().map(String::as_str)), None)
+        let (body, next) = if wanted == Wanted::default() {
+            (list.whole(), None)
         } else {
-            page(&list.records, &wanted)
+            let (text, next) = page(&list.records, &wanted);
+            (text.into(), next)
         };
-        let mut answer = json(StatusCode::OK, text);
+        let mut answer = json(StatusCode::OK, body);
         let etag = self.etag(kind, list.version);
         answer.headers_mut().insert(header::ETAG, HeaderValue::from_str(&etag).expect("letters and digits"));
         if let Some(after) = next {
@@ -117,7 +118,7 @@ fn page(records: &[String], wanted: &Wanted) -> (String, Option<String>) {
         last = Some(id(&record));
     }
     let next = rest.peek().and(last);
-    (joined(page.into_iter()), next)
+    (wire::list(page), next)
 }
 
 fn next_query(wanted: &Wanted, after: &str) -> String {
@@ -130,17 +131,6 @@ fn next_query(wanted: &Wanted, after: &str) -> String {
     query.append_pair("after", after);
     drop(query);
     url.query().unwrap_or_default().to_owned()
-}
-
-fn joined<'a>(records: impl Iterator<Item = &'a str>) -> String {
-    let mut text = String::from("[");
-    for (index, record) in records.enumerate() {
-        if index > 0 {
-            text.push(',');
-        }
-        text.push_str(record);
-    }
-    text + "]\n"
 }
 
 #[cfg(test)]

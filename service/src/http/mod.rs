@@ -232,8 +232,8 @@ impl From<sqlx::Error> for Problem {
 }
 
 /// An answer of JSON.
-fn json(status: StatusCode, text: String) -> Response<Body> {
-    let mut answer = Response::new(Body::from(text));
+fn json(status: StatusCode, text: impl Into<Body>) -> Response<Body> {
+    let mut answer = Response::new(text.into());
     *answer.status_mut() = status;
     answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     answer

@@ -28,6 +28,18 @@ pub fn spaced(value: &impl Serialize) -> String {
     written(value, true)
 }
 
+/// A list of records that are [`compact`] already, with the newline.
+pub fn list<'a>(records: impl IntoIterator<Item = &'a str>) -> String {
+    let mut text = String::from("[");
+    for (index, record) in records.into_iter().enumerate() {
+        if index > 0 {
+            text.push(',');
+        }
+        text.push_str(record);
+    }
+    text + "]\n"
+}
+
 fn written(value: &impl Serialize, blanks: bool) -> String {
     let mut bytes = Vec::with_capacity(512);
     let mut serializer = Serializer::with_formatter(&mut bytes, Ascii { blanks });
