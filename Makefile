@@ -19,8 +19,9 @@ TEST_PACKAGES := $(RUN_PACKAGES) $(DEMO_PACKAGES) squashfs-tools-ng rsync python
 	acl attr fish git less libcap2-bin man-db screen sshfs sudo tmux vim zsh \
 	qemu-user-static rpm musl-tools \
 	podman runc catatonit ansible curl python3-venv bzip2 xz-utils zstd openssl postgresql
-# Kubernetes' schemas, the newest ansible-core that runs on Debian's Python and manages it, an S3 server.
-TEST_PYTHON_PACKAGES := kubernetes-validate==1.37.0 ansible-core==2.19.14 'moto[s3,server]==5.2.1'
+# Kubernetes' schemas, the newest ansible-core that runs on Debian's Python and manages it, an S3 server, a client
+# that makes requests from an OpenAPI document.
+TEST_PYTHON_PACKAGES := kubernetes-validate==1.37.0 ansible-core==2.19.14 'moto[s3,server]==5.2.1' schemathesis==4.32.5
 # kiwi-ng, and the package managers that it builds by.
 RECIPE_PACKAGES := rpm createrepo-c zypper dnf debootstrap dpkg-dev busybox-static xz-utils
 KIWI := kiwi==11.1.6

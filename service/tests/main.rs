@@ -16,6 +16,7 @@ mod nodes;
 mod packages;
 mod pods;
 mod postgres;
+mod schema;
 mod server;
 mod slow_store;
 mod wire;

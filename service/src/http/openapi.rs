@@ -43,6 +43,12 @@ const TABLES: &[Table] = &[
     Table { path: "remote-build-nodes", schema: "RemoteBuildNode", new: rules::NEW_NODE, patch: None, filters: &[] },
 ];
 
+/// Pattern of an age: numbers, each with a unit.
+const AGE: &str = "^([0-9]{1,4}(w|weeks?|d|days?|h|hours?|m|min|minutes?))+$";
+
+/// Pattern of a link's path: a URL with a bucket and a key.
+const PATH: &str = r"^[^:\x00]*://[^/\x00]+/[^#\x00][^\x00]*$";
+
 /// The document as YAML.
 pub fn document() -> String {
     format!("# Made from the code by `ims openapi`; see service/src/http/openapi.rs.\n{}", yaml(&value()))
@@ -129,8 +135,9 @@ fn value() -> Value {
 
 fn all_operations(table: &Table, path: &str) -> Value {
     let list = json!({ "type": "array", "items": reference(table.schema) });
-    let page = ["limit", "after"].map(|name| query_parameter(name, if name == "limit" { "integer" } else { "string" }));
-    let filters: Vec<_> = table.filters.iter().map(|name| query_parameter(name, "string")).collect();
+    let mut page = [query_parameter("limit", "integer"), query_parameter("after", "string")];
+    page[0]["schema"]["minimum"] = json!(1);
+    let filters: Vec<_> = table.filters.iter().map(|name| filter(name)).collect();
     let mut operations = get(&operation(path, "list"), &list, &page);
     operations["get"]["responses"]["304"] = json!({ "description": "The list is as the ETag says." });
     operations["post"] = json!({
@@ -263,6 +270,17 @@ fn query_parameter(name: &str, kind: &str) -> Value {
     json!({ "name": name, "in": "query", "required": false, "schema": { "type": kind } })
 }
 
+/// A parameter of the deletion of all.
+fn filter(name: &str) -> Value {
+    let mut parameter = query_parameter(name, "string");
+    match name {
+        "status" => parameter["schema"] = json!({ "type": "array", "items": { "type": "string", "enum": STATUSES } }),
+        "age" => parameter["schema"]["pattern"] = json!(AGE),
+        _ => {}
+    }
+    parameter
+}
+
 fn time() -> Value {
     json!({ "type": "string", "description": "Local time without a zone." })
 }
@@ -305,6 +323,7 @@ fn object(fields: &[Field]) -> Value {
 
 fn schema(field: &Field) -> Value {
     let mut schema = match field.rule {
+        Rule::Text { .. } if field.name == "path" => json!({ "type": "string", "pattern": PATH }),
         Rule::Text { empty: true } => json!({ "type": "string" }),
         Rule::Text { empty: false } => json!({ "type": "string", "minLength": 1 }),
         Rule::Flag => json!({ "type": "boolean" }),
