@@ -55,7 +55,7 @@ TEST_PROGRAMS := lib deploy squashfs suite publish recipe remote service pod
 endif
 NEEDED := $(if $(filter squashfs suite publish recipe remote service pod,$(TEST_PROGRAMS)),install-test test-roots) \
 	$(if $(filter deploy suite publish recipe remote service pod,$(TEST_PROGRAMS)),test-python) \
-	$(if $(filter recipe,$(TEST_PROGRAMS)),test-recipes) $(if $(filter pod,$(TEST_PROGRAMS)),test-containers)
+	$(if $(filter recipe service,$(TEST_PROGRAMS)),test-recipes) $(if $(filter pod,$(TEST_PROGRAMS)),test-containers)
 
 .PHONY: help run build install packages uninstall check test bench image clean tools demo kiwi test-roots test-python test-recipes test-containers \
 	install-run install-demo install-test install-recipe install-bench

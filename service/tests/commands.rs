@@ -15,7 +15,7 @@ use testbed::job::packed_image;
 use testbed::*;
 
 /// A service on this machine, with directories and ports of its own.
-struct Place {
+pub struct Place {
     dir: TempDir,
     job_ports: String,
     service: Option<Child>,
@@ -23,7 +23,7 @@ struct Place {
 
 impl Place {
     /// A running service without records.
-    fn new() -> Self {
+    pub fn new() -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         assert!(Path::new(&*IMS_SSHD).exists() && IMS_JAIL_SHELL.starts_with('/'));
         let first = 20_000 + (std::process::id() % 100) * 100 + NEXT.fetch_add(1, Ordering::Relaxed) * 10;
@@ -54,7 +54,13 @@ impl Place {
         let mut serve = self.ims(&["serve"]);
         serve.env_remove("IMS_LISTEN").env("IMS_DATA_DIR", self.path("data"));
         serve.env("IMS_JOBS_DIR", self.path("jobs")).env("IMS_JOB_PORTS", &self.job_ports);
-        serve.env("IMS_RUNNER", "machine").env("IMS_CLOSE_GRACE", "1").env("IMAGE_COMPRESSION", "none");
+        // Where create jobs find kiwi-ng.
+        let path = format!("{}:{}", cache().join("kiwi/bin").display(), std::env::var("PATH").unwrap());
+        serve
+            .env("PATH", path)
+            .env("IMS_RUNNER", "machine")
+            .env("IMS_CLOSE_GRACE", "1")
+            .env("IMAGE_COMPRESSION", "none");
         self.service = Some(serve.stdout(Stdio::null()).stderr(log).process_group(0).spawn().unwrap());
         wait_until("the service to listen", || UnixStream::connect(self.path("run/ims.sock")).is_ok());
     }
@@ -75,11 +81,11 @@ impl Place {
         command
     }
 
-    fn succeed(&self, words: &[&str]) -> String {
+    pub fn succeed(&self, words: &[&str]) -> String {
         succeed(&mut self.ims(words))
     }
 
-    fn json(&self, words: &[&str]) -> Value {
+    pub fn json(&self, words: &[&str]) -> Value {
         serde_json::from_str(&self.succeed(&[words, &["--format", "json"]].concat())).unwrap()
     }
 
@@ -96,7 +102,7 @@ impl Place {
     }
 
     /// Waits for a status of the job.
-    fn wait_for(&self, name: &str, status: &str) {
+    pub fn wait_for(&self, name: &str, status: &str) {
         wait_until(&format!("{name} to be {status}; {}", self.logs(name)), || {
             let now = self.json(&["jobs", "describe", name])["status"].as_str().unwrap().to_owned();
             assert!(now == status || !["error", "success"].contains(&now.as_str()), "{now}: {}", self.logs(name));
@@ -115,7 +121,7 @@ impl Place {
         self.ims(&["jobs", "ssh", "-i", &key, name, command]).output().unwrap()
     }
 
-    fn says(&self, name: &str, command: &str) -> String {
+    pub fn says(&self, name: &str, command: &str) -> String {
         let output = self.ssh(name, command);
         assert!(output.status.success(), "{command}: {}{}", text(&output.stderr), self.logs(name));
         text(output.stdout)
@@ -126,7 +132,7 @@ impl Place {
     }
 
     /// The published image `name`, as its record and the path of its directory in the store.
-    fn published(&self, name: &str) -> (Value, PathBuf) {
+    pub fn published(&self, name: &str) -> (Value, PathBuf) {
         let image = self.json(&["images", "describe", name]);
         let place = self.path("store/boot-images").join(image["id"].as_str().unwrap());
         let id = image["id"].as_str().unwrap();

@@ -5,6 +5,7 @@
 
 mod access;
 mod commands;
+mod creation;
 mod endpoints;
 mod hostile;
 mod images;
@@ -16,6 +17,9 @@ mod nodes;
 mod packages;
 mod pods;
 mod postgres;
+#[allow(dead_code)]
+#[path = "../../tests/recipe/recipes.rs"]
+mod recipes;
 mod schema;
 mod server;
 mod slow_store;
