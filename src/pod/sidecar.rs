@@ -22,6 +22,7 @@ use crate::jail::resolv_conf::RESOLV_CONF;
 use crate::jailer::resolv_conf::{self, ENVIRONMENT, SIDECAR};
 use crate::job::Action;
 use crate::pod::pod_files;
+use crate::printable::Printable;
 use crate::publish::basis;
 use crate::publish::journal::{Journal, JournalDirectory, Phase};
 use crate::publish::manifest::say_result;
@@ -50,7 +51,8 @@ const LOOK_SOON: Duration = Duration::from_millis(20);
 /// Time for the environment to close after this container was asked to terminate.
 const CLOSE_TIME: Duration = Duration::from_secs(20);
 
-const FAILED: &str = "the image was marked failed: it is not published";
+/// Longest reason of a failed image that is told, in bytes.
+const LONGEST_CAUSE: u64 = 200;
 
 /// Report of an image that was packed without a store to publish it in.
 fn packed_only(archive: &Path) -> Value {
@@ -306,16 +308,25 @@ impl<'a> Sidecar<'a> {
 
     /// Ends the job as failed, and rolls back a publication that an earlier run started.
     fn end_as_failed(&mut self, action: Action) -> Result<u8> {
-        tracing::info!("{FAILED}");
+        tracing::info!("{}", self.failed());
         self.publication().give_up(&mut self.journal)?;
         self.ims.set_status(Status::Error)?;
         self.journal.phase = Phase::Failed;
         self.journal.write(self.directory)?;
-        Ok(Self::say_failed(action))
+        Ok(self.say_failed(action))
     }
 
-    fn say_failed(action: Action) -> u8 {
-        say_result(&json!({ "error": FAILED, "result": "failure" }));
+    /// Says that the image failed, and why if an environment has left a reason: nobody need have marked it.
+    fn failed(&self) -> String {
+        let why = self.files.parent().read(Verdict::Failed.signal_file(), LONGEST_CAUSE).unwrap_or_default();
+        match String::from_utf8_lossy(&why).trim() {
+            "" => "the image was marked failed: it is not published".into(),
+            why => format!("the image is not published: {}", Printable(why)),
+        }
+    }
+
+    fn say_failed(&self, action: Action) -> u8 {
+        say_result(&json!({ "error": self.failed(), "result": "failure" }));
         u8::from(action == Action::Create)
     }
 
@@ -336,12 +347,12 @@ impl<'a> Sidecar<'a> {
             self.files.mark_instead_of_ready(verdict)?;
         }
         if verdict == Verdict::Failed {
-            tracing::info!("the job has ended already: {FAILED}; {again}");
+            tracing::info!("the job has ended already: {}; {again}", self.failed());
             if self.journal.image.is_some() || self.journal.request.is_some() {
                 self.publication().give_up(&mut self.journal)?;
                 self.journal.write(self.directory)?;
             }
-            return Ok(Some(Self::say_failed(action)));
+            return Ok(Some(self.say_failed(action)));
         }
         if let Some(link) = &self.journal.link {
             tracing::info!("the job has ended already: its image is published, {}; {again}", link.path);
