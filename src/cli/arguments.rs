@@ -454,6 +454,9 @@ pub(super) struct CreateArguments {
     /// Open the image root over SSH if its build fails, as 'ims-sshd customize' does; marked complete, it is published
     #[arg(long)]
     pub(super) debug_shell: bool,
+    /// Build on this host over SSH, by its kiwi-ng; see docs/REMOTE_NODES.md
+    #[arg(long, value_name = "[USER@]HOST")]
+    pub(super) node: Option<String>,
     /// Directory in which what is built lies below 'ims-sshd.create' until it is published [default: /var/lib]
     #[arg(long, value_name = "DIRECTORY")]
     pub(super) work: Option<PathBuf>,

@@ -9,6 +9,7 @@ use crate::error::Result;
 use crate::publish::settings::Settings;
 use crate::recipe::fetch::{self, Wanted};
 use crate::recipe::{self, ca_rpm, kiwi, outcome, repositories};
+use crate::remote::build::{self as offloaded, Node};
 
 /// Scripts of a create job's containers, and the commands that they became. Manifests still start them.
 pub(super) const SCRIPTS: [(&str, &str); 3] =
@@ -169,10 +170,13 @@ pub(super) fn build(arguments: BuildArguments, log: Result<()>) -> Result<u8> {
     let BuildArguments { recipe, image_root_parent, profiles, ca_rpm, authority, authority_if_any, keys } = arguments;
     let variables = variables([]);
     let settings = log.and_then(|()| Settings::read(image_root_parent, variables.clone()));
-    let settings = settings.inspect_err(|_| outcome::report_refusal(variables))?;
+    let settings = settings.inspect_err(|_| outcome::report_refusal(variables.clone()))?;
     let recipe = recipe.unwrap_or_else(recipe_directory);
     let profiles = profiles.profile;
     let (is_authority_optional, signing_keys) = (authority_if_any, keys.signing_key);
     let wanted = kiwi::Wanted { recipe, profiles, ca_rpm, authority, is_authority_optional, signing_keys };
-    kiwi::run(&settings, &wanted)
+    match Node::of_job(&settings, variables.clone()).inspect_err(|_| outcome::report_refusal(variables))? {
+        Some(node) => offloaded::run(&settings, &wanted, &node),
+        None => kiwi::run(&settings, &wanted),
+    }
 }

@@ -29,6 +29,7 @@ use crate::pod::sidecar::{self, Places};
 use crate::publish::settings as publishing;
 use crate::publish::source::{self, Source};
 use crate::recipe::repositories;
+use crate::remote::build::Node;
 use crate::remote::{self, node};
 use crate::sys::named;
 use crate::transfer::without_query;
@@ -234,8 +235,9 @@ fn run_create(arguments: CreateArguments) -> Result<u8> {
     ]);
     let variables = variables(options);
     let limit = repositories::limit(variables.clone())?;
-    let settings = publishing::Settings::read(Some(work.join(create::DIRECTORY).join(name)), variables)?;
-    create::run(&create::Creation {
+    let settings = publishing::Settings::read(Some(work.join(create::DIRECTORY).join(name)), variables.clone())?;
+    let node = arguments.node.as_deref().map(|host| Node::named(&settings, host, variables)).transpose()?;
+    create::run(create::Creation {
         source: arguments.recipe,
         values: (arguments.values.values, arguments.values.set),
         profiles: arguments.profiles.profile,
@@ -244,6 +246,7 @@ fn run_create(arguments: CreateArguments) -> Result<u8> {
         signing_keys: arguments.keys.signing_key,
         exclude: arguments.packing.exclude,
         has_debug_shell: arguments.debug_shell,
+        node,
         command_line: CommandLine::new("customize", &std::env::args_os().collect::<Vec<_>>(), 0),
         settings,
     })

@@ -1,8 +1,12 @@
 //! Configuration of an sshd of our own, where no pod gives one: on one machine, and on a remote build node.
 
-use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use crate::error::{Attempt, Error, Result};
 use crate::transfer;
@@ -35,10 +39,34 @@ pub(crate) fn make_key(run: &Path, name: &str, comment: &str) -> Result<PathBuf>
     }
 }
 
-/// A port that is free on `listen` right now.
-pub(crate) fn free_port(listen: IpAddr) -> Result<u16> {
+/// A free port, which the kernel gives to nobody else as long as this is alive: sshd binds it later.
+#[derive(Debug)]
+pub(crate) struct HeldPort {
+    /// The port.
+    pub(crate) port: u16,
+    _held: OwnedFd,
+}
+
+/// The `wanted` port, or one that is free on `listen` and held for sshd or ssh.
+pub(crate) fn port(wanted: Option<u16>, listen: IpAddr) -> Result<(u16, Option<HeldPort>)> {
+    let held = wanted.map_or_else(|| free_port(listen).map(Some), |_| Ok(None))?;
+    Ok((wanted.or(held.as_ref().map(|held| held.port)).unwrap_or_default(), held))
+}
+
+/// Finds a port that is free on `listen`, and holds it for sshd or ssh, which set SO_REUSEADDR.
+pub(crate) fn free_port(listen: IpAddr) -> Result<HeldPort> {
     let attempted = || format!("find a free port on {listen}");
-    Ok(TcpListener::bind((listen, 0)).and_then(|l| l.local_addr()).attempt(attempted)?.port())
+    let family = if listen.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    // Two sockets may have one port as long as neither listens, if both allow it as sshd does: only bind(2) to port 0 and
+    // programs without SO_REUSEADDR then pass it over (inet_csk_get_port).
+    let held = || -> io::Result<HeldPort> {
+        let held = rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+        rustix::net::sockopt::set_socket_reuseaddr(&held, true)?;
+        rustix::net::bind(&held, &SocketAddr::new(listen, 0))?;
+        let address = SocketAddr::try_from(rustix::net::getsockname(&held)?)?;
+        Ok(HeldPort { port: address.port(), _held: held })
+    };
+    held().attempt(attempted)
 }
 
 /// Writes a host key and sshd's configuration into the directory `run`, for logins by one of `keys`. `sessions` are its
@@ -57,4 +85,23 @@ pub fn configure(run: &Path, address: SocketAddr, keys: &Path, comment: &str, se
     );
     std::fs::write(&config, text).attempt(|| format!("write {}", config.display()))?;
     Ok(config)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::io::Errno;
+    use std::net::TcpListener;
+
+    #[test]
+    fn chosen_port_is_kept_for_sshd() {
+        let address: IpAddr = "127.0.0.1".parse().unwrap();
+        let held = free_port(address).unwrap();
+        let socket = || rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+        let other = rustix::net::bind(socket(), &SocketAddr::new(address, held.port));
+        assert_eq!(other, Err(Errno::ADDRINUSE));
+        // Sets SO_REUSEADDR, as sshd does.
+        let sshd = TcpListener::bind((address, held.port)).unwrap();
+        assert_eq!(sshd.local_addr().unwrap().port(), held.port);
+    }
 }

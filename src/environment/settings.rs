@@ -127,7 +127,7 @@ impl Settings {
         let idle_limit = reader.limit("IMS_IDLE_LIMIT");
         let session_limit = reader.limit("IMS_SESSION_LIMIT");
         let node_silence = reader.node_silence();
-        let node_key = reader.text("IMS_REMOTE_KEY").map_or_else(|| DEFAULT_KEY.into(), PathBuf::from);
+        let node_key = reader.node_key();
         let script = reader.text("CUSTOMIZATION_SCRIPT").map(Into::into);
         let session_variables = SESSION_VARIABLES
             .iter()
@@ -167,6 +167,13 @@ pub(crate) fn of_jail(
     reader.finish(Some(found))
 }
 
+/// Reads only the limit of silence of a remote build node, and the private key for it.
+pub(crate) fn of_node(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Result<(Duration, PathBuf)> {
+    let mut reader = Reader::of(variables);
+    let found = (reader.node_silence(), reader.node_key());
+    reader.finish(Some(found))
+}
+
 /// Readers of variables that only a build environment has.
 impl Reader {
     fn dkms(&mut self) -> bool {
@@ -181,6 +188,10 @@ impl Reader {
             _ => Err("expected a whole number, at least 1".into()),
         };
         self.check(NAME, &value, count).unwrap_or(DEFAULT_SILENCE)
+    }
+
+    fn node_key(&mut self) -> PathBuf {
+        self.text("IMS_REMOTE_KEY").map_or_else(|| DEFAULT_KEY.into(), PathBuf::from)
     }
 
     fn close_grace(&mut self) -> Duration {

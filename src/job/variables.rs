@@ -88,16 +88,16 @@ pub const VARIABLES: &[Variable] = &[
     },
     Variable {
         name: "REMOTE_BUILD_NODE",
-        format: "name or address of the host on which the image is changed and packed; see \
+        format: "name or address of the host on which the image is built or changed, and packed; see \
             [REMOTE_NODES.md](REMOTE_NODES.md)",
         default: "none",
-        readers: &[Environment, Job],
+        readers: &[Environment, Job, Recipe],
     },
     Variable {
         name: "REMOTE_HEARTBEAT_TIMEOUT_COUNT",
         format: "whole number; after so many times 5 s of silence a remote build node is lost, and the job fails",
         default: "`12`",
-        readers: &[Environment],
+        readers: &[Environment, Recipe],
     },
     Variable {
         name: "IMS_REMOTE_DKMS",
@@ -111,7 +111,7 @@ pub const VARIABLES: &[Variable] = &[
         format: "absolute path of the private key for remote build nodes; if there is a file `known_hosts` beside it, \
             only host keys in that are accepted",
         default: "`/etc/cray/remote-keys/id_ecdsa`",
-        readers: &[Environment],
+        readers: &[Environment, Recipe],
     },
     Variable {
         name: "SSHD_OPTIONS",

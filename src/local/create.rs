@@ -10,13 +10,18 @@ use crate::error::{Attempt, Error, Result};
 use crate::image::exclude::Pattern;
 use crate::local::command_line::CommandLine;
 use crate::local::customize::{self, Customization};
+use crate::local::remote::publish_transferred;
 use crate::local::run::{End, Reports, Run};
 use crate::local::source::need_root;
 use crate::local::{steps, work_directory};
+use crate::publish::manifest::say_result;
 use crate::publish::settings::Settings;
 use crate::recipe::{fetch, kiwi, repositories};
+use crate::remote::build::{self as offloaded, Node};
+use crate::transfer::interruptible;
 use crate::volume::layout::{BUILD, CREATED_IMAGE_ROOT, RECIPE};
 use crate::volume::open_tree;
+use crate::volume::signal_files::SignalFiles;
 
 /// Directory in which recipes are built, below that for changes.
 pub const DIRECTORY: &str = "ims-sshd.create";
@@ -46,6 +51,8 @@ pub struct Creation {
     pub exclude: Vec<Pattern>,
     /// True if the image root of a build that failed is opened over SSH.
     pub has_debug_shell: bool,
+    /// The host that builds, if it is another one.
+    pub node: Option<Node>,
     /// The command line.
     pub command_line: CommandLine,
     /// Settings of a create job, whose image root parent is this build's own directory.
@@ -53,8 +60,15 @@ pub struct Creation {
 }
 
 /// Fetches, builds, packs and publishes. What was built stays if that fails, and goes when it is published.
-pub fn run(creation: &Creation) -> Result<u8> {
+pub fn run(mut creation: Creation) -> Result<u8> {
     need_root()?;
+    if let Some(node) = &mut creation.node {
+        // Its repositories are those that it can reach.
+        node.wait = Some(creation.limit);
+        node.returns_tree = creation.has_debug_shell;
+        node.exclude = creation.exclude.iter().map(ToString::to_string).collect();
+    }
+    let creation = &creation;
     let settings = &creation.settings;
     let work = std::path::absolute(&settings.job.parent)
         .attempt(|| format!("create the directory {}", settings.job.parent.display()))?;
@@ -75,7 +89,9 @@ pub fn run(creation: &Creation) -> Result<u8> {
     let recipe = place.join(RECIPE);
     let wanted = fetch::Wanted { directory: recipe.clone(), source: creation.source.clone(), values, set };
     fetch::run(settings, &wanted)?;
-    repositories::run(settings, &recipe, &creation.profiles, creation.limit)?;
+    if creation.node.is_none() {
+        repositories::run(settings, &recipe, &creation.profiles, creation.limit)?;
+    }
     let wanted = kiwi::Wanted {
         recipe,
         profiles: creation.profiles.clone(),
@@ -84,17 +100,37 @@ pub fn run(creation: &Creation) -> Result<u8> {
         is_authority_optional: true,
         signing_keys: creation.signing_keys.clone(),
     };
-    if let Err(failed) = kiwi::run(settings, &wanted) {
+    let built = match &creation.node {
+        Some(node) => offloaded::run(settings, &wanted, node),
+        None => kiwi::run(settings, &wanted),
+    };
+    let is_packed = built.is_ok() && creation.node.is_some();
+    if let Err(failed) = built {
         let code = mend(creation, &place, failed)?;
         if code != 0 {
             return Ok(code);
         }
     }
-    steps::pack(settings, None, None, &creation.exclude, None)?;
-    steps::upload(settings, None, None, None)?;
+    if is_packed {
+        publish(settings, &place)?;
+    } else {
+        steps::pack(settings, None, None, &creation.exclude, None)?;
+        steps::upload(settings, None, None, None)?;
+    }
     drop(volume);
     std::fs::remove_dir_all(&place).attempt(|| format!("remove {}", place.display()))?;
     Ok(0)
+}
+
+/// Publishes the packed image that has come from a node.
+fn publish(settings: &Settings, place: &Path) -> Result<()> {
+    let missing = || Error::new(format!("open {}", place.display())).because("it has been removed");
+    let files = SignalFiles::open(place)?.ok_or_else(missing)?;
+    interruptible(&settings.network, |work| {
+        let ims = settings.ims_client(work);
+        say_result(&publish_transferred(work, settings, &ims, &files)?);
+        Ok(())
+    })
 }
 
 /// Opens what a build that `failed` has left, and returns 0 if it was marked complete.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::mount::MountAttrFlags;
 
-use crate::environment::own_sshd::{self, HOST_KEY, free_port, make_key};
+use crate::environment::own_sshd::{self, HOST_KEY, HeldPort, make_key};
 use crate::environment::settings::{Marked, Settings};
 use crate::environment::stage::Stage;
 use crate::environment::supervisor;
@@ -133,14 +133,20 @@ pub(super) struct Opened<'a> {
     pub(super) in_place: bool,
 }
 
-/// Fills the run's directory with keys and configuration. Returns the command that logs in.
-fn furnish(wanted: &Customization, settings: &mut Settings, opened: &Opened, run: &Path) -> Result<String> {
+/// Fills the run's directory with keys and configuration. Returns the command that logs in, and the port for sshd.
+fn furnish(
+    wanted: &Customization,
+    settings: &mut Settings,
+    opened: &Opened,
+    run: &Path,
+) -> Result<(String, Option<HeldPort>)> {
     own_terminals()?;
     show_image_root(opened.image_root, run)?;
     let source = run.join(SOURCE);
     std::fs::write(&source, opened.source).attempt(|| format!("write {}", source.display()))?;
     let keys = authorized_keys(wanted.authorized_key.as_deref(), run)?;
-    let address = SocketAddr::new(wanted.listen, wanted.port.map_or_else(|| free_port(wanted.listen), Ok)?);
+    let (port, held) = own_sshd::port(wanted.port, wanted.listen)?;
+    let address = SocketAddr::new(wanted.listen, port);
     let config = own_sshd::configure(run, address, &keys.authorized, KEY_COMMENT, own_sshd::SESSIONS)?;
     let options = ["-E", &run.join(SSHD_LOG).to_string_lossy(), "-f", &config.to_string_lossy()].map(str::to_owned);
     settings.sshd = Options::parse(&shell_words::join(options))?;
@@ -148,7 +154,7 @@ fn furnish(wanted: &Customization, settings: &mut Settings, opened: &Opened, run
     run.clone_into(&mut settings.job.parent);
     let public = run.join(HOST_KEY).with_extension("pub");
     let key = std::fs::read_to_string(&public).attempt(|| format!("read {}", public.display()))?;
-    configure_client(run, address, keys.identity.as_deref(), &key)
+    Ok((configure_client(run, address, keys.identity.as_deref(), &key)?, held))
 }
 
 /// Opens the environment on an image root.
@@ -163,7 +169,7 @@ fn open(
     let run = RunDirectory::claim("customize", opened.image_root)?;
     refuse_while_used(opened.image_root).inspect_err(|_| drop(remove_directory(run.path())))?;
     let shown = run.path().join(IMAGE_ROOT);
-    let login = furnish(wanted, &mut settings, opened, run.path()).inspect_err(|_| {
+    let (login, _held) = furnish(wanted, &mut settings, opened, run.path()).inspect_err(|_| {
         let _ = mounts::unmount(&shown);
         let _ = remove_directory(run.path());
     })?;

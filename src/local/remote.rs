@@ -9,8 +9,9 @@ use std::process::{Command, Stdio};
 use std::thread::JoinHandle;
 
 use ring::rand::{SecureRandom, SystemRandom};
+use serde_json::Value;
 
-use crate::environment::own_sshd::free_port;
+use crate::environment::own_sshd;
 use crate::environment::settings;
 use crate::environment::stage::Stage;
 use crate::error::{Attempt, Error, Result};
@@ -189,8 +190,8 @@ impl Job<'_> {
             let _ = remove_directory(run.path());
             e
         };
-        let address = wanted.port.map_or_else(|| free_port(wanted.listen), Ok).map_err(cleared)?;
-        let address = SocketAddr::new(wanted.listen, address);
+        let (port, _held) = own_sshd::port(wanted.port, wanted.listen).map_err(cleared)?;
+        let address = SocketAddr::new(wanted.listen, port);
         let keys = authorized_keys(wanted.authorized_key.as_deref(), run.path()).map_err(cleared)?;
         let order = self.order(&keys.authorized, address, image).map_err(cleared)?;
         let removed = || Error::new(format!("open {}", parent.display())).because("it has been removed");
@@ -305,19 +306,25 @@ impl Job<'_> {
             let (above, name) = packing::output(to, "--changes")?;
             above.replace(name, &text).attempt(attempted)?;
         }
-        let rootfs = Archive { directory: parent, name: TRANSFER }.open_squashfs()?;
-        let arch = settings.job.arch();
-        let has_kernel = place.files().stands(&boot::left_names(&settings.boot, arch).kernel)?;
-        let boot = has_kernel.then(|| boot::left_in(parent, &settings.boot, arch)).transpose()?;
-        let directory = JournalDirectory::private(place.files(), settings);
-        let mut journal = Journal::read(&directory)?;
-        let publication = Publication { work, settings, ims, directory: &directory };
-        let report = publication.publish(&mut journal, Image { rootfs, recorded: None, boot, debug_kernel: None })?;
+        let report = publish_transferred(work, settings, ims, place.files())?;
         if run.reports.result {
             say_result(&report);
         }
         Ok(())
     }
+}
+
+/// Publishes the packed image that a node has sent, with its boot files if there are any.
+pub(crate) fn publish_transferred(work: &Work, settings: &Settings, ims: &Ims, files: &SignalFiles) -> Result<Value> {
+    let parent = files.parent();
+    let rootfs = Archive { directory: parent, name: TRANSFER }.open_squashfs()?;
+    let arch = settings.job.arch();
+    let has_kernel = files.stands(&boot::left_names(&settings.boot, arch).kernel)?;
+    let boot = has_kernel.then(|| boot::left_in(parent, &settings.boot, arch)).transpose()?;
+    let directory = JournalDirectory::private(files, settings);
+    let mut journal = Journal::read(&directory)?;
+    let publication = Publication { work, settings, ims, directory: &directory };
+    publication.publish(&mut journal, Image { rootfs, recorded: None, boot, debug_kernel: None })
 }
 
 fn mark(parent: &Path, verdict: Verdict) -> Result<()> {

@@ -398,6 +398,9 @@ fn report_of(parent: &Path) -> Result<Value> {
         report["state"] = register::KILLED.into();
         report[LISTENER] = json!(listener.map(|sshd| sshd.pid.as_raw()));
     }
+    if let Ok(node) = std::fs::read_to_string(StateDirectory::place(parent).join("node")) {
+        report["node"] = node.into();
+    }
     // An image root that 'ims-sshd prepare' made and no container of a pod waits for.
     if let Some(root) = root.filter(|_| stage.is_none() && verdict.is_none() && !is_ready) {
         report[PREPARED] = json!(parent.join(root));
@@ -464,6 +467,9 @@ fn in_words(report: &Value) -> String {
         }
         let line = words_of(&[report["image_root_parent"].as_str().unwrap_or_default().into()]);
         let _ = writeln!(text, "  clean up: ims-sshd entrypoint {line}, as a restarted container does");
+    }
+    if report["node"].is_string() && report["sessions"].is_null() && report["state"] == Stage::Serving.name() {
+        text += "  sessions: on the node, and not listed here\n";
     }
     for session in report["sessions"].as_array().into_iter().flatten() {
         let column = |name| word(&session[name]).unwrap_or_default();

@@ -62,6 +62,18 @@ pub fn run(settings: &Settings, wanted: &Wanted) -> Result<u8> {
     })
 }
 
+/// Unpacks `archive`, a recipe whose templates are filled in, into the image root's parent.
+pub(crate) fn unpack_filled_in(settings: &Settings, archive: &Path) -> Result<()> {
+    let work = Work::begin(&settings.network)?;
+    let recipe = unpack_recipe(&work, &Opened::open(archive)?, &open_tree(&settings.job.parent)?, RECIPE)?;
+    check(&recipe)?;
+    // With the mode, nobody else gets in, whoever owns the files.
+    let user = (Some(rustix::process::geteuid()), Some(rustix::process::getegid()));
+    rustix::fs::chownat(&recipe, ".", user.0, user.1, AtFlags::empty())
+        .and_then(|()| rustix::fs::chmodat(&recipe, ".", Mode::RWXU, AtFlags::empty()))
+        .attempt(|| format!("set owner and mode of {RECIPE}"))
+}
+
 fn fetch(work: &Work, settings: &Settings, source: &Source, wanted: &Wanted) -> Result<()> {
     let values = values(wanted)?;
     let directory = named::resolve_beginning(&wanted.directory)

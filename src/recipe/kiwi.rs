@@ -30,6 +30,9 @@ use crate::volume::layout::{BUILD, BUILD_FAILED, CREATED_IMAGE_ROOT, KIWI_LOG};
 use crate::volume::open_tree;
 use crate::volume::signal_files::SignalFiles;
 
+/// The program that builds.
+const KIWI: &str = "kiwi-ng";
+
 /// Type of image that is built: a tree, and an archive of it that nobody uses.
 const TYPE: &str = "tbz";
 
@@ -118,18 +121,33 @@ pub struct Wanted {
     pub signing_keys: Vec<PathBuf>,
 }
 
+/// A build that can begin.
+pub(crate) trait Ready {
+    /// Carries it out, in the image root's parent.
+    fn carry_out(&mut self, work: &Work, volume: &Tree) -> Result<()>;
+}
+
 /// Builds the image root of a recipe and reports the job's status to IMS.
+pub fn run(settings: &Settings, wanted: &Wanted) -> Result<u8> {
+    run_by(settings, |work, parent, volume| Build::check(work, settings, wanted, parent.to_owned(), volume))
+}
+
+/// Builds as `check` decides, which refuses what cannot begin.
 ///
 /// In a job, a build that failed is `build_failed` and exit code 0: the containers after this one decide what becomes
 /// of it. What is refused before kiwi-ng starts is an error of the job.
-pub fn run(settings: &Settings, wanted: &Wanted) -> Result<u8> {
+pub(crate) fn run_by<R: Ready>(
+    settings: &Settings,
+    check: impl FnOnce(&Work, &Path, &Tree) -> Result<R>,
+) -> Result<u8> {
     outcome::build(settings, Some(Status::BuildingImage), |work| {
         let parent = make_parent(settings)?;
         let volume = open_tree(&parent)?;
-        let build = Build::check(work, settings, wanted, parent, &volume)?;
+        let mut build = check(work, &parent, &volume)?;
         let result = work.unless_interrupted(build.carry_out(work, &volume));
+        drop(build);
         let _ = volume.remove_whole(BUILD.as_ref());
-        let files = SignalFiles::open(&build.parent)?;
+        let files = SignalFiles::open(&parent)?;
         match result {
             Ok(()) => Ok(Outcome::Built),
             Err(e) if settings.job.id.is_some() => {
@@ -191,7 +209,59 @@ fn refuse_changeable(recipe: &Path) -> Result<()> {
     .advise(advice)
 }
 
-/// A build that can begin.
+/// The recipe's package manager, and its program. Fails if this program does not build such a recipe.
+fn manager(description: &Description, selection: &Selection) -> Result<(String, &'static str)> {
+    let attempted = || format!("build '{}'", description.name);
+    let of = |parts: &[(crate::recipe::description::Scope, String)]| -> BTreeSet<String> {
+        parts.iter().filter(|(scope, _)| scope.holds(selection)).map(|(_, name)| name.clone()).collect()
+    };
+    let types = of(&description.types);
+    if !types.contains(TYPE) {
+        let has = if types.is_empty() { "none".into() } else { listed(&types.iter().collect::<Vec<_>>()) };
+        let why = format!("ims-sshd builds the type {TYPE} only; the recipe has: {has}");
+        return Err(Error::new(attempted())
+            .because(why)
+            .advise(format!("add <type image=\"{TYPE}\"/> to its preferences")));
+    }
+    let managers = of(&description.package_managers);
+    // kiwi-ng's default.
+    let manager = managers.first().cloned().unwrap_or_else(|| "dnf4".into());
+    let Some((_, program)) = PACKAGE_MANAGERS.iter().find(|(name, _)| *name == manager) else {
+        let known: Vec<_> = PACKAGE_MANAGERS.iter().map(|(name, _)| *name).collect();
+        let why = format!("its package manager is '{manager}': expected one of {}", known.join(", "));
+        return Err(Error::new(attempted()).because(why));
+    };
+    Ok((manager, program))
+}
+
+/// Parts of a build that another machine is to carry out.
+pub(crate) struct Offered {
+    /// The recipe.
+    pub(crate) recipe: Tree,
+    /// Programs that are needed there.
+    pub(crate) programs: [&'static str; 2],
+    /// The site's authority: its certificate, and the package of that.
+    pub(crate) authority: Option<Vec<u8>>,
+    pub(crate) package: Option<Vec<u8>>,
+    /// Files of keys.
+    pub(crate) keys: Vec<PathBuf>,
+}
+
+impl Offered {
+    /// Reads them, and refuses a recipe that cannot be built.
+    pub(crate) fn read(settings: &Settings, wanted: &Wanted) -> Result<Self> {
+        let recipe = named::resolve(&wanted.recipe).attempt(|| format!("open {}", wanted.recipe.display()))?;
+        let recipe = open_tree(&recipe)?;
+        let description = Description::read(&recipe)?;
+        let selection = description.select(&wanted.profiles, settings.job.arch())?;
+        let (_, program) = manager(&description, &selection)?;
+        let Authority { certificate, package } = Authority::read(settings, wanted)?;
+        let keys = keys(wanted, None)?;
+        Ok(Self { recipe, programs: [KIWI, program], authority: certificate, package, keys })
+    }
+}
+
+/// A build on this machine that can begin.
 struct Build<'a> {
     settings: &'a Settings,
     parent: PathBuf,
@@ -223,25 +293,8 @@ impl<'a> Build<'a> {
         let description = Description::read(&open_tree(&recipe)?)?;
         let architecture = settings.job.architecture.unwrap_or(Architecture::OWN);
         let selection = description.select(&wanted.profiles, architecture.name())?;
-        let of = |parts: &[(crate::recipe::description::Scope, String)]| -> BTreeSet<String> {
-            parts.iter().filter(|(scope, _)| scope.holds(&selection)).map(|(_, name)| name.clone()).collect()
-        };
-        let types = of(&description.types);
-        if !types.contains(TYPE) {
-            let has = if types.is_empty() { "none".into() } else { listed(&types.iter().collect::<Vec<_>>()) };
-            let why = format!("ims-sshd builds the type {TYPE} only; the recipe has: {has}");
-            return Err(Error::new(attempted())
-                .because(why)
-                .advise(format!("add <type image=\"{TYPE}\"/> to its preferences")));
-        }
-        let managers = of(&description.package_managers);
-        // kiwi-ng's default.
-        let manager = managers.first().cloned().unwrap_or_else(|| "dnf4".into());
-        let Some((_, program)) = PACKAGE_MANAGERS.iter().find(|(name, _)| *name == manager) else {
-            let known: Vec<_> = PACKAGE_MANAGERS.iter().map(|(name, _)| *name).collect();
-            let why = format!("its package manager is '{manager}': expected one of {}", known.join(", "));
-            return Err(Error::new(attempted()).because(why));
-        };
+        let (manager, program) =
+            manager(&description, &selection).map_err(|e| Error::new(attempted()).because(e.reason()))?;
         installed(program)?;
         let mut is_emulated = false;
         if architecture != Architecture::OWN {
@@ -277,7 +330,7 @@ impl<'a> Build<'a> {
             let why = format!("{} has {} MiB of free space", parent.display(), free >> 20);
             return Err(Error::new(attempted()).because(why).advise("give the volume more space"));
         }
-        let kiwi = program_in_path("kiwi-ng").ok_or_else(|| {
+        let kiwi = program_in_path(KIWI).ok_or_else(|| {
             Error::new("run kiwi-ng").because("it is not installed").advise("install kiwi-ng; see docs/RECIPES.md")
         })?;
         let kiwi = kiwi.canonicalize().attempt(|| format!("find {}", kiwi.display()))?;
@@ -290,7 +343,7 @@ impl<'a> Build<'a> {
             Error::new(&find).because(said)
         })?;
         let authority = Authority::read(settings, wanted)?;
-        let keys = keys(wanted, &manager)?;
+        let keys = keys(wanted, Some(&manager))?;
         let profiles = &wanted.profiles;
         Ok(Self {
             settings,
@@ -309,7 +362,7 @@ impl<'a> Build<'a> {
     }
 
     /// Runs kiwi-ng, and checks what it has built.
-    fn carry_out(&self, work: &Work, volume: &Tree) -> Result<()> {
+    fn build(&self, work: &Work, volume: &Tree) -> Result<()> {
         let attempted = || format!("build '{}'", self.description.name);
         if let Ok(Some(files)) = SignalFiles::open(&self.parent) {
             files.retract(BUILD_FAILED)?;
@@ -407,7 +460,7 @@ impl<'a> Build<'a> {
         }
         let keys = private.directory("keys").attempt(attempted)?;
         for (number, key) in self.keys.iter().enumerate() {
-            // Under /etc in a pod, which the build sees an overlay of.
+            // Under /etc in a pod, of which the build has a copy without what is mounted there.
             let name = key.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
             let name = format!("{number}-{name}");
             let content = std::fs::read(key).attempt(|| format!("read the signing key {}", key.display()))?;
@@ -519,6 +572,12 @@ impl<'a> Build<'a> {
     }
 }
 
+impl Ready for Build<'_> {
+    fn carry_out(&mut self, work: &Work, volume: &Tree) -> Result<()> {
+        self.build(work, volume)
+    }
+}
+
 /// Removes what kiwi-ng has left in an image root for its own use, and closes the description to others: it may hold
 /// passwords of repositories.
 pub(crate) fn clean(root: &Tree) -> Result<()> {
@@ -577,8 +636,8 @@ impl Authority {
     }
 }
 
-/// Keys that packages may be signed with.
-fn keys(wanted: &Wanted, manager: &str) -> Result<Vec<PathBuf>> {
+/// Keys that packages may be signed with; with a manager, those of distributions on this machine if there are no others.
+fn keys(wanted: &Wanted, manager: Option<&str>) -> Result<Vec<PathBuf>> {
     let mut keys = wanted.signing_keys.clone();
     for directory in KEY_DIRECTORIES {
         let Ok(entries) = std::fs::read_dir(directory) else { continue };
@@ -594,7 +653,7 @@ fn keys(wanted: &Wanted, manager: &str) -> Result<Vec<PathBuf>> {
         found.sort();
         keys.extend(found);
     }
-    if keys.is_empty() && manager == "apt" {
+    if keys.is_empty() && manager == Some("apt") {
         keys.extend(KEYRINGS.map(PathBuf::from).into_iter().filter(|file| file.exists()));
     }
     Ok(keys)

@@ -37,6 +37,36 @@ pub(crate) enum Frame {
     Data(Vec<u8>),
 }
 
+/// How long the other side has been silent while this side listened.
+pub(crate) struct Silence {
+    length: Duration,
+    listened: Instant,
+}
+
+impl Silence {
+    /// Begins to listen.
+    pub(crate) fn begin() -> Self {
+        Self { length: Duration::ZERO, listened: Instant::now() }
+    }
+
+    /// Counts the time since the last call, but for most of a long one: while this side was busy, or the whole machine
+    /// stood still, nothing could be heard.
+    pub(crate) fn listen(&mut self) {
+        self.length += self.listened.elapsed().min(BEAT);
+        self.listened = Instant::now();
+    }
+
+    /// Something was heard.
+    pub(crate) fn end(&mut self) {
+        self.length = Duration::ZERO;
+    }
+
+    /// Returns whether it has lasted for more than `limit`.
+    pub(crate) fn exceeds(&self, limit: Duration) -> bool {
+        self.length > limit
+    }
+}
+
 /// One end of the line.
 pub(crate) struct Channel {
     input: File,
@@ -45,9 +75,7 @@ pub(crate) struct Channel {
     inbox: Vec<u8>,
     taken: usize,
     outbox: Vec<u8>,
-    /// How long the other side has been silent while this side listened.
-    silence: Duration,
-    listened: Instant,
+    silence: Silence,
     said: Instant,
     /// How long the other side may be silent; without a limit there are no signs of life either.
     patience: Option<Duration>,
@@ -61,16 +89,14 @@ impl Channel {
             let flags = rustix::fs::fcntl_getfl(end).attempt(|| "read from a pipe")?;
             rustix::fs::fcntl_setfl(end, flags | OFlags::NONBLOCK).attempt(|| "read from a pipe")?;
         }
-        let now = Instant::now();
         Ok(Self {
             input: input.into(),
             output: output.into(),
             inbox: Vec::new(),
             taken: 0,
             outbox: Vec::new(),
-            silence: Duration::ZERO,
-            listened: now,
-            said: now,
+            silence: Silence::begin(),
+            said: Instant::now(),
             patience,
             is_over: false,
         })
@@ -79,7 +105,7 @@ impl Channel {
     /// Sets how long the other side may be silent from now on.
     pub(crate) fn set_patience(&mut self, patience: Duration) {
         self.patience = Some(patience);
-        self.silence = Duration::ZERO;
+        self.silence.end();
     }
 
     /// Queues a message.
@@ -136,15 +162,13 @@ impl Channel {
     fn read(&mut self) -> io::Result<()> {
         self.inbox.drain(..self.taken);
         self.taken = 0;
-        // While this side was busy, or the whole machine stood still, nothing could be heard.
-        self.silence += self.listened.elapsed().min(BEAT);
-        self.listened = Instant::now();
+        self.silence.listen();
         let mut bytes = vec![0; AT_ONCE];
         while !self.is_over && self.inbox.len() < LONGEST_LINE + ENOUGH {
             match self.input.read(&mut bytes) {
                 Ok(0) => self.is_over = true,
                 Ok(length) => {
-                    self.silence = Duration::ZERO;
+                    self.silence.end();
                     self.inbox.extend(&bytes[..length]);
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
@@ -218,7 +242,7 @@ impl Channel {
             return lost("the other side has closed the connection".into());
         }
         match self.patience {
-            Some(patience) if self.silence > patience => {
+            Some(patience) if self.silence.exceeds(patience) => {
                 lost(format!("nothing was heard from the other side for {} s", patience.as_secs()))
             }
             _ => Ok(()),
@@ -313,7 +337,7 @@ mod tests {
         let mut ends = pair(Some(BEAT * 3));
         ends[1].turn().unwrap();
         // As if the whole machine had stood still: the other side could not say anything either.
-        ends[1].listened = Instant::now().checked_sub(BEAT * 60).unwrap();
+        ends[1].silence.listened = Instant::now().checked_sub(BEAT * 60).unwrap();
         ends[1].turn().unwrap();
         ends[1].check().unwrap();
     }

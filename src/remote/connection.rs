@@ -121,10 +121,14 @@ impl Connection {
             end_with_us(unblock_signals(ssh.process_group(0))).spawn().map_err(|e| missing(&attempted(), e))?;
         let commands = RefCell::default();
         let mut connection = Self { host: to.host.clone(), master, control, log, commands };
-        connection.await_master(heed).map_err(|why| {
-            Error::new(attempted())
-                .because(why)
-                .advise("see that the node is up, that it knows the key, and that its host key is the known one")
+        connection.await_master(heed).map_err(|said| match changed_key(&said) {
+            Some(why) => Error::new(attempted()).because(why).advise(
+                "compare it with what 'ssh-keygen -lf' prints for the keys /etc/ssh/ssh_host_*.pub on the node: if it is \
+                 the node's, replace the known one, else somebody is in its place",
+            ),
+            None => Error::new(attempted())
+                .because(said)
+                .advise("see that the node is up, that it knows the key, and that its host key is the known one"),
         })?;
         if to.key.is_some() {
             tell_host_keys(&to.host, &known_hosts);
@@ -216,9 +220,9 @@ impl Connection {
 
     /// Waits for sshd's greeting at `address`. Where the node's sshd forbids forwarding, the port is there all the same,
     /// and each connection is closed.
-    pub(crate) fn await_greeting(&self, address: SocketAddr) -> Result<()> {
+    pub(crate) fn await_greeting(&self, address: SocketAddr, heed: Heed<'_>) -> Result<()> {
         let attempted = || format!("reach the environment on {} through the connection", self.host);
-        if greets(address).attempt(attempted)? {
+        if greets(address, heed).map_err(|e| Error::new(attempted()).because(e.reason()))? {
             return Ok(());
         }
         let said = self.last_words();
@@ -234,15 +238,27 @@ impl Connection {
     }
 }
 
-/// Returns whether an sshd greets at `address`.
-pub(crate) fn greets(address: SocketAddr) -> io::Result<bool> {
-    let mut stream = TcpStream::connect_timeout(&address, TIME_TO_ANSWER)?;
-    stream.set_read_timeout(Some(TIME_TO_ANSWER))?;
-    let mut greeting = [0; 4];
-    match stream.read_exact(&mut greeting) {
-        Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
-        read => read.map(|()| greeting == *b"SSH-"),
+/// Returns whether an sshd greets at `address`, which is one of this machine.
+pub(crate) fn greets(address: SocketAddr, heed: Heed<'_>) -> Result<bool> {
+    let attempted = || format!("reach {address}");
+    let mut stream = TcpStream::connect_timeout(&address, TIME_TO_ANSWER).attempt(attempted)?;
+    stream.set_read_timeout(Some(TICK)).attempt(attempted)?;
+    let began = Instant::now();
+    let mut greeting = Vec::new();
+    let mut bytes = [0; 4];
+    while greeting.len() < bytes.len() {
+        heed()?;
+        match stream.read(&mut bytes) {
+            Ok(0) => return Ok(false),
+            Ok(length) => greeting.extend(&bytes[..length]),
+            Err(e) if [io::ErrorKind::WouldBlock, io::ErrorKind::Interrupted].contains(&e.kind()) => {}
+            Err(e) => return Err(e).attempt(attempted),
+        }
+        if began.elapsed() > TIME_TO_ANSWER {
+            return Err(Error::new(attempted()).because(format!("no greeting within {} s", TIME_TO_ANSWER.as_secs())));
+        }
     }
+    Ok(greeting.starts_with(b"SSH-"))
 }
 
 impl Drop for Connection {
@@ -312,6 +328,23 @@ fn tell_host_keys(host: &str, known_hosts: &Path) {
     }
 }
 
+/// One sentence for ssh's warning about another host key than the known one, which has a dozen lines.
+fn changed_key(said: &str) -> Option<String> {
+    if !said.contains("REMOTE HOST IDENTIFICATION HAS CHANGED") {
+        return None;
+    }
+    let words = || said.split_whitespace();
+    let shown = words().find(|word| word.starts_with("SHA256:"))?.trim_end_matches(['.', ',']);
+    let place = words().skip_while(|word| *word != "Offending").nth(4).unwrap_or("known_hosts");
+    // The job has a copy of the file beside its key.
+    let (file, line) = place.trim_end_matches([',', '.']).rsplit_once(':').unwrap_or((place, "?"));
+    let file =
+        if file.ends_with("/known_hosts") && file.starts_with("/run/") { "known_hosts beside the key" } else { file };
+    Some(format!(
+        "its host key has changed: the key that it shows now is {shown}, and line {line} of {file} has another one"
+    ))
+}
+
 /// Output of `child`; an error after `limit`, or if it is no longer wanted. It is killed then.
 pub(crate) fn finish(mut child: Child, limit: Duration, heed: Heed<'_>) -> Result<Output> {
     let began = Instant::now();
@@ -339,6 +372,33 @@ pub(crate) fn finish(mut child: Child, limit: Duration, heed: Heed<'_>) -> Resul
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn warning_of_ssh_about_a_changed_host_key_becomes_one_sentence() {
+        let banner = "@@@@@@@@@@, @    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @, @@@@@@@@@@, IT IS POSSIBLE \
+            THAT SOMEONE IS DOING SOMETHING NASTY!, The fingerprint for the ECDSA key sent by the remote host is, \
+            SHA256:0X8jcPQ2ZbLy., Please contact your system administrator., Add correct host key in \
+            /run/ims-sshd/mnt-image/known_hosts to get rid of this message., Offending ECDSA key in \
+            /run/ims-sshd/mnt-image/known_hosts:3, Host key for 198.51.100.2 has changed and you have requested strict \
+            checking., Host key verification failed.";
+        let wanted = "its host key has changed: the key that it shows now is SHA256:0X8jcPQ2ZbLy, and line 3 of known_hosts \
+                      beside the key has another one";
+        assert_eq!(changed_key(banner).as_deref(), Some(wanted));
+        assert_eq!(changed_key("Host key verification failed."), None);
+    }
+
+    #[test]
+    fn wait_for_a_greeting_heeds_what_else_has_to_be_done() {
+        let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = silent.local_addr().unwrap();
+        let asked = std::cell::Cell::new(0);
+        let heed = || {
+            asked.set(asked.get() + 1);
+            if asked.get() < 10 { Ok(()) } else { Err(Error::new("go on")) }
+        };
+        assert!(greets(address, &heed).is_err());
+        assert_eq!(asked.get(), 10);
+    }
 
     #[test]
     fn host_is_a_name_or_an_address_and_never_an_option() {

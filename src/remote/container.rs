@@ -16,8 +16,9 @@ use rustix::fs::OFlags;
 
 use crate::error::{Attempt, Error, Result};
 use crate::publish::settings::boot_file;
+use crate::remote::channel::Silence;
 use crate::remote::connection::{Connection, Heed, greets};
-use crate::remote::far::{Far, Told, Wanted, part_name};
+use crate::remote::far::{Far, Told, Wanted, part_name, unless_signalled};
 use crate::remote::job_directory::JobDirectory;
 use crate::remote::message::{Customize, Part, Task};
 use crate::remote::transfer::{check_room, check_whole};
@@ -222,8 +223,8 @@ pub(super) struct Container {
     /// Heartbeats that failed in a row, and how many may.
     missed: u64,
     limit: u64,
-    silence: Duration,
-    heard: Instant,
+    silence: Silence,
+    patience: Duration,
     step: Step,
     marking: Option<Running>,
     is_marked_complete: bool,
@@ -239,7 +240,9 @@ impl Container {
     /// Connects to the node of a container that listens on `port` there.
     pub(super) fn begin(wanted: Wanted, port: u16, state: &Path, heed: Heed<'_>) -> Result<Self> {
         let Wanted { to, job, task, listen, silence, .. } = wanted;
-        let Task::Customize(order) = task;
+        let Task::Customize(order) = task else {
+            return Err(Error::new("use a container on a build node").because("it changes images only"));
+        };
         refuse_for_container(&order)?;
         let connection = Connection::open(&to, state, silence, heed)?;
         let directory = JobDirectory::path(&job).display().to_string();
@@ -258,8 +261,8 @@ impl Container {
             looking,
             missed: 0,
             limit: silence.as_secs() / HEARTBEAT.as_secs(),
-            silence,
-            heard: Instant::now(),
+            silence: Silence::begin(),
+            patience: silence,
             step: Step::Opening(None),
             marking: None,
             is_marked_complete: false,
@@ -276,9 +279,10 @@ impl Container {
 
     /// Looks at the container's signal files and heartbeats.
     fn look(&mut self) -> Result<Option<Told>> {
+        self.silence.listen();
         self.looking.read()?;
         for line in self.looking.lines() {
-            self.heard = Instant::now();
+            self.silence.end();
             let has = |word: &str| line.split(' ').any(|found| found == word);
             if has("remote_error") {
                 return Err(self.refused("its container has ended with an error ('remote_error')"));
@@ -307,22 +311,22 @@ impl Container {
             let lost = self.refused("the other side has closed the connection");
             return Err(if said.is_empty() { lost } else { lost.advise(said) });
         }
-        if self.heard.elapsed() > self.silence {
+        if self.silence.exceeds(self.patience) {
             self.is_lost = true;
-            let why = format!("nothing was heard from the other side for {} s", self.silence.as_secs());
+            let why = format!("nothing was heard from the other side for {} s", self.patience.as_secs());
             return Err(self.refused(&why));
         }
         Ok(None)
     }
 
     /// Tries whether the container's sshd greets.
-    fn try_to_reach(&mut self) -> Result<Option<Told>> {
+    fn try_to_reach(&mut self, signals: &Signals) -> Result<Option<Told>> {
         let Step::Opening(tried) = &mut self.step else { return Ok(None) };
         if tried.is_some_and(|tried| tried.elapsed() < TRY_EVERY) {
             return Ok(None);
         }
         *tried = Some(Instant::now());
-        if greets(self.here).unwrap_or(false) {
+        if greets(self.here, &|| unless_signalled(signals)).unwrap_or(false) {
             self.step = Step::Open;
             tracing::info!(
                 "port {} of {} can be reached on port {}",
@@ -442,8 +446,8 @@ impl Far for Container {
         self.step = Step::Clearing(clearing.inspect_err(|e| tracing::error!("{e}")).ok(), Instant::now());
     }
 
-    fn turn(&mut self, files: Option<&SignalFiles>, _: &Signals) -> Result<Option<Told>> {
-        self.go_on(files).or_else(|error| {
+    fn turn(&mut self, files: Option<&SignalFiles>, signals: &Signals) -> Result<Option<Told>> {
+        self.go_on(files, signals).or_else(|error| {
             if self.is_lost || matches!(self.step, Step::Clearing(..)) {
                 return Err(error);
             }
@@ -456,10 +460,10 @@ impl Far for Container {
 }
 
 impl Container {
-    fn go_on(&mut self, files: Option<&SignalFiles>) -> Result<Option<Told>> {
+    fn go_on(&mut self, files: Option<&SignalFiles>, signals: &Signals) -> Result<Option<Told>> {
         match &mut self.step {
             Step::Opening(_) => match self.look()? {
-                None => return self.try_to_reach(),
+                None => return self.try_to_reach(signals),
                 told => return Ok(told),
             },
             Step::Open => return self.look(),

@@ -45,7 +45,7 @@ const PASSED_ON: [&str; 22] = [
 ];
 
 /// Where a pod has its site's certificates, unless `CA_CERT` names a file elsewhere.
-const AUTHORITIES: &str = "/etc/cray/ca";
+pub(super) const AUTHORITIES: &str = "/etc/cray/ca";
 
 /// Largest customization script in bytes: as JSON it has to fit into a message.
 const LARGEST_SCRIPT: u64 = 512 << 10;
@@ -168,7 +168,7 @@ fn keys(sshd: &Effective) -> Result<String> {
 }
 
 /// The certificates in `directory`, without the links through which Kubernetes mounts them.
-fn certificates(directory: &Path) -> Result<Vec<(String, String)>> {
+pub(super) fn certificates(directory: &Path) -> Result<Vec<(String, String)>> {
     let attempted = || format!("read {}", directory.display());
     let Ok(entries) = std::fs::read_dir(directory) else { return Ok(Vec::new()) };
     let mut found = Vec::new();

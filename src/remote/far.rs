@@ -4,15 +4,17 @@ use std::fs::File;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use rustix::event::PollFd;
+use rustix::event::{PollFd, PollFlags};
 
-use crate::error::{Attempt, Result};
+use crate::error::{Attempt, Error, Result};
 use crate::image::boot::Names;
 use crate::remote::connection::Destination;
 use crate::remote::message::{Part, Task};
+use crate::sys::poll;
 use crate::sys::signals::Signals;
+use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
-use crate::volume::layout::{REMOTE_CHANGES, REMOTE_PARTS, TRANSFER};
+use crate::volume::layout::{KIWI_LOG, REMOTE_CHANGES, REMOTE_PARTS, REMOTE_TREE, TRANSFER};
 use crate::volume::signal_files::SignalFiles;
 
 /// A remote job.
@@ -66,11 +68,21 @@ pub(super) enum Told {
     Gone,
 }
 
+/// Fails if a signal has arrived, which is left to be read.
+pub(super) fn unless_signalled(signals: &Signals) -> Result<()> {
+    let mut arrived = [PollFd::new(signals, PollFlags::IN)];
+    match poll::wait(&mut arrived, Duration::ZERO) {
+        Ok(0) | Err(_) => Ok(()),
+        Ok(_) => Err(Error::new("go on").because("a signal has arrived")),
+    }
+}
+
 /// Name of a file until it is whole.
 pub(super) fn part_name(part: Part) -> &'static str {
-    let [image, kernel, initrd, parameters, changes] = REMOTE_PARTS;
+    let [image, kernel, initrd, parameters, changes, log] = REMOTE_PARTS;
     match part {
-        Part::Source | Part::Image => image,
+        Part::Source | Part::Image | Part::Tree => image,
+        Part::Log => log,
         Part::Kernel => kernel,
         Part::Initrd => initrd,
         Part::Parameters => parameters,
@@ -85,17 +97,19 @@ pub(super) fn name_of(part: Part, boot: &Names) -> &str {
         Part::Initrd => &boot.initrd,
         Part::Parameters => &boot.parameters,
         Part::Changes => REMOTE_CHANGES,
+        Part::Log => KIWI_LOG,
+        Part::Tree => REMOTE_TREE,
         Part::Source | Part::Image => TRANSFER,
     }
 }
 
 /// Gives the files that have come their names, the image last.
-pub(super) fn give_names(files: &SignalFiles, received: &[Part], boot: &Names) -> Result<()> {
+pub(super) fn give_names(volume: &Tree, received: &[Part], boot: &Names) -> Result<()> {
     let mut parts = received.to_vec();
     parts.sort_by_key(|part| *part == Part::Image);
     for part in parts {
         let (from, name) = (part_name(part), name_of(part, boot));
-        files.parent().rename(from, name).attempt(|| format!("rename {from} to {name}"))?;
+        volume.rename(from, name).attempt(|| format!("rename {from} to {name}"))?;
     }
     Ok(())
 }

@@ -6,12 +6,12 @@ use rustix::fs::{FileType, Stat};
 use rustix::mount::FsOpenFlags;
 
 use crate::remote::job_directory::TMP;
-use crate::remote::message::{Hello, Order};
+use crate::remote::message::{Hello, Order, Task};
 use crate::sshd::{self, sftp_server};
 use crate::transfer;
 
-/// File systems that a job mounts. Asking for one loads its module.
-const FILE_SYSTEMS: [&str; 4] = ["overlay", "squashfs", "tmpfs", "proc"];
+/// File systems that a job mounts; the last one if it changes an image. Asking for one loads its module.
+const FILE_SYSTEMS: [&str; 4] = ["overlay", "tmpfs", "proc", "squashfs"];
 
 /// How many times the image's size has to be free: the image, the packed one, and what a session adds.
 const ROOM: u64 = 2;
@@ -24,17 +24,27 @@ pub(crate) fn hello(order: &Order) -> Hello {
     if !rustix::process::geteuid().is_root() {
         refusals.push("the login is not root's".into());
     }
-    for kind in FILE_SYSTEMS {
-        if let Err(e) = rustix::mount::fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC) {
+    let is_build = matches!(order.task, Task::Build(_));
+    for kind in &FILE_SYSTEMS[..FILE_SYSTEMS.len() - usize::from(is_build)] {
+        if let Err(e) = rustix::mount::fsopen(*kind, FsOpenFlags::FSOPEN_CLOEXEC) {
             refusals.push(format!("it cannot mount the file system {kind}: {e}"));
         }
     }
-    if !Path::new("/dev/loop-control").exists() {
-        refusals.push("it has no /dev/loop-control: the module loop is not loaded".into());
+    match &order.task {
+        Task::Customize(_) => {
+            if !Path::new("/dev/loop-control").exists() {
+                refusals.push("it has no /dev/loop-control: the module loop is not loaded".into());
+            }
+            refusals.extend(sshd::program().err().map(|e| e.to_string()));
+            refusals.extend(sftp_server::files().err().map(|e| e.to_string()));
+            refusals.extend(transfer::installed("ssh-keygen").err().map(|e| e.to_string()));
+        }
+        Task::Build(build) => {
+            refusals.extend(
+                build.programs.iter().filter_map(|name| transfer::installed(name).err()).map(|e| e.to_string()),
+            );
+        }
     }
-    refusals.extend(sshd::program().err().map(|e| e.to_string()));
-    refusals.extend(sftp_server::files().err().map(|e| e.to_string()));
-    refusals.extend(transfer::installed("ssh-keygen").err().map(|e| e.to_string()));
     refusals.extend(rustix::fs::lstat(TMP).map_or_else(|e| Some(format!("{TMP}: {e}")), |found| unfit(&found)));
     let needed = order.size.saturating_mul(ROOM);
     if free < needed {

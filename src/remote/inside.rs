@@ -9,6 +9,7 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use nix::sched::CloneFlags;
 use rustix::event::{PollFd, PollFlags};
@@ -29,9 +30,10 @@ use crate::publish::basis;
 use crate::publish::prepare::{self, Open};
 use crate::publish::settings as publishing;
 use crate::publish::source::Source;
+use crate::recipe::{ca_rpm, fetch, kiwi, repositories};
 use crate::remote::job_directory::{self, JobDirectory};
-use crate::remote::message::{Customize, Message, Order, Part, Script, Task};
-use crate::remote::node_root::{self, PARENT, PROGRAMS, RESULTS};
+use crate::remote::message::{Blob, Build, Customize, Message, Order, Part, Script, Task};
+use crate::remote::node_root::{self, BUILD_OWN, BUILD_RESULTS, PARENT, PROGRAMS, RESULTS};
 use crate::remote::site;
 use crate::sshd::options::Options;
 use crate::sys::mounts::{self, Detached};
@@ -39,7 +41,9 @@ use crate::sys::poll;
 use crate::sys::tree::Tree;
 use crate::transfer::Work;
 use crate::verdict::Verdict;
-use crate::volume::layout::{ARCHIVE, IMAGE_ROOT, INVENTORY, READY};
+use crate::volume::layout::{
+    ARCHIVE, CREATED_IMAGE_ROOT, IMAGE_ROOT, INVENTORY, KIWI_LOG, READY, RECIPE, REMOTE_RECIPE,
+};
 use crate::volume::open_tree;
 use crate::volume::signal_files::SignalFiles;
 
@@ -76,7 +80,7 @@ fn root() -> Result<u8> {
     let order = read_order()?;
     let stdin = std::io::stdin();
     let mut parent = [PollFd::new(&stdin, PollFlags::IN)];
-    let _ = poll::wait(&mut parent, std::time::Duration::ZERO);
+    let _ = poll::wait(&mut parent, Duration::ZERO);
     if parent[0].revents().contains(PollFlags::HUP) {
         return Err(Error::new("go on with the job").because("its first process has ended"));
     }
@@ -84,11 +88,21 @@ fn root() -> Result<u8> {
     mounts::make_all_private().attempt(|| "make all mounts private")?;
     let place = JobDirectory::path(&order.job);
     let shown = [job_directory::IMAGE, job_directory::RESULTS].map(|name| place.join(name));
-    node_root::enter(&place, (&shown[0], &shown[1]))?;
+    let program = match order.task {
+        Task::Customize(_) => {
+            node_root::enter(&place, (&shown[0], &shown[1]))?;
+            Path::new(PROGRAMS).join("ims-sshd")
+        }
+        Task::Build(_) => {
+            let program = std::env::current_exe().attempt(|| "find this program's own file")?;
+            node_root::enter_for_build(&place, (&shown[0], &shown[1]))?;
+            program
+        }
+    };
     let mut line = serde_json::to_vec(&Message::Order(Box::new(order))).attempt(|| "pass on the order")?;
     line.push(b'\n');
     let line = packer::inheritable(&line).attempt(|| "pass on the order")?;
-    let mut next = Command::new(Path::new(PROGRAMS).join("ims-sshd"));
+    let mut next = Command::new(program);
     Err(next.args(["node", "--inside", "task"]).stdin(line).exec()).attempt(|| "start this program in the job's root")
 }
 
@@ -127,6 +141,7 @@ fn task() -> Result<u8> {
     let mut parent = Parent::take()?;
     let done = match &order.task {
         Task::Customize(wanted) => customize(wanted, &mut parent),
+        Task::Build(wanted) => build(wanted, &mut parent),
     };
     done.map(|()| 0).inspect_err(|e| drop(parent.tell(&Message::Failed { why: e.to_string() })))
 }
@@ -153,7 +168,9 @@ fn customize(wanted: &Customize, parent: &mut Parent) -> Result<()> {
     if let (true, Some(overlay)) = (wanted.reports_changes, &overlay) {
         Inventory::of(&work, &overlay.lower)?.save(&open_tree(Path::new(PARENT))?, INVENTORY)?;
     }
-    let (settings, port) = environment(wanted, variables, own)?;
+    let held = own_sshd::free_port(IpAddr::V4(Ipv4Addr::LOCALHOST))?;
+    let port = held.port;
+    let settings = environment(wanted, variables, own, port)?;
     let host_key = own.join(HOST_KEY).with_extension("pub");
     let host_key = std::fs::read_to_string(&host_key).attempt(|| format!("read {}", host_key.display()))?;
     let mut files = SignalFiles::open(Path::new(PARENT))?
@@ -169,7 +186,8 @@ fn customize(wanted: &Customize, parent: &mut Parent) -> Result<()> {
     if verdict == Verdict::Failed || outcome.exit_code != 0 {
         return Ok(());
     }
-    let parts = pack(&work, &publishing, &image_root, wanted)?;
+    let results = Path::new(RESULTS);
+    let parts = pack(&work, &publishing, (&image_root, results), &wanted.exclude, wanted.reports_changes)?;
     mounts::unmount(&image_root).attempt(|| format!("unmount {}", image_root.display()))?;
     overlay.map_or(Ok(()), crate::image::unpack::Overlay::unmount)?;
     parent.tell(&Message::Packed { parts })
@@ -195,7 +213,7 @@ fn put_certificates(image_root: &Tree, own: &Path, authorities: &[(String, Strin
     std::fs::create_dir(&directory).attempt(attempted)?;
     let tree = Tree::open(&directory).attempt(attempted)?;
     for (name, text) in authorities {
-        if name.is_empty() || name.starts_with('.') || name.contains('/') {
+        if !is_file_name(name) {
             return Err(Error::new(attempted()).because(format!("'{name}' is no name of a certificate")));
         }
         tree.replace(name, text.as_bytes()).attempt(attempted)?;
@@ -203,19 +221,24 @@ fn put_certificates(image_root: &Tree, own: &Path, authorities: &[(String, Strin
     put_authorities(image_root, &directory)
 }
 
-/// Settings of the environment, and the port that its sshd is to listen on.
+/// Returns whether `name`, which the other side has chosen, is one of a file.
+fn is_file_name(name: &str) -> bool {
+    !name.is_empty() && !name.starts_with('.') && !name.contains('/')
+}
+
+/// Settings of the environment, whose sshd is to listen on `port`.
 fn environment(
     wanted: &Customize,
     variables: Vec<(std::ffi::OsString, std::ffi::OsString)>,
     own: &Path,
-) -> Result<(Settings, u16)> {
+    port: u16,
+) -> Result<Settings> {
     let keys = own.join("authorized_keys");
     std::fs::write(&keys, &wanted.keys).attempt(|| format!("write {}", keys.display()))?;
     let sessions =
         wanted.sshd.as_ref().map_or_else(|| Ok(own_sshd::SESSIONS.to_owned()), |lines| site::lines(lines))?;
-    let address = IpAddr::V4(Ipv4Addr::LOCALHOST);
-    let port = own_sshd::free_port(address)?;
-    let config = own_sshd::configure(own, SocketAddr::new(address, port), &keys, KEY_COMMENT, &sessions)?;
+    let address = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port);
+    let config = own_sshd::configure(own, address, &keys, KEY_COMMENT, &sessions)?;
     let not_ours = ["SSHD_OPTIONS", "SSHD_CONFIG_FILE", "CUSTOMIZATION_SCRIPT", "IMS_JAIL_BINDS"];
     let variables = variables.into_iter().filter(|(name, _)| !not_ours.iter().any(|other| name == other));
     let mut settings = Settings::read(Some(PARENT.into()), variables)?;
@@ -224,7 +247,7 @@ fn environment(
     settings.sshd_config = config;
     settings.script = wanted.script.as_ref().map(|script| put_script(own, script)).transpose()?;
     settings.session_variables.extend(wanted.session_variables.iter().cloned());
-    Ok((settings, port))
+    Ok(settings)
 }
 
 fn put_script(own: &Path, script: &Script) -> Result<PathBuf> {
@@ -236,16 +259,86 @@ fn put_script(own: &Path, script: &Script) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// Builds the recipe's image root by the node's kiwi-ng, and packs it.
+fn build(wanted: &Build, parent: &mut Parent) -> Result<()> {
+    let (own, results) = (Path::new(BUILD_OWN), Path::new(BUILD_RESULTS));
+    let attempted = || format!("write the build's files in {}", own.display());
+    std::fs::DirBuilder::new().mode(0o700).create(own).attempt(attempted)?;
+    let directory = Tree::open(own).attempt(attempted)?;
+    let put = |name: &str, content: &[u8]| {
+        directory.replace(name, content).attempt(attempted)?;
+        Ok(own.join(name))
+    };
+    let authority = wanted.authority.as_ref().map(|text| put("authority.crt", text.as_bytes())).transpose()?;
+    let ca_rpm = wanted.ca_rpm.as_ref().map(|Blob(content)| put(ca_rpm::FILE, content)).transpose()?;
+    let keys = wanted.signing_keys.iter().enumerate();
+    let signing_keys = keys.map(|(number, (name, Blob(content)))| {
+        is_file_name(name)
+            .then_some(())
+            .ok_or_else(|| Error::new(attempted()).because(format!("'{name}' is no name")))?;
+        put(&format!("{number}-{name}"), content)
+    });
+    let signing_keys = signing_keys.collect::<Result<Vec<_>>>()?;
+    let ca = authority.iter().map(|file| ("CA_CERT".into(), file.into()));
+    let given = wanted.variables.iter().map(|(name, value)| (name.into(), value.into()));
+    let variables: Vec<(std::ffi::OsString, std::ffi::OsString)> =
+        given.chain(ca).chain([("IMS_ACTION".into(), "create".into())]).collect();
+    let settings = publishing::Settings::read(Some(PARENT.into()), variables)?;
+    let image_root = Path::new(PARENT).join(CREATED_IMAGE_ROOT);
+    let recipe = Path::new(PARENT).join(RECIPE);
+    let order = kiwi::Wanted {
+        recipe: recipe.clone(),
+        profiles: wanted.profiles.clone(),
+        ca_rpm,
+        authority,
+        is_authority_optional: true,
+        signing_keys,
+    };
+    let built = fetch::unpack_filled_in(&settings, &Path::new(PARENT).join(REMOTE_RECIPE))
+        .and_then(|()| match wanted.wait {
+            Some(seconds) => {
+                repositories::run(&settings, &recipe, &wanted.profiles, Duration::from_secs(seconds)).map(drop)
+            }
+            None => Ok(()),
+        })
+        .and_then(|()| kiwi::run(&settings, &order).map(drop));
+    let mut parts = Vec::new();
+    if std::fs::copy(Path::new(PARENT).join(KIWI_LOG), results.join(Part::Log.name())).is_ok() {
+        parts.push(Part::Log);
+    }
+    let work = Work::begin(&settings.network)?;
+    match &built {
+        Ok(()) => {
+            put_certificates(&open_tree(&image_root)?, own, &wanted.authorities)?;
+            parts.extend(pack(&work, &settings, (&image_root, results), &wanted.exclude, false)?);
+        }
+        Err(_) if wanted.returns_tree && image_root.is_dir() => {
+            let results = open_tree(results)?;
+            let archive = Archive { directory: &results, name: Part::Tree.name() };
+            packing::pack(&work, &open_tree(&image_root)?, &archive, &settings.packing, &[], None)?;
+            parts.push(Part::Tree);
+        }
+        Err(_) => {}
+    }
+    parent.tell(&Message::Built { failure: built.err().map(|e| e.reason()) })?;
+    parent.tell(&Message::Packed { parts })
+}
+
 /// Packs the image into the directory of results, with copies of its boot files.
-fn pack(work: &Work, settings: &publishing::Settings, image_root: &Path, wanted: &Customize) -> Result<Vec<Part>> {
-    let (tree, volume, results) =
-        (open_tree(image_root)?, open_tree(Path::new(PARENT))?, open_tree(Path::new(RESULTS))?);
+fn pack(
+    work: &Work,
+    settings: &publishing::Settings,
+    (image_root, to): (&Path, &Path),
+    exclude: &[String],
+    reports_changes: bool,
+) -> Result<Vec<Part>> {
+    let (tree, volume, results) = (open_tree(image_root)?, open_tree(Path::new(PARENT))?, open_tree(to)?);
     // An environment that was killed left its own text in place of ours.
     ENVIRONMENT.restore(&tree)?;
     SIDECAR.restore(&tree)?;
     let mut parts = vec![Part::Image];
-    if wanted.reports_changes {
-        write_changes(work, &volume, &tree, &Path::new(RESULTS).join(Part::Changes.name()))?;
+    if reports_changes {
+        write_changes(work, &volume, &tree, &to.join(Part::Changes.name()))?;
         parts.push(Part::Changes);
     }
     if let Some(files) = boot::find_if_any(&tree, &settings.boot, settings.job.arch())? {
@@ -260,7 +353,7 @@ fn pack(work: &Work, settings: &publishing::Settings, image_root: &Path, wanted:
     }
     let archive = Archive { directory: &results, name: Part::Image.name() };
     let basis = basis::of(work, settings, &volume, &tree, false)?;
-    let exclude = wanted.exclude.iter().map(|text| Pattern::parse(text));
+    let exclude = exclude.iter().map(|text| Pattern::parse(text));
     let exclude = exclude.collect::<std::result::Result<Vec<_>, _>>().map_err(Error::bad_input)?;
     packing::pack(work, &tree, &archive, &settings.packing, &exclude, basis.as_ref())?;
     Ok(parts)

@@ -1,6 +1,8 @@
 //! What the two sides of a remote job tell each other, and what a node's parent process and the process inside do:
 //! both ends of the protocol. Each message is a line of JSON on a [`Channel`](crate::remote::channel::Channel).
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
 
 use crate::verdict::Verdict;
@@ -40,6 +42,11 @@ pub(crate) enum Message {
         verdict: Judged,
         /// Its exit code.
         exit_code: u8,
+    },
+    /// From the node: a build has ended; its files follow.
+    Built {
+        /// Why it failed, if it has.
+        failure: Option<String>,
     },
     /// From the process inside to its parent: these files lie in the directory of results.
     Packed {
@@ -85,7 +92,7 @@ impl From<Judged> for Verdict {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Part {
-    /// The image that the job begins with, a squashfs.
+    /// The image that the job begins with, a squashfs; or a recipe, a tar archive.
     Source,
     /// The packed image.
     Image,
@@ -97,6 +104,10 @@ pub(crate) enum Part {
     Parameters,
     /// Report of what was changed, as JSON.
     Changes,
+    /// Log of kiwi-ng.
+    Log,
+    /// What a build that failed has left of the image root, a squashfs.
+    Tree,
 }
 
 impl Part {
@@ -109,6 +120,8 @@ impl Part {
             Self::Initrd => "initrd",
             Self::Parameters => "parameters",
             Self::Changes => "changes",
+            Self::Log => "log",
+            Self::Tree => "tree",
         }
     }
 }
@@ -126,12 +139,67 @@ pub(crate) struct Order {
     pub(crate) task: Task,
 }
 
-/// Work that runs on a node. A build from a recipe is to become another variant.
+/// Work that runs on a node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Task {
     /// Opens the image over SSH and packs it.
     Customize(Customize),
+    /// Builds an image root from the recipe and packs it.
+    Build(Build),
+}
+
+impl Task {
+    /// Variables of the job, as a container of a pod has them.
+    pub(crate) fn variables(&self) -> &[(String, String)] {
+        match self {
+            Self::Customize(Customize { variables, .. }) | Self::Build(Build { variables, .. }) => variables,
+        }
+    }
+}
+
+/// A build by the node's own kiwi-ng.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Build {
+    /// Variables of the job, as a container of a pod has them.
+    pub(crate) variables: Vec<(String, String)>,
+    /// Programs that the node must have.
+    pub(crate) programs: Vec<String>,
+    /// Profiles to build.
+    pub(crate) profiles: Vec<String>,
+    /// Certificate of the site's authority, in PEM.
+    pub(crate) authority: Option<String>,
+    /// Package of the same authority.
+    pub(crate) ca_rpm: Option<Blob>,
+    /// Keys of repositories: file name and content.
+    pub(crate) signing_keys: Vec<(String, Blob)>,
+    /// Certificates of authorities for the image: file name and content.
+    pub(crate) authorities: Vec<(String, String)>,
+    /// How many seconds the repositories are waited for there.
+    pub(crate) wait: Option<u64>,
+    /// Patterns of paths that are not packed.
+    pub(crate) exclude: Vec<String>,
+    /// True if the image root is wanted although its build failed.
+    pub(crate) returns_tree: bool,
+}
+
+/// Bytes that need not be a text.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub(crate) struct Blob(pub(crate) Vec<u8>);
+
+impl From<Blob> for String {
+    fn from(Blob(bytes): Blob) -> Self {
+        STANDARD.encode(bytes)
+    }
+}
+
+impl TryFrom<String> for Blob {
+    type Error = base64::DecodeError;
+
+    fn try_from(text: String) -> std::result::Result<Self, Self::Error> {
+        STANDARD.decode(text).map(Self)
+    }
 }
 
 /// An environment on a node.
@@ -203,8 +271,22 @@ mod tests {
             sshd: Some(vec![("permittty".into(), "no".into())]),
             script: Some(Script { text: "exit\n".into(), is_executable: true }),
         });
+        let build = Task::Build(Build {
+            variables: Vec::new(),
+            programs: vec!["kiwi-ng".into()],
+            profiles: vec!["kernel".into()],
+            authority: Some("-----BEGIN".into()),
+            ca_rpm: Some(Blob(vec![0xed, 0xab, 0])),
+            signing_keys: vec![("key.gpg".into(), Blob(vec![0x99]))],
+            authorities: Vec::new(),
+            wait: Some(500),
+            exclude: Vec::new(),
+            returns_tree: true,
+        });
         let messages = [
             Message::Order(Box::new(Order { job: "5ec3".into(), size: u64::MAX, patience: 60, task })),
+            Message::Order(Box::new(Order { job: "5ec4".into(), size: 1, patience: 60, task: build })),
+            Message::Built { failure: Some("no".into()) },
             Message::Hello(Hello { arch: "x86_64".into(), kernel: "6".into(), free: 1, refusals: vec!["no".into()] }),
             Message::File { part: Part::Source, size: 0 },
             Message::Mark(Judged::Failed),

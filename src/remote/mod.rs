@@ -1,6 +1,7 @@
 //! Remote build nodes: a job whose image is changed on another host. One ssh connection is the job. [`relay`] is the
 //! side of the pod, or of the machine that `customize --node` runs on; [`node`] is the far side, the same program.
 
+pub mod build;
 pub(crate) mod channel;
 pub(crate) mod connection;
 mod container;
@@ -13,6 +14,7 @@ pub(crate) mod message;
 pub mod node;
 mod node_log;
 pub(crate) mod node_root;
+mod program;
 pub(crate) mod provision;
 pub(crate) mod relay;
 mod shell;

@@ -24,7 +24,7 @@ use crate::sys::poll;
 use crate::sys::signals::{Signals, unblock_signals};
 use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
-use crate::volume::layout::ARCHIVE;
+use crate::volume::layout::{ARCHIVE, REMOTE_RECIPE};
 
 /// Time for the order, and for the last message to be taken.
 const SOON: Duration = Duration::from_secs(30);
@@ -138,7 +138,11 @@ impl Node {
         let [image, results] = [IMAGE, RESULTS].map(|name| directory.directory_without_links(name));
         let (image, results) =
             (image.attempt(|| "open the job's directory")?, results.attempt(|| "open the job's directory")?);
-        if !self.receive(&image)? {
+        let source = match order.task {
+            Task::Customize(_) => ARCHIVE,
+            Task::Build(_) => REMOTE_RECIPE,
+        };
+        if !self.receive(&image, source)? {
             return Ok(());
         }
         self.inside = Some(start(order)?);
@@ -180,13 +184,13 @@ impl Node {
         }
     }
 
-    /// Receives the image. Returns false if the other side has given up.
-    fn receive(&mut self, image: &Tree) -> Result<bool> {
+    /// Receives the image, or the recipe, as the file `name`. Returns false if the other side has given up.
+    fn receive(&mut self, image: &Tree, name: &str) -> Result<bool> {
         let mut receiving: Option<Receiving> = None;
         loop {
             match (self.next()?, receiving.take()) {
                 (Frame::Message(Message::File { part: Part::Source, size }), None) => {
-                    let file = image.create_file(ARCHIVE).attempt(|| "create a file for the image")?;
+                    let file = image.create_file(name).attempt(|| "create a file for the image")?;
                     receiving = Some(Receiving::begin(Part::Source, size, file)?);
                 }
                 (Frame::Data(data), Some(mut file)) => {
@@ -236,8 +240,8 @@ fn start(order: &Order) -> Result<Inside> {
     let program = std::env::current_exe().attempt(|| "find this program's own file")?;
     let mut command = Command::new(program);
     command.args(["node", "--inside", "root"]).stdin(Stdio::piped()).stdout(Stdio::piped());
-    let Task::Customize(wanted) = &order.task;
-    command.envs(wanted.variables.iter().filter(|(name, _)| is_of_log(name)).map(|(name, value)| (name, value)));
+    let variables = order.task.variables().iter();
+    command.envs(variables.filter(|(name, _)| is_of_log(name)).map(|(name, value)| (name, value)));
     let mut child = unblock_signals(&mut command).spawn().attempt(attempted)?;
     let pipes = child.stdout.take().zip(child.stdin.take());
     let (output, input) = pipes.ok_or_else(|| Error::new(attempted()).because("it has no pipes"))?;

@@ -22,6 +22,10 @@ pub(crate) const PROGRAMS: &str = "/run/ims-sshd-programs";
 /// Where it leaves the files that are sent back.
 pub(crate) const RESULTS: &str = "/run/ims-sshd-results";
 
+/// Where a build has them, and the order's files. /mnt exists everywhere, and a build gets nothing from it.
+pub(crate) const BUILD_RESULTS: &str = "/mnt/ims-sshd-results";
+pub(crate) const BUILD_OWN: &str = "/mnt/ims-sshd-job";
+
 /// Directories of a system that may be on a disk of their own. What is mounted elsewhere (homes, data, other jobs) is not
 /// shown.
 const SYSTEM: [&str; 9] = ["/boot", "/etc", "/opt", "/root", "/srv", "/usr", "/usr/local", "/var", "/var/lib"];
@@ -76,6 +80,37 @@ pub(crate) fn enter(place: &Path, (image, results): (&Path, &Path)) -> Result<()
         replace_link(&root, &text).attempt(|| "write /etc/resolv.conf")?;
     }
     mounts::switch_root(&root).attempt(|| "enter the job's root directory")
+}
+
+/// Gives a build the job's directories in place of /mnt and /tmp. The rest of the node stays: kiwi-ng gets a root directory
+/// of its own, with the parts of this one that it reads.
+pub(crate) fn enter_for_build(place: &Path, (image, results): (&Path, &Path)) -> Result<()> {
+    let tmp = place.join("tmp");
+    let attempted = || format!("create the directory {}", tmp.display());
+    std::fs::create_dir(&tmp).attempt(attempted)?;
+    std::fs::set_permissions(&tmp, Permissions::from_mode(0o1777)).attempt(attempted)?;
+    let quiet = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
+    let none = MountAttrFlags::empty();
+    let new = |kind: &str, options: &[(&str, &str)]| {
+        Detached::filesystem(kind, options, quiet).attempt(|| format!("mount a new {kind}"))
+    };
+    let shown = |path: &Path, attributes: MountAttrFlags| {
+        Detached::copy_of(path, false, attributes).attempt(|| format!("show {}", path.display()))
+    };
+    // Copied before /tmp, which they lie in, is covered.
+    let mounts = [
+        ("/proc", new("proc", &[])?),
+        ("/mnt", new("tmpfs", &[("mode", "0755"), ("source", "ims-sshd")])?),
+        (PARENT, shown(image, none)?),
+        (BUILD_RESULTS, shown(results, quiet)?),
+        ("/tmp", shown(&tmp, quiet)?),
+    ];
+    for (point, detached) in mounts {
+        // Opened anew each time: a handle of before would lead below the new mount.
+        let root = Tree::open(Path::new("/")).attempt(|| "open /")?;
+        attach(detached, &root, Path::new(point))?;
+    }
+    Ok(())
 }
 
 /// An overlay over `lower`, without what is mounted below that.

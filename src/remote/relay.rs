@@ -1,11 +1,12 @@
 //! The near side of a remote job, in a pod or on a person's machine. It drives the same state machine as a local
 //! environment: what that does here, this has done on the node, and relays marks and results.
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io::Seek;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
@@ -16,14 +17,13 @@ use crate::environment::machine::{Action, Event, Machine, State};
 use crate::environment::supervisor::Outcome;
 use crate::error::{Attempt, Error, Result};
 use crate::image::boot::Names;
-use crate::printable::Printable;
-use crate::remote::channel::{Channel, Frame};
-use crate::remote::connection::{Connection, Heed};
+use crate::remote::channel::Frame;
+use crate::remote::connection::Heed;
 use crate::remote::container::Container;
-use crate::remote::far::{Far, Told, Wanted, give_names, part_name};
-use crate::remote::message::{Hello, Judged, Message, Order, Part, Task, is_of_log};
-use crate::remote::provision;
-use crate::remote::transfer::{Receiving, Sending};
+use crate::remote::far::{Far, Told, Wanted, give_names, unless_signalled};
+use crate::remote::message::{Judged, Message, Order, Part, Task};
+use crate::remote::program::{Incoming, Program};
+use crate::remote::transfer::Sending;
 use crate::sshd::public_keys;
 use crate::sys::poll;
 use crate::sys::signals::Signals;
@@ -34,9 +34,6 @@ use crate::volume::state_directory::StateDirectory;
 
 /// Time for the parent to appear, as for a local environment.
 const TIME_FOR_PARENT: Duration = Duration::from_secs(30);
-
-/// Time for the node to remove everything at the end. Afterwards its own limit of silence ends it.
-const TIME_TO_CLEAR: Duration = Duration::from_secs(20);
 
 /// Runs a remote job from start to end, on the image root's parent `parent`. `files` is that directory if the caller has
 /// claimed it. `wanted` is called once the job may begin, and `listening` once the environment can be reached, with the
@@ -62,6 +59,7 @@ pub(crate) fn run(
         listening: Some(listening),
         node: None,
         is_broken: false,
+        stopped_by: None,
     };
     relay.run()
 }
@@ -79,6 +77,8 @@ struct Relay<W, L> {
     node: Option<Box<dyn Far>>,
     /// True after an error, of which the sidecar hears by 'pod_error'.
     is_broken: bool,
+    /// The signal that has ended the job.
+    stopped_by: Option<Signal>,
 }
 
 impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
@@ -117,7 +117,7 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
                 Ok(()) => None,
                 Err(_) if self.is_marked_failed() => Some(Event::Marked(Verdict::Failed)),
                 Err(error) => Some(match self.signals.next() {
-                    Ok(Some(signal)) => stopped(signal),
+                    Ok(Some(signal)) => self.stopped(signal),
                     _ => self.broken(&error),
                 }),
             },
@@ -152,6 +152,12 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
         late.into_iter().chain(answer).collect()
     }
 
+    fn stopped(&mut self, signal: Signal) -> Event {
+        tracing::info!("received {signal}: closing as failed");
+        self.stopped_by = Some(signal);
+        Event::Stop(signal)
+    }
+
     fn broken(&mut self, error: &Error) -> Event {
         self.is_broken = true;
         tracing::error!("{error}");
@@ -167,7 +173,7 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
         self.watch.drain();
         let mut events = Vec::new();
         while let Ok(Some(signal)) = self.signals.next() {
-            events.push(stopped(signal));
+            events.push(self.stopped(signal));
         }
         match self.machine.state() {
             State::Waiting => events.extend(self.look_for_ready()?),
@@ -291,15 +297,13 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
         let mut wanted = wanted()?;
         let state = StateDirectory::of(&self.parent)?;
         let heed = || -> Result<()> {
-            let mut signals = [PollFd::new(&self.signals, PollFlags::IN)];
-            if poll::wait(&mut signals, Duration::ZERO).is_ok_and(|ready| ready > 0) {
-                return Err(Error::new("go on").because("a signal has arrived"));
-            }
+            unless_signalled(&self.signals)?;
             match files.verdict()? {
                 Some(Verdict::Failed) => Err(Error::new("go on").because("the image was marked failed")),
                 _ => Ok(()),
             }
         };
+        std::fs::write(state.node(), &wanted.to.host).attempt(|| format!("write {}", state.node().display()))?;
         if files.stands(REMOTE_PORT)? {
             let attempted = || format!("read {}", files.path().join(REMOTE_PORT).display());
             let text = files.parent().read(REMOTE_PORT, 16).attempt(attempted)?;
@@ -312,19 +316,7 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
         let mut image = wanted.image.take().map_or_else(open, Ok).attempt(attempted)?;
         image.rewind().attempt(attempted)?;
         let size = image.metadata().attempt(attempted)?.len();
-        let began = Instant::now();
-        let mut node = Node::begin(wanted, size, state.path(), &heed)?;
-        let hello = node.hello(&heed)?;
-        tracing::info!(
-            milliseconds = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
-            "the build node {} is able: Linux {}, {} MB free",
-            node.connection.host(),
-            Printable(&hello.kernel),
-            hello.free / 1_000_000
-        );
-        let sending = Sending::begin(&mut node.channel, Part::Source, image)?;
-        node.sending = Some(sending);
-        self.node = Some(Box::new(node));
+        self.node = Some(Box::new(Node::begin(wanted, image, size, state.path(), &heed)?));
         Ok(())
     }
 
@@ -338,6 +330,11 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
         }
         if verdict == Verdict::Failed {
             succeeded(files.retract(Verdict::Complete.signal_file()));
+            // The sidecar tells it: nobody has marked the image.
+            if let (Some(signal), false) = (self.stopped_by, self.machine.is_given_up()) {
+                let why = format!("the build environment received {signal}\n");
+                let _ = files.parent().replace(verdict.signal_file(), why.as_bytes());
+            }
         }
         Event::Recorded { verdict, cleanly: true }
     }
@@ -366,120 +363,48 @@ enum Step {
 
 /// A node, and what is under way to it and from it.
 struct Node {
-    connection: Connection,
-    program: Child,
-    channel: Channel,
+    program: Program,
     listen: Vec<(Option<IpAddr>, u16)>,
     boot: Names,
     step: Step,
     has_script: bool,
     is_marked: bool,
     sending: Option<Sending>,
-    receiving: Option<Receiving>,
-    received: Vec<Part>,
+    incoming: Incoming,
 }
 
 impl Node {
-    /// Connects, and starts this program there.
-    fn begin(wanted: Wanted, size: u64, state: &Path, heed: Heed<'_>) -> Result<Self> {
+    /// Connects, starts this program there, and begins to send the image.
+    fn begin(wanted: Wanted, image: File, size: u64, state: &Path, heed: Heed<'_>) -> Result<Self> {
         let Wanted { to, job, task, listen, boot, silence, .. } = wanted;
-        let connection = Connection::open(&to, state, silence, heed)?;
-        let path = provision::provide(&connection, heed)?;
-        let attempted = || format!("start ims-sshd on the build node {}", connection.host());
-        let Task::Customize(order) = &task;
-        let has_script = order.script.is_some();
-        // Its log comes here, by ssh.
-        let log = order.variables.iter().filter(|(name, _)| is_of_log(name));
-        let log: Vec<_> = log.map(|(name, value)| format!("{name}={value}")).collect();
-        let words = ["env"].into_iter().chain(log.iter().map(String::as_str)).chain([path.as_str(), "node"]);
-        let mut program = connection.command(&words.collect::<Vec<_>>());
-        let program = program.stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut program = connection.spawn(program).attempt(attempted)?;
-        let pipes = program.stdout.take().zip(program.stdin.take());
-        let (output, input) = pipes.ok_or_else(|| Error::new(attempted()).because("ssh has no pipes"))?;
-        let mut channel = Channel::new(output.into(), input.into(), Some(silence))?;
-        channel.say(&Message::Order(Box::new(Order { job, size, patience: silence.as_secs(), task })));
-        Ok(Self {
-            connection,
-            program,
-            channel,
-            listen,
-            boot,
-            step: Step::Opening,
-            has_script,
-            is_marked: false,
-            sending: None,
-            receiving: None,
-            received: Vec::new(),
-        })
-    }
-
-    /// Waits for the node's first message, and fails if the job cannot run there.
-    fn hello(&mut self, heed: Heed<'_>) -> Result<Hello> {
-        let attempted = || format!("use the build node {}", self.connection.host());
-        loop {
-            self.channel.turn()?;
-            match self.channel.next()? {
-                Some(Frame::Message(Message::Hello(hello))) if hello.refusals.is_empty() => return Ok(hello),
-                Some(Frame::Message(Message::Hello(hello))) => {
-                    return Err(Error::new(attempted()).because(hello.refusals.join("; ")));
-                }
-                Some(Frame::Message(Message::Failed { why })) => return Err(Error::new(attempted()).because(why)),
-                Some(_) => return Err(Error::new(attempted()).because("it does not say what it is")),
-                None => self.channel.check().map_err(|e| Error::new(attempted()).because(e))?,
-            }
-            heed()?;
-            let _ = poll::wait(&mut self.channel.sources(), LOOK_EVERY / 10);
-        }
-    }
-
-    /// Waits for the node's last message. Whatever comes before it no longer counts.
-    fn ending(&mut self, since: Instant) -> Option<Told> {
-        loop {
-            match self.channel.next() {
-                Ok(Some(Frame::Message(Message::Gone))) => {
-                    tracing::info!("nothing of the job is left on the node");
-                    return Some(Told::Gone);
-                }
-                Ok(Some(Frame::Message(Message::Failed { why }))) => {
-                    tracing::warn!("the node says: {}", Printable(&why));
-                }
-                Ok(Some(_)) => {}
-                Ok(None) => break,
-                Err(_) => return Some(Told::Gone),
-            }
-        }
-        if self.channel.is_over() || since.elapsed() > TIME_TO_CLEAR {
-            let host = self.connection.host();
-            tracing::warn!("{host} has not said that it removed everything; the next job there does what is left");
-            return Some(Told::Gone);
-        }
-        None
+        let has_script = matches!(&task, Task::Customize(order) if order.script.is_some());
+        let mut program = Program::start(&to, Order { job, size, patience: silence.as_secs(), task }, state, heed)?;
+        let sending = Some(Sending::begin(&mut program.channel, Part::Source, image)?);
+        let (step, incoming) = (Step::Opening, Incoming::default());
+        Ok(Self { program, listen, boot, step, has_script, is_marked: false, sending, incoming })
     }
 
     fn heard(&mut self, frame: Frame, files: Option<&SignalFiles>, signals: &Signals) -> Result<Option<Told>> {
-        let host = self.connection.host();
-        let refused = |why: &str| Error::new(format!("go on with the job on {host}")).because(why);
-        let message = match (frame, &mut self.receiving) {
-            (Frame::Message(message), _) => message,
-            (Frame::Data(data), Some(receiving)) => return receiving.take(&data).map(|()| None),
-            (Frame::Data(_), None) => return Err(refused("it has sent data without a file")),
+        let parent = files.map(SignalFiles::parent).filter(|_| self.step == Step::Closed);
+        let Some(message) = self.incoming.take(frame, parent)? else {
+            return Ok(None);
         };
+        let host = self.program.connection.host();
         match (message, self.step) {
-            (Message::Failed { why }, _) => Err(refused(&why)),
+            (Message::Failed { why }, _) => Err(self.program.refused(why)),
             (Message::Listening { port, host_key }, Step::Opening) => {
                 // It becomes a line of known_hosts.
-                let host_key =
-                    public_keys::host_key(&host_key).ok_or_else(|| refused("it has sent a host key that is none"))?;
+                let host_key = public_keys::host_key(&host_key)
+                    .ok_or_else(|| self.program.refused("it has sent a host key that is none"))?;
+                // Meanwhile the node wants signs of life.
+                let Program { connection, channel, .. } = &mut self.program;
+                let (host, channel) = (connection.host(), RefCell::new(channel));
                 let heed = || {
-                    let mut arrived = [PollFd::new(signals, PollFlags::IN)];
-                    match poll::wait(&mut arrived, Duration::ZERO) {
-                        Ok(0) | Err(_) => Ok(()),
-                        Ok(_) => Err(Error::new("go on").because("a signal has arrived")),
-                    }
+                    channel.borrow_mut().turn()?;
+                    unless_signalled(signals)
                 };
-                let here = self.connection.forward(&self.listen, port, &heed)?;
-                match self.connection.await_greeting(here) {
+                let here = connection.forward(&self.listen, port, &heed)?;
+                match connection.await_greeting(here, &heed) {
                     Ok(()) => {
                         tracing::info!("the environment on {host} is open, and can be reached on port {}", here.port());
                     }
@@ -499,40 +424,19 @@ impl Node {
                 }
                 Ok(Some(Told::Closed(verdict.into(), exit_code)))
             }
-            (Message::File { part, size }, Step::Closed) if self.receiving.is_none() && part != Part::Source => {
-                if self.received.contains(&part) {
-                    return Err(refused("it has sent a file twice"));
-                }
-                let parent = files.ok_or_else(|| refused("the image root parent is gone"))?.parent();
-                let file = parent.create_file(part_name(part)).attempt(|| format!("create {}", part_name(part)))?;
-                self.receiving = Some(Receiving::begin(part, size, file)?);
-                Ok(None)
-            }
-            (Message::Sum { sha256 }, Step::Closed) => {
-                let receiving = self.receiving.take().ok_or_else(|| refused("it has sent a digest without a file"))?;
-                self.received.push(receiving.finish(&sha256)?);
-                Ok(None)
-            }
-            (Message::Sent, Step::Closed) if self.receiving.is_none() && self.received.contains(&Part::Image) => {
-                let files = files.ok_or_else(|| refused("the image root parent is gone"))?;
-                give_names(files, &self.received, &self.boot)?;
-                tracing::info!("the packed image has come from {host}, whole and unaltered");
-                self.end();
-                Ok(None)
-            }
-            _ => Err(refused("it has sent something unexpected")),
+            _ => Err(self.program.refused("it has sent something unexpected")),
         }
     }
 }
 
 impl Far for Node {
     fn sources(&self) -> Vec<PollFd<'_>> {
-        self.channel.sources().into()
+        self.program.channel.sources().into_iter().chain(self.incoming.sources()).collect()
     }
 
     fn mark(&mut self, verdict: Verdict) {
         self.is_marked = true;
-        self.channel.say(&Message::Mark(verdict.into()));
+        self.program.channel.say(&Message::Mark(verdict.into()));
     }
 
     fn is_closing(&self) -> bool {
@@ -547,23 +451,22 @@ impl Far for Node {
         if !matches!(self.step, Step::Ending(_)) {
             self.step = Step::Ending(Instant::now());
             self.sending = None;
-            self.channel.say(&Message::End);
+            self.program.channel.say(&Message::End);
         }
     }
 
     fn turn(&mut self, files: Option<&SignalFiles>, signals: &Signals) -> Result<Option<Told>> {
-        let lost = |e: Error, host: &str| Error::new(format!("go on with the job on {host}")).because(e);
-        self.channel.turn()?;
+        self.program.channel.turn()?;
         if let Some(sending) = &mut self.sending
-            && sending.go_on(&mut self.channel)?
+            && sending.go_on(&mut self.program.channel)?
         {
             self.sending = None;
             tracing::info!("the image is on the node");
         }
         if let Step::Ending(since) = self.step {
-            return Ok(self.ending(since));
+            return Ok(self.program.has_ended(since).then_some(Told::Gone));
         }
-        while let Some(frame) = self.channel.next()? {
+        while let Some(frame) = self.program.channel.next()? {
             if let Some(told) = self.heard(frame, files, signals)? {
                 return Ok(Some(told));
             }
@@ -571,25 +474,18 @@ impl Far for Node {
                 return Ok(None);
             }
         }
-        self.channel.check().map_err(|e| {
-            let said = self.connection.last_words();
-            let error = lost(e, self.connection.host());
-            if said.is_empty() { error } else { error.advise(said) }
-        })?;
-        Ok(None)
+        if let Some(received) = self.incoming.results()? {
+            if !received.contains(&Part::Image) {
+                return Err(self.program.refused("it has sent no image"));
+            }
+            let files = files.ok_or_else(|| self.program.refused("the image root parent is gone"))?;
+            give_names(files.parent(), &received, &self.boot)?;
+            tracing::info!("the packed image has come from {}, whole and unaltered", self.program.connection.host());
+            self.end();
+            return Ok(None);
+        }
+        self.program.check().map(|()| None)
     }
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        let _ = self.program.kill();
-        let _ = self.program.wait();
-    }
-}
-
-fn stopped(signal: Signal) -> Event {
-    tracing::info!("received {signal}: closing as failed");
-    Event::Stop(signal)
 }
 
 /// Logs an error without stopping. Returns whether there was none.

@@ -80,8 +80,8 @@ impl Receiving {
         Ok(())
     }
 
-    /// Checks length and digest.
-    pub(crate) fn finish(self, sha256: &str) -> Result<Part> {
+    /// Checks length and digest. The file need not be on the disk yet.
+    pub(crate) fn finish(self, sha256: &str) -> Result<(Part, File)> {
         let refused = |why: &str| Err(Error::new(receiving(self.part)).because(why));
         if self.left > 0 {
             return refused("it was cut off");
@@ -89,11 +89,7 @@ impl Receiving {
         if hex(self.digest.finish().as_ref()) != sha256 {
             return refused("it was altered on the way: its SHA-256 differs");
         }
-        // Nobody hears from a node that waits for its disk, and the image there does not outlive the job.
-        if self.part != Part::Source {
-            self.file.sync_all().attempt(|| receiving(self.part))?;
-        }
-        Ok(self.part)
+        Ok((self.part, self.file))
     }
 }
 
@@ -117,13 +113,16 @@ pub(crate) fn check_whole(part: Part, file: &File, size: u64, sha256: &str) -> R
     let mut bytes = vec![0; CHUNK];
     loop {
         match received.file.read(&mut bytes).attempt(attempted)? {
-            0 => return received.finish(sha256).map(drop),
+            0 => {
+                let (_, file) = received.finish(sha256)?;
+                return file.sync_all().attempt(attempted);
+            }
             length => received.count(&bytes[..length])?,
         }
     }
 }
 
-fn receiving(part: Part) -> String {
+pub(super) fn receiving(part: Part) -> String {
     format!("receive the {}", part.name())
 }
 
@@ -135,7 +134,7 @@ mod tests {
     fn receive(announced: u64, data: &[&[u8]], sum: &[u8]) -> Result<Part> {
         let mut receiving = Receiving::begin(Part::Image, announced, tempfile::tempfile().unwrap())?;
         data.iter().try_for_each(|data| receiving.take(data))?;
-        receiving.finish(&hex(digest(&SHA256, sum).as_ref()))
+        receiving.finish(&hex(digest(&SHA256, sum).as_ref())).map(|(part, _)| part)
     }
 
     #[test]

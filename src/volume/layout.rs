@@ -43,13 +43,19 @@ pub(crate) const TRANSFER: &str = "transfer.sqsh";
 pub(crate) const BOOT_NAMES: &str = ".ims-sshd.boot";
 /// Report of the changes of a remote job.
 pub(crate) const REMOTE_CHANGES: &str = ".ims-sshd.changes";
-/// Results of a remote build node, until they are whole: the packed image, its boot files, and the report of changes.
-pub(crate) const REMOTE_PARTS: [&str; 5] = [
+/// What a remote job's build that failed has left of the image root, as a squashfs, until it is unpacked.
+pub(crate) const REMOTE_TREE: &str = ".ims-sshd.tree.sqsh";
+/// Recipe of a remote job, an archive.
+pub(crate) const REMOTE_RECIPE: &str = ".ims-sshd.recipe.tar";
+/// Results of a remote build node, until they are whole: the packed image, its boot files, the report of changes, and the
+/// log of kiwi-ng.
+pub(crate) const REMOTE_PARTS: [&str; 6] = [
     ".ims-sshd.remote.image",
     ".ims-sshd.remote.kernel",
     ".ims-sshd.remote.initrd",
     ".ims-sshd.remote.parameters",
     ".ims-sshd.remote.changes",
+    ".ims-sshd.remote.log",
 ];
 /// The source image, if it is mounted or was fetched.
 pub(crate) const ARCHIVE: &str = "image.sqsh";

@@ -92,6 +92,11 @@ impl StateDirectory {
         self.path.join("passwd")
     }
 
+    /// Name of the remote build node that the environment is on.
+    pub(crate) fn node(&self) -> PathBuf {
+        self.path.join("node")
+    }
+
     /// Record of sshd's listening process.
     pub(crate) fn sshd(&self) -> PathBuf {
         self.path.join("sshd")

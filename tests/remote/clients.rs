@@ -4,7 +4,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use testbed::node::Lab;
+use testbed::node::{Lab, NodeOptions};
 use testbed::*;
 
 use crate::remote::Remote;
@@ -167,6 +167,37 @@ fn ims_finds_the_node_able_and_counts_its_jobs() {
         assert_eq!(job.end(), 0, "{}", job.log());
     }
     assert_eq!(load(), "0");
+}
+
+#[test]
+fn job_beside_a_real_podman_is_counted_and_touches_nothing_of_it() {
+    let lab = Lab::with(&[NodeOptions { can_build: true, ..NodeOptions::default() }]);
+    let node = &lab.nodes[0];
+    assert!(node.path("/usr/bin/podman").metadata().unwrap().len() > 1 << 20, "install podman");
+    let says = |command: &str| {
+        let output = lab.ssh(node, command);
+        assert!(output.status.success(), "{command}: {output:?}");
+        text(output.stdout).trim().to_owned()
+    };
+    assert!(says("which podman").contains("/usr/bin/podman"));
+    let podman = "podman --storage-driver=vfs --root=/var/lib/administrator";
+    says(&format!("{podman} volume create unused"));
+    says(&format!("tar -C {} -c . | {podman} import -q - localhost/administrator", cache().join("busybox").display()));
+    let objects = || {
+        let lists = ["volume ls -q", "images -q", "ps -a -q"].map(|list| format!("{podman} {list}"));
+        says(&lists.join(" && "))
+    };
+    let (own, before) = (objects(), node.state());
+    assert!(own.contains("unused"), "{own}");
+    for (number, mark) in ["complete", "failed"].into_iter().enumerate() {
+        let mut remote = Remote::new(&lab, node, if number == 0 { Mode::Jailed } else { Mode::Plain });
+        remote.open();
+        assert_eq!(says("ls -d1 /tmp/* | grep /tmp/ims_ | wc -l"), "1");
+        remote.job.volume.touch(mark);
+        assert_eq!(remote.end(), 0, "{}", remote.log());
+        node.is_as_before(&before);
+    }
+    assert_eq!(objects(), own);
 }
 
 /// Attempts that SECURITY.md does not claim to defend against.

@@ -6,6 +6,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
+use testbed::job::report;
 use testbed::node::{Lab, NodeOptions, signal};
 use testbed::*;
 
@@ -94,6 +95,12 @@ fn signal_ends_the_job_on_both_sides_at_any_moment() {
             signal(remote.entrypoint.as_ref().unwrap(), kind);
             if kind == Signal::SIGTERM {
                 remote.fails(code, "received SIGTERM");
+                if moment == "receiving" {
+                    // The sidecar does not say that somebody has marked the image.
+                    let output = remote.job.sidecar(remote.mode, &[("REMOTE_BUILD_NODE", &node.address)]).output();
+                    let error = report(&output.unwrap())["error"].to_string();
+                    assert!(error.contains("received SIGTERM") && !error.contains("marked"), "{error}");
+                }
             } else {
                 assert_eq!(remote.end(), code);
                 assert!(!remote.job.volume.signal("complete").exists());
@@ -225,8 +232,8 @@ fn image_that_is_altered_or_cut_off_on_the_way_is_neither_opened_nor_published()
 
 #[test]
 fn node_that_is_not_able_is_refused_before_the_image_is_sent() {
-    let small = NodeOptions { tmp: "size=1M", sshd: "" };
-    let closed = NodeOptions { tmp: "", sshd: "AllowTcpForwarding no" };
+    let small = NodeOptions { tmp: "size=1M", ..NodeOptions::default() };
+    let closed = NodeOptions { sshd: "AllowTcpForwarding no", ..NodeOptions::default() };
     let lab = Lab::with(&[NodeOptions::default(), small, closed]);
     let other_key = lab.dir.path().join("other/id");
     let strict = lab.dir.path().join("strict/id");
@@ -240,7 +247,7 @@ fn node_that_is_not_able_is_refused_before_the_image_is_sent() {
     let before: Vec<_> = lab.nodes.iter().map(node::Node::state).collect();
     for (number, key, words) in [
         (0, &other_key, "Permission denied"),
-        (0, &strict, "Host key verification failed"),
+        (0, &strict, "its host key has changed: the key that it shows now is SHA256:"),
         (1, &lab.key, "/tmp has "),
         (2, &lab.key, "AllowTcpForwarding"),
     ] {
@@ -285,7 +292,7 @@ fn directory_of_somebody_else_is_refused_and_left_as_it_is() {
 
 #[test]
 fn tmp_that_is_mounted_noexec_nosuid_and_nodev_serves() {
-    let lab = Lab::with(&[NodeOptions { tmp: "noexec,nosuid,nodev", sshd: "" }]);
+    let lab = Lab::with(&[NodeOptions { tmp: "noexec,nosuid,nodev", ..NodeOptions::default() }]);
     let node = &lab.nodes[0];
     let before = node.state();
     for mode in [Mode::Jailed, Mode::Plain] {
@@ -335,7 +342,7 @@ fn eight_jobs_at_once_neither_meet_nor_leave_anything() {
 
 #[test]
 fn full_disk_of_either_side_fails_the_job() {
-    let lab = Lab::with(&[NodeOptions { tmp: "size=64M", sshd: "" }]);
+    let lab = Lab::with(&[NodeOptions { tmp: "size=64M", ..NodeOptions::default() }]);
     let node = &lab.nodes[0];
     let before = node.state();
     let mut remote = Remote::new(&lab, node, Mode::Jailed);
@@ -351,5 +358,38 @@ fn full_disk_of_either_side_fails_the_job() {
     remote.open();
     remote.run("head -c 1500000 /dev/urandom > /large; touch /tmp/complete");
     remote.fails(1, "are free");
+    node.is_as_before(&before);
+}
+
+/// In place of ssh: opens the port to the environment once a file `go` is there.
+const LATE_FORWARD: &str = r#"#!/bin/sh
+case "$*" in *' -O forward '*) touch "$0.asked"; until [ -e "$0.go" ]; do sleep 0.1; done ;; esac
+exec /usr/bin/ssh "$@"
+"#;
+
+#[test]
+fn job_survives_a_port_that_opens_later_than_the_limit_of_silence() {
+    let lab = Lab::new();
+    let node = &lab.nodes[0];
+    let before = node.state();
+    let programs = lab.dir.path().join("programs");
+    std::fs::create_dir(&programs).unwrap();
+    let ssh = programs.join("ssh");
+    std::fs::write(&ssh, LATE_FORWARD).unwrap();
+    std::fs::set_permissions(&ssh, PermissionsExt::from_mode(0o755)).unwrap();
+    let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", programs.display());
+    let mut remote = Remote::new(&lab, node, Mode::Jailed);
+    remote.start(&[("PATH", &path)]);
+    remote.job.volume.touch("ready");
+    wait_until("the port to be asked for", || programs.join("ssh.asked").exists());
+    let asked = Instant::now();
+    while asked.elapsed() < SILENCE + SOON {
+        assert_eq!(node.jobs().len(), 1, "{}", remote.log());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    std::fs::write(programs.join("ssh.go"), "").unwrap();
+    remote.wait_for("sshd_listening");
+    remote.run("touch /tmp/failed");
+    assert_eq!(remote.end(), 0, "{}", remote.log());
     node.is_as_before(&before);
 }

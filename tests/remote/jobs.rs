@@ -22,7 +22,7 @@ fn image_is_changed_and_packed_on_the_node_and_published_from_the_pod() {
         let kernel = if mode == Mode::Plain { "auto" } else { "vmlinuz" };
         let names = [("REMOTE_BUILD_NODE", node.address.as_str()), ("KERNEL_FILENAME", kernel)];
         // The container that opens the image is not told the names; prepare is.
-        let (parent, source) = (&remote.job.volume.parent, remote.job.volume.dir.path().join("source.sqsh"));
+        let (parent, source) = (&remote.job.volume.parent.clone(), remote.job.volume.dir.path().join("source.sqsh"));
         std::fs::rename(parent.join("image.sqsh"), &source).unwrap();
         let given = names.map(|(name, value)| (name, value.to_owned()));
         let mut prepare = ims_sshd(&["prepare", parent.to_str().unwrap(), source.to_str().unwrap()], &given);
@@ -32,6 +32,13 @@ fn image_is_changed_and_packed_on_the_node_and_published_from_the_pod() {
         remote.wait_for("sshd_listening");
         wait_until("'waiting_on_user'", || remote.job.ims.status() == "waiting_on_user");
         assert_eq!(node.jobs(), [remote.directory()]);
+        let status = ims_sshd(&["status", parent.to_str().unwrap()], &[]).output().unwrap();
+        let status = text(&status.stdout);
+        for line in
+            [format!("  node: root@{}\n", node.address), "  sessions: on the node, and not listed here\n".into()]
+        {
+            assert!(status.contains(&line), "{status}");
+        }
         let root = if mode == Mode::Jailed { "" } else { "/mnt/image/image-root" };
         assert_eq!(remote.says(&format!("cat {root}/etc/cray/ca/certificate_authority.crt")), "authority");
         assert_eq!(remote.says(&format!("cat {root}/etc/resolv.conf")), "nameserver 192.0.2.53");

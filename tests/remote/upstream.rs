@@ -1,4 +1,5 @@
-//! A container on the node that upstream's prepare has started, around this program's sshd container and sidecar.
+//! Parts of upstream around this program: a container on the node that its prepare has started, and its sidecar behind
+//! this program's prepare and entrypoint.
 
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::process::Command;
@@ -182,6 +183,70 @@ fn container_of_upstreams_prepare_that_fails_fails_the_job_and_leaves_nothing() 
         }
         if how == "missing" {
             std::fs::write(&packed, "").unwrap();
+        }
+        node.is_as_before(&before);
+    }
+}
+
+/// Steps of upstream's sidecar on the volume of a remote job. Arguments: the image root's parent, the names of the image,
+/// of its kernel and of its initrd. Prints the statuses that IMS would hear.
+const SIDECAR: &str = r#"
+cd "$1"
+rm -f complete failed exiting
+touch ready
+echo waiting_on_user
+until [ -f exiting ]; do sleep 0.1; done
+if [ -f pod_error ]; then echo error; exit 1; fi
+# In a local job it would look into the image as well.
+if [ -f failed ] || [ -f image-root/tmp/failed ]; then echo error; exit 0; fi
+[ -f complete ] || exit 2
+echo packaging_artifacts
+[ -f transfer.sqsh ] || exit 3
+mv transfer.sqsh "$2.sqsh"
+for name in "$3" "$4"; do
+    if [ ! -f "$name" ] || [ -L "$name" ]; then echo error; exit 4; fi
+done
+echo success
+"#;
+
+#[test]
+fn sidecar_of_upstream_finds_what_it_looks_for_behind_our_prepare_and_entrypoint() {
+    let lab = Lab::new();
+    let node = &lab.nodes[0];
+    let before = node.state();
+    for (end, code, statuses) in [
+        ("complete", 0, "waiting_on_user\npackaging_artifacts\nsuccess\n"),
+        ("failed", 0, "waiting_on_user\nerror\n"),
+        ("broken", 1, "waiting_on_user\nerror\n"),
+    ] {
+        let mut remote = Remote::new(&lab, node, Mode::Jailed);
+        let parent = remote.job.volume.parent.clone();
+        let source = remote.job.volume.dir.path().join("source.sqsh");
+        std::fs::rename(parent.join("image.sqsh"), &source).unwrap();
+        let variables = [("REMOTE_BUILD_NODE", node.address.clone())];
+        succeed(&mut ims_sshd(&["prepare", parent.to_str().unwrap(), source.to_str().unwrap()], &variables));
+        remote.start(&[]);
+        let mut sidecar = Command::new("sh");
+        sidecar.args(["-c", SIDECAR, "sh"]).arg(&parent).args(["compute", "vmlinuz", "initrd"]);
+        let sidecar = sidecar.stdout(std::process::Stdio::piped()).spawn().unwrap();
+        remote.wait_for("sshd_listening");
+        match end {
+            "complete" => drop(remote.says("echo changed > /etc/changed; touch /tmp/complete")),
+            "failed" => drop(remote.run("touch /tmp/failed")),
+            _ => {
+                let program = |line: &str| line.ends_with("ims-sshd node");
+                let (number, _) = node.processes().into_iter().find(|(_, line)| program(line)).unwrap();
+                node.send(number, "TERM");
+            }
+        }
+        assert_eq!(remote.end(), i32::from(end == "broken"), "{}", remote.log());
+        let output = sidecar.wait_with_output().unwrap();
+        assert_eq!((output.status.code(), text(&output.stdout)), (Some(code), statuses.into()), "{}", remote.log());
+        let packed = parent.join("compute.sqsh");
+        assert_eq!(packed.exists(), end == "complete");
+        if end == "complete" {
+            assert_eq!(succeed(Command::new("unsquashfs").arg("-cat").arg(packed).arg("etc/changed")), "changed\n");
+            assert_eq!(std::fs::read_to_string(parent.join("vmlinuz")).unwrap(), "a kernel");
         }
         node.is_as_before(&before);
     }

@@ -19,6 +19,7 @@ pub mod node;
 mod programs;
 pub mod rendered;
 pub mod repository_server;
+pub mod rpms;
 pub mod s3_server;
 mod terminal;
 pub mod tls_server;

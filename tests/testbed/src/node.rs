@@ -28,6 +28,8 @@ pub struct Lab {
 pub struct Node {
     holder: Ended,
     number: usize,
+    /// Its own changes to the root directory that it shares with other nodes, or with this machine.
+    upper: PathBuf,
     /// Its first process, which is its sshd.
     pub pid: i32,
     /// Its address.
@@ -92,6 +94,8 @@ pub struct NodeOptions<'a> {
     pub tmp: &'a str,
     /// Further lines of its sshd's configuration.
     pub sshd: &'a str,
+    /// True for a node with all that this machine has, such as kiwi-ng and its package managers.
+    pub can_build: bool,
 }
 
 impl Lab {
@@ -128,15 +132,16 @@ impl Lab {
         put_host_keys(&keys);
         let public = self.key.with_extension("pub");
         let tmp = if options.tmp.is_empty() { "size=4G" } else { options.tmp };
+        let root = if options.can_build { PathBuf::from("/") } else { Image::Managed.root() };
         let namespaces = "--net --mount --pid --fork --kill-child --uts --ipc --propagation private";
         let mut command = Command::new("unshare");
-        command.args(namespaces.split(' ')).args(["sh", "-ec", BOOT, "sh"]).arg(&place).arg(Image::Managed.root());
+        command.args(namespaces.split(' ')).args(["sh", "-ec", BOOT, "sh"]).arg(&place).arg(root);
         let holder = hold(command.arg(public).arg(tmp).arg(options.sshd).arg(keys));
         let children = format!("/proc/{0}/task/{0}/children", holder.id());
         let pid: i32 = std::fs::read_to_string(children).unwrap().trim().parse().unwrap();
         let (interface, [here, there]) =
             (format!("v{number}"), [1, 2].map(|end| format!("198.51.100.{}", 4 * number + end)));
-        let node = Node { holder, number, pid, address: there.clone() };
+        let node = Node { holder, number, upper: place.join("upper"), pid, address: there.clone() };
         let (ours, theirs) = (self.network(), node.network());
         let ip = |network: &str, words: &str| {
             succeed(Command::new("nsenter").arg(network).arg("ip").args(words.split(' ')));
@@ -210,7 +215,7 @@ impl Lab {
 }
 
 /// What a job may leave on a node.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct State {
     pub processes: Vec<String>,
     pub mounts: Vec<String>,
@@ -280,8 +285,11 @@ impl Node {
             listening.extend(words.filter(|words| words[3] == "0A").map(|words| words[1].to_owned()));
         }
         let mut files = BTreeSet::new();
-        for top in ["/tmp", "/run", "/var/lib", "/etc", "/root"] {
+        for top in ["/tmp", "/run"] {
             gather(&self.path(top), Path::new(top), &mut files);
+        }
+        for top in ["var/lib", "etc", "root", "mnt"] {
+            gather(&self.upper.join(top), &Path::new("/").join(top), &mut files);
         }
         State { processes, mounts, loops: loops.count(), listening, files }
     }
@@ -304,7 +312,10 @@ impl Node {
             }
             std::thread::sleep(std::time::Duration::from_millis(50));
         }
-        panic!("the node is not as it was:\n{last:#?}\nbefore:\n{before:#?}");
+        let now = last.unwrap();
+        let files: Vec<_> = now.files.symmetric_difference(&before.files).collect();
+        let shown = |state: &State| format!("{:#?}", State { files: BTreeSet::new(), ..state.clone() });
+        panic!("the node is not as it was: {files:#?}\n{}\nbefore:\n{}", shown(&now), shown(before));
     }
 }
 
