@@ -78,7 +78,11 @@ fn signal_ends_the_job_on_both_sides_at_any_moment() {
                 if moment == "open" { Remote::new(&lab, node, Mode::Jailed) } else { Remote::large(&lab, node) };
             remote.start(&[]);
             remote.wait_for_log("waiting for 'ready'");
-            if moment != "waiting" {
+            let node_variable = [("REMOTE_BUILD_NODE", node.address.as_str())];
+            let mut sidecar = remote.job.sidecar(remote.mode, &node_variable);
+            // It creates 'ready' itself.
+            let sidecar = (kind == Signal::SIGTERM && moment == "receiving").then(|| sidecar.spawn().unwrap());
+            if moment != "waiting" && sidecar.is_none() {
                 remote.job.volume.touch("ready");
             }
             match moment {
@@ -95,10 +99,9 @@ fn signal_ends_the_job_on_both_sides_at_any_moment() {
             signal(remote.entrypoint.as_ref().unwrap(), kind);
             if kind == Signal::SIGTERM {
                 remote.fails(code, "received SIGTERM");
-                if moment == "receiving" {
+                if let Some(sidecar) = sidecar {
                     // The sidecar does not say that somebody has marked the image.
-                    let output = remote.job.sidecar(remote.mode, &[("REMOTE_BUILD_NODE", &node.address)]).output();
-                    let error = report(&output.unwrap())["error"].to_string();
+                    let error = report(&sidecar.wait_with_output().unwrap())["error"].to_string();
                     assert!(error.contains("received SIGTERM") && !error.contains("marked"), "{error}");
                 }
             } else {
