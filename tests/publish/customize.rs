@@ -118,7 +118,7 @@ fn changes_are_kept_if_publication_fails() {
     command.arg(dir.path().join("losing")).arg("--work").arg(dir.path().join("work")).current_dir(dir.path());
     let output = command.output().unwrap();
     assert_eq!(output.status.code(), Some(1));
-    assert!(text(&output.stderr).contains("to resume: "), "{output:?}");
+    assert!(text(&output.stderr).contains("to publish the image, without "), "{output:?}");
     let output = customize(dir.path(), &squashfs, &format!("s3://{}", bucket.name), "complete", &variables);
     assert!(output.status.success(), "{output:?}");
     assert_eq!(bucket.keys().len(), 5);

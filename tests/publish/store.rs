@@ -1,6 +1,7 @@
 //! Faulty and hanging stores: answers and waits have limits, and what a store answers is
 //! verified.
 
+use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -193,11 +194,14 @@ fn store_that_nothing_listens_for_is_tried_for_the_retry_limit_as_a_whole() {
     let (_upload_dir, mut upload) = upload(&endpoint, &[]);
     for command in [&mut customize(), &mut prepare(), &mut upload] {
         command.env("IMS_RETRY_LIMIT", limit.to_string()).stderr(Stdio::piped());
+        let mut child = Ended::new(command.spawn().unwrap());
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
+        let first = lines.find(|line| line.contains("; trying again for ")).expect("it is tried again");
         let began = Instant::now();
-        let output = ended(command.spawn().unwrap());
-        let (said, took) = (text(&output.stderr), began.elapsed());
-        assert!(!output.status.success() && said.contains("; trying again for 4 s"), "{said}");
-        let tried = seconds_tried(&said);
-        assert!(tried >= limit && took < Duration::from_secs(2 * limit - 1), "{took:?}: {said}");
+        let said = lines.collect::<Vec<_>>().join("\n");
+        let took = began.elapsed();
+        assert!(!child.wait().unwrap().success(), "{first}\n{said}");
+        // A busy machine takes its time; without a limit as a whole it was more than three times the limit.
+        assert!(seconds_tried(&said) >= limit && took < Duration::from_secs(3 * limit - 1), "{took:?}: {said}");
     }
 }

@@ -298,7 +298,7 @@ fn early_checks_refuse_and_late_failures_keep_the_changes() {
     let late = run(&["--output", "out", "--initrd", "initrd-6.1.0"], "mv /boot/initrd-6.1.0 /boot/mine");
     let said = text(&late.stderr);
     assert!(late.status.code() == Some(1) && said.contains("cannot find the initrd"), "{said}");
-    assert!(said.contains("to resume: "), "{said}");
+    assert!(said.contains("to publish the image, without "), "{said}");
     let corrected = run(&["--output", "out", "--initrd", "mine"], "test -e /boot/mine");
     assert!(corrected.status.success(), "{corrected:?}");
     assert!(published(dir.path()).contains("boot/mine"));
@@ -344,7 +344,7 @@ fn store_too_small_for_a_directory_causes_a_warning_and_then_an_error() {
     assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(1), "ran\nsmall\n"), "{said}");
     let (warned, refused) = (said.find("may not fit"), said.find("cannot store the new image in the store"));
     assert!(warned.is_some() && warned < refused, "{said}");
-    assert!(said.contains("to resume: "), "{said}");
+    assert!(said.contains("to publish the image, without "), "{said}");
 }
 
 #[test]
