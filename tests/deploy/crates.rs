@@ -57,13 +57,13 @@ fn every_crate_has_a_licence_that_allows_linking() {
 }
 
 #[test]
-fn no_crate_is_banned_or_from_elsewhere_than_its_registry() {
+fn no_crate_is_banned_or_from_elsewhere_than_a_registry() {
     let banned = list("deny");
     assert!(banned.contains("openssl-sys"));
     for package in packages() {
         let name = package["name"].as_str().unwrap();
         assert!(!banned.contains(name), "deny.toml bans {name}");
-        let registry = "registry+https://github.com/rust-lang/crates.io-index";
-        assert!(package["source"].is_null() || package["source"] == registry, "{name}: {}", package["source"]);
+        let source = &package["source"];
+        assert!(source.as_str().is_none_or(|source| source.starts_with("registry+")), "{name}: {source}");
     }
 }
