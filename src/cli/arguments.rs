@@ -457,7 +457,7 @@ pub(super) struct CreateArguments {
     /// Build on this host over SSH, by its kiwi-ng; see docs/REMOTE_NODES.md
     #[arg(long, value_name = "[USER@]HOST")]
     pub(super) node: Option<String>,
-    /// Directory in which what is built lies below 'ims-sshd.create' until it is published [default: /var/lib]
+    /// Directory to build in, below 'ims-sshd.create', until the image is published [default: /var/lib]
     #[arg(long, value_name = "DIRECTORY")]
     pub(super) work: Option<PathBuf>,
     #[command(flatten)]

@@ -125,7 +125,7 @@ pub(super) struct CaArguments {
     /// Directory for the package, cray_ca_cert-1.0.1-1.noarch.rpm
     #[arg(long, value_name = "DIRECTORY", default_value = ca_rpm::DEFAULT_OUTPUT)]
     output: PathBuf,
-    /// Specification of the package that IMS would build; a warning says if it asks for more
+    /// The site's RPM specification of this package; a warning lists what it has and this package lacks
     #[arg(long, value_name = "FILE", default_value = ca_rpm::DEFAULT_SPECIFICATION)]
     specification: PathBuf,
 }

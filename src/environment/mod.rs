@@ -1,8 +1,8 @@
 //! The life of a build environment: decide, wait, prepare, serve, close, done.
 
+pub(crate) mod grace_period;
 pub(crate) mod groundwork;
 pub(crate) mod hang_up;
-pub(crate) mod machine;
 pub(crate) mod open;
 pub mod own_sshd;
 pub(crate) mod presence;
@@ -13,5 +13,6 @@ pub(crate) mod script;
 pub mod settings;
 pub(crate) mod sshd_setup;
 pub mod stage;
+pub(crate) mod state_machine;
 pub mod supervisor;
 pub(crate) mod watchdog;

@@ -10,15 +10,16 @@ use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 use rustix::event::{PollFd, PollFlags};
 
+use crate::environment::grace_period::{GracePeriod, Progress};
 use crate::environment::groundwork::Groundwork;
-use crate::environment::hang_up::{GracePeriod, Progress, hang_up};
-use crate::environment::machine::{Action, Event, Machine, State};
+use crate::environment::hang_up::hang_up;
 use crate::environment::open::{Open, Place, succeeded};
 use crate::environment::processes;
 use crate::environment::restarts::Part;
 use crate::environment::script::Script;
 use crate::environment::settings::Settings;
 use crate::environment::sshd_setup;
+use crate::environment::state_machine::{Action, Event, Machine, State};
 use crate::environment::watchdog::Watchdog;
 use crate::error::{Attempt, Error, Result};
 use crate::jail::link::Message;

@@ -4,8 +4,8 @@
 use std::time::{Duration, Instant};
 
 use crate::environment::hang_up::tell_terminals;
-use crate::environment::machine::Event;
 use crate::environment::settings::Settings;
+use crate::environment::state_machine::Event;
 use crate::sys::process::Entry;
 use crate::sys::tree::{Condition, Tree};
 use crate::volume::signal_files::SignalFiles;

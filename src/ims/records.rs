@@ -205,7 +205,7 @@ mod tests {
 
     const ID: &str = "46a2731e-a1d0-4f98-ba92-4f78c756bb12";
 
-    /// Answers of IMS 3.33, some with a field that it does not have.
+    /// Answers as IMS 3.33 gives them, some with a further field, which 3.33 does not know.
     #[test]
     fn records_are_read_and_printed_with_fields_that_are_not_known() {
         fn is_kept<R: DeserializeOwned + Serialize>(record: &Value) {

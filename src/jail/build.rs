@@ -20,7 +20,7 @@ use crate::jail::mount_table::{
 use crate::jail::plan::Plan;
 use crate::jail::programs::{self, Program};
 use crate::jail::resolv_conf;
-use crate::jail::run;
+use crate::jail::slash_run;
 use crate::jail::tier::Tier;
 use crate::sys::file_kind::FileKind;
 use crate::sys::memory;
@@ -51,7 +51,7 @@ pub(crate) fn build(plan: &Plan) -> Result<Programs> {
         .advise("unmount what is mounted below it")?;
     let table = sources(mount_table(plan.dkms, plan.proc))?;
     let resolv_conf = resolv_conf::of_container();
-    let of_boot = run::of_boot(&place);
+    let of_boot = slash_run::of_boot(&place);
     let (copies, programs) = copy_programs(&plan.programs)?;
     let binds = plan.binds.iter().map(|bind| Ok((bind, bind.copy()?))).collect::<Result<Vec<_>>>()?;
 
@@ -74,7 +74,7 @@ pub(crate) fn build(plan: &Plan) -> Result<Programs> {
                     put_resolv_conf(&jail, text)?;
                 }
                 // After the jail's own entries, since the image's can be anything.
-                run::make(jail.locate("run/-").attempt(|| "fill /run of the jail")?.0, &of_boot);
+                slash_run::make(jail.locate("run/-").attempt(|| "fill /run of the jail")?.0, &of_boot);
                 show_root_of_init(&jail)?;
                 if plan.proc == Proc::Container {
                     show_name_of_init(&jail)?;

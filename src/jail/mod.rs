@@ -15,7 +15,7 @@ pub(crate) mod programs;
 pub mod record;
 pub mod refused_calls;
 pub(crate) mod resolv_conf;
-pub(crate) mod run;
 pub mod seal;
+pub(crate) mod slash_run;
 pub(crate) mod streams;
 pub mod tier;

@@ -319,7 +319,9 @@ impl Run {
             let finished = self.finish_application(entry, &ims, &settings, &source, changed, &place);
             work.unless_interrupted(finished)?;
             if let (Some(value), End::Applied) = (done.as_ref(), self.end) {
-                tracing::info!("what was run before had succeeded, and was not run again; the same line runs it anew");
+                tracing::info!(
+                    "the command had succeeded before and was not run again; the next time, the same line runs it"
+                );
                 let path = place.path().to_owned();
                 work.last(place.remove()).map_err(|e| e.advise_if_interrupted(|| left_in(&path)))?;
                 return Ok(*value);

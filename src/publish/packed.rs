@@ -78,7 +78,7 @@ fn record(
     };
     // Some file systems have no such attributes; the record does then.
     let _ = rustix::fs::fsetxattr(packed, MARK, new.mark().as_bytes(), XattrFlags::empty());
-    // Two runs that record in one directory take turns: each would write what the other one has not read.
+    // Runs that record in one directory take turns. Otherwise each would overwrite an entry that the other has added.
     let mut file = record.create_part(work, TIME_TO_RECORD)?;
     let mut archives = read(directory);
     archives.retain(|earlier| earlier.file != new.file);

@@ -248,7 +248,7 @@ impl Publication<'_> {
         // may have been lost.
         let unknown = match self.ims.job() {
             Ok(Some(job)) if job.status == Status::Success => return Ok(Some(job)),
-            // A request that a signal cut off may still be carried out.
+            // The server may still carry out a request whose wait a signal cut short.
             Ok(_) if self.work.is_in_a_hurry() => refused,
             Err(silent) if !self.ims.lacks_job() => {
                 tracing::error!("{refused}");

@@ -140,7 +140,7 @@ impl Drop for State {
 }
 
 impl Offloaded {
-    /// Reads what goes to the node, and has it say whether it is able.
+    /// Reads what goes to the node, and asks the node whether it can do the build.
     fn begin(
         work: &Work,
         settings: &Settings,

@@ -13,7 +13,7 @@ use nix::sys::signal::Signal;
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::OFlags;
 
-use crate::environment::machine::{Action, Event, Machine, State};
+use crate::environment::state_machine::{Action, Event, Machine, State};
 use crate::environment::supervisor::Outcome;
 use crate::error::{Attempt, Error, Result};
 use crate::image::boot::Names;

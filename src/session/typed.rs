@@ -25,7 +25,7 @@ const TYPED: [Signal; 2] = [Signal::SIGINT, Signal::SIGQUIT];
 /// Time for the listener to report what it has heard.
 const TIME_TO_REPORT: Duration = Duration::from_secs(1);
 
-/// The listener, and the process that hears of typed signals: the one that has started this one.
+/// The listener, and this process's parent, which it tells of typed signals.
 pub(crate) struct Typed {
     socket: UnixStream,
     listener: Pid,

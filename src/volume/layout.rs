@@ -65,9 +65,9 @@ pub(crate) const FETCHING: &str = "image.sqsh.part";
 pub(crate) const OVERLAY: &str = "overlay";
 /// The image root while it is unpacked.
 pub(crate) const UNPACKING: &str = ".ims-sshd.unpacking";
-/// Directory for a new image root that is to take the place of one that is there, until it is whole.
+/// Directory for a new image root, until it is whole and replaces the old one.
 pub(crate) const FRESH: &str = ".ims-sshd.fresh";
-/// Directory for an image root that another has taken the place of, until it is removed.
+/// Directory for a replaced image root, until it is removed.
 pub(crate) const DROPPED: &str = ".ims-sshd.dropped";
 
 /// Identity of the source that the image root was made from.
