@@ -54,7 +54,8 @@ mkdir -m 700 "$place" 2>/dev/null || [ -d "$place" ]
 find "$place" -maxdepth 1 -name '.new.*' -mmin +60 -exec rm -rf {} + || true
 new=$(mktemp -d "$place/.new.XXXXXXXX")
 trap 'rm -rf "$new"' EXIT
-trap 'exit 1' HUP INT TERM
+# A message that nobody reads any more ends the shell by SIGPIPE, which would not run the line above.
+trap 'exit 1' HUP INT TERM PIPE
 timeout "$5" head -c "$4" >"$new/ims-sshd"
 timeout "$5" cat >"$new/ims-jail-shell"
 chmod 755 "$new" "$new/ims-sshd" "$new/ims-jail-shell"
@@ -163,4 +164,21 @@ fn succeeded(output: &Output, attempted: impl FnOnce() -> String) -> Result<Stri
     let said = said(&output.stderr[..]);
     let why = if said.is_empty() { output.status.to_string() } else { said };
     Err(Error::new(attempted()).because(why))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn programs_that_were_cut_off_leave_nothing_even_if_nobody_reads_the_message() {
+        let node = tempfile::tempdir().unwrap();
+        let script = take().replace("/var/lib/ims-sshd", node.path().to_str().unwrap());
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut taking = std::process::Command::new("sh");
+        taking.args(["-c", &script, "sh", &"a".repeat(64), "1", "2", "5", "10"]).stdin(Stdio::null());
+        assert!(!taking.stdout(Stdio::null()).stderr(writer).status().unwrap().success());
+        assert_eq!(std::fs::read_dir(node.path()).unwrap().count(), 0);
+    }
 }
