@@ -171,10 +171,13 @@ impl Trial {
         without_numbers(line.split("; ").next().unwrap())
     }
 
+    /// Podman may fail to look at a container that is just ending.
+    fn has_ended(&self) -> bool {
+        output(&mut podman(&["inspect", "--format", "{{.State.Running}}", &self.name])).stdout == b"false\n"
+    }
+
     fn ends(&self) -> i32 {
-        wait_until("the container to end", || {
-            succeed(&mut podman(&["inspect", "--format", "{{.State.Running}}", &self.name])) == "false"
-        });
+        wait_until("the container to end", || self.has_ended());
         succeed(&mut podman(&["inspect", "--format", "{{.State.ExitCode}}", &self.name])).parse().unwrap()
     }
 
@@ -298,8 +301,7 @@ fn sidecar(trial: &Trial) -> Result<(), String> {
     let command = ["sidecar", "--authorized-keys", "/keys/authorized_keys"];
     succeed(&mut trial.run(&["--detach", "--entrypoint=ims-sshd"], &command));
     let stands = |signal: &str| trial.volume().join(signal).exists();
-    let runs = || succeed(&mut podman(&["inspect", "--format", "{{.State.Running}}", &trial.name])) == "true";
-    wait_until("'ready', or the end", || stands("ready") || !runs());
+    wait_until("'ready', or the end", || stands("ready") || trial.has_ended());
     // The environment that would have been open.
     for signal in ["sshd_listening", "complete", "exiting"] {
         std::fs::write(trial.volume().join(signal), "").unwrap();
