@@ -228,7 +228,6 @@ fn useless_options_and_invalid_values_are_refused_as_typed() {
         (&["customize", &squashfs][..], "--output is missing"),
         (&["customize", &squashfs], "ims-sshd customize"),
         (&["customize", "./missing"], "SOURCE is './missing': No such file"),
-        (&["customize", &tree, "--name", "compute"], "--output <STORE>"),
         (&["enter", &tree, "--exclude", "boot", "true"], "--output <STORE>"),
         (&["enter", &squashfs, "--changes", "changes.json", "true"], "--output <STORE>"),
         (&["customize", &squashfs, output[0], output[1], "--port", "22", "true"], "--port <PORT>"),
