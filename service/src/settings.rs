@@ -83,7 +83,7 @@ pub struct Settings {
     pub kubernetes: KubernetesSettings,
 }
 
-/// Where the service listens, and who may ask there.
+/// Places where the service listens, and the access to them.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Access")]
 pub struct Listen {

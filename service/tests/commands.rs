@@ -54,7 +54,7 @@ impl Place {
         let mut serve = self.ims(&["serve"]);
         serve.env_remove("IMS_LISTEN").env("IMS_DATA_DIR", self.path("data"));
         serve.env("IMS_JOBS_DIR", self.path("jobs")).env("IMS_JOB_PORTS", &self.job_ports);
-        // Where create jobs find kiwi-ng.
+        // Create jobs find kiwi-ng here.
         let path = format!("{}:{}", cache().join("kiwi/bin").display(), std::env::var("PATH").unwrap());
         serve
             .env("PATH", path)

@@ -154,7 +154,7 @@ fn random_requests_are_answered_with_known_statuses() {
                 random.of(&["images", "recipes", "jobs", "public-keys", "remote-build-nodes", "deleted/images"]);
             path = format!("{}/{table}", random.of(&["", "/v2", "/v3"]));
         }
-        // What no client of HTTP can send is refused before it is a request.
+        // A blank cannot be sent by a client of HTTP: it is refused before it is a request.
         let path = format!("{path}{}", random.of(QUERIES)).replace(' ', "%20");
         let kind =
             random.of(&["application/json", "application/json; charset=x", "application/a+json", "text/plain", ""]);

@@ -118,7 +118,7 @@ impl Server {
         self.own().join("store")
     }
 
-    /// What it has written.
+    /// The log that it has written.
     pub fn log(&self) -> String {
         String::from_utf8_lossy(&std::fs::read(self.own().join("log")).unwrap()).into_owned()
     }

@@ -167,8 +167,8 @@ fn sources(table: impl Iterator<Item = Mount>) -> Result<Vec<(Mount, Option<Deta
 }
 
 /// Mounts /dev, /proc, /sys and /run of a recipe's build on the directories of these names in `root`, and returns it.
-/// Where the kernel refuses a new procfs, since parts of the container's are masked (`mount_too_revealing`), /proc
-/// is the container's.
+/// /proc is the container's if the kernel refuses a new procfs, because parts of the container's are masked
+/// (`mount_too_revealing`).
 pub(crate) fn mount_for_build(root: Tree) -> Result<Tree> {
     let is_refused = matches!(Detached::filesystem("proc", &[], ROOT_ATTRIBUTES),
         Err(e) if Errno::from_io_error(&e) == Some(Errno::PERM));

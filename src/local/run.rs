@@ -70,7 +70,7 @@ pub struct Run {
     pub fresh: bool,
     /// True if the changes are discarded in any case, and need no space.
     pub discards: bool,
-    /// What changes the image without a person.
+    /// The command or script that changes the image without a person.
     pub unattended: Option<Unattended>,
     /// Use of the changes. In place, only [`End::Published`] makes a difference.
     pub end: End,

@@ -20,7 +20,7 @@ const SUCCEEDED: &str = ".ims-sshd.succeeded";
 /// Size limit of the record, in bytes.
 const LIMIT: u64 = 4096;
 
-/// What changes the image without a person: a command, or a script of this machine.
+/// A command, or a script of this machine, that changes the image without a person.
 #[derive(Debug, Clone)]
 pub struct Unattended {
     /// `command` or `script`.

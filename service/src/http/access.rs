@@ -1,4 +1,4 @@
-//! Who may ask: programs of the user who owns the socket, and clients on an address that send the token.
+//! Access: programs of the user who owns the socket may ask, and clients on an address that send the token.
 //!
 //! No request is answered for the address it comes from, the host that it names, or a cookie: a page in a browser, also
 //! one that has its name resolve to this machine, does not have the token.

@@ -60,7 +60,7 @@ pub struct Death {
 pub struct Held {
     /// ID of the job.
     pub job: String,
-    /// Whether that includes what a job needs only while it runs.
+    /// True if that includes the objects that a job needs only while it runs.
     pub is_for_running: bool,
 }
 
@@ -144,7 +144,7 @@ pub trait Runner: Send + Sync {
     /// Called when a death has become the end of a job.
     async fn died(&self, _job: &Job, _reason: &str) {}
 
-    /// Whether such jobs can run on remote build nodes, which [`Runner::probe`] asks.
+    /// Returns whether such jobs can run on remote build nodes, which [`Runner::probe`] asks.
     fn takes_nodes(&self, _job: &Job) -> bool {
         false
     }

@@ -37,7 +37,7 @@ impl Nodes {
         Self { key: key.to_owned() }
     }
 
-    /// Whether there is a key, without which no node can run jobs.
+    /// Returns whether there is a key; without it no node can run jobs.
     pub fn has_key(&self) -> bool {
         self.key.exists()
     }

@@ -309,7 +309,7 @@ mod tests {
         sight.see(Seen::End(Source::Job), began);
         assert_eq!(told(&mut sight, began, 4), []);
         assert_eq!(told(&mut sight, began, 5), [pair("1", "its Job old was deleted")]);
-        // As after 410 Gone.
+        // The watch begins anew, as it does after 410 Gone.
         sight.see(Seen::Begin(Source::Job), began);
         sight.see(Seen::End(Source::Job), began);
         assert_eq!(told(&mut sight, began, 9), [pair("2", "its Job new was deleted")]);
