@@ -8,7 +8,6 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread::JoinHandle;
 
-use ring::rand::{SecureRandom, SystemRandom};
 use serde_json::Value;
 
 use crate::environment::own_sshd;
@@ -37,16 +36,15 @@ use crate::publish::prepare;
 use crate::publish::publication::{Image, Publication};
 use crate::publish::settings::Settings;
 use crate::publish::source::Source;
-use crate::remote::connection::{Destination, is_host};
+use crate::remote::connection::Destination;
 use crate::remote::far::Wanted;
-use crate::remote::message::{Customize, Task};
+use crate::remote::message::{Customize, Task, job_without_ims};
 use crate::remote::node_root;
 use crate::remote::relay;
 use crate::store::Store;
 use crate::sys::named;
 use crate::sys::signals::unblock_signals;
 use crate::transfer::Work;
-use crate::transfer::checksum::hex;
 use crate::verdict::Verdict;
 use crate::volume::layout::{READY, REMOTE_CHANGES, TRANSFER};
 use crate::volume::signal_files::SignalFiles;
@@ -82,9 +80,8 @@ pub struct Offloaded {
 pub fn run(mut run: Run, offloaded: &Offloaded) -> Result<u8> {
     source::need_root()?;
     let node = run.node.clone().unwrap_or_default();
-    if !is_host(&node) {
-        return Err(Error::bad_input(format!("--node is '{node}': expected HOST or USER@HOST")));
-    }
+    // Refused before anything is registered.
+    Destination::named(&node)?;
     refuse_unusable_key(&offloaded.wanted)?;
     let environment = read_variables(&offloaded.wanted)?;
     let entry = run.register()?;
@@ -224,8 +221,6 @@ impl Job<'_> {
     /// The order for the node.
     fn order(&self, keys: &Path, listen: SocketAddr, image: std::fs::File) -> Result<Wanted> {
         let Self { run, node, offloaded: Offloaded { wanted, .. }, environment, settings, .. } = self;
-        let mut number = [0; 8];
-        SystemRandom::new().fill(&mut number).map_err(|e| Error::new("choose a number for the job").because(e))?;
         let own = PASSED_ON.into_iter().filter_map(|name| Some((name.to_owned(), std::env::var(name).ok()?)));
         let jailed = if wanted.jailed { "True" } else { "False" };
         let from_scratch = if settings.packing.is_from_scratch { "true" } else { "false" };
@@ -240,8 +235,8 @@ impl Job<'_> {
         ];
         variables.extend(named.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?.to_owned()))));
         Ok(Wanted {
-            to: Destination { host: (*node).to_owned(), key: None },
-            job: format!("local-{}", hex(&number)),
+            to: Destination::named(node)?,
+            job: job_without_ims()?,
             task: Task::Customize(Customize {
                 variables,
                 keys: std::fs::read_to_string(keys).attempt(|| format!("read {}", keys.display()))?,

@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use ring::rand::{SecureRandom, SystemRandom};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::OFlags;
 
@@ -18,16 +17,15 @@ use crate::image::kind::{Content, Opened};
 use crate::image::unpack::unpack;
 use crate::publish::settings::Settings;
 use crate::recipe::kiwi::{self, Offered, Ready};
-use crate::remote::connection::{Destination, is_host};
+use crate::remote::connection::Destination;
 use crate::remote::entrypoint::{AUTHORITIES, certificates};
 use crate::remote::far::give_names;
-use crate::remote::message::{Blob, Build, Message, Order, Part, Task, is_job_id};
+use crate::remote::message::{Blob, Build, Message, Order, Part, Task, job_of_ims, job_without_ims};
 use crate::remote::program::{Incoming, Program};
 use crate::remote::transfer::Sending;
 use crate::sys::poll;
 use crate::sys::tree::Tree;
 use crate::transfer::Work;
-use crate::transfer::checksum::hex;
 use crate::volume::layout::{BUILD, CREATED_IMAGE_ROOT, KIWI_LOG, REMOTE_PARTS, REMOTE_RECIPE, REMOTE_TREE, TRANSFER};
 use crate::volume::state_directory::StateDirectory;
 
@@ -48,7 +46,7 @@ const PASSED_ON: [&str; 10] = [
 /// Free space without which a node is not asked to build, in bytes.
 const LEAST_SPACE: u64 = 512 << 20;
 
-/// Where a build is carried out, and what comes back.
+/// A node that carries out a build, and what is wanted back from it.
 #[derive(Debug)]
 pub struct Node {
     to: Destination,
@@ -68,31 +66,18 @@ pub struct Node {
 impl Node {
     /// The node of a job in a pod; `None` if it has none.
     pub fn of_job(settings: &Settings, variables: Vec<(OsString, OsString)>) -> Result<Option<Self>> {
-        let (Some(host), Some(job)) = (settings.job.node.clone(), settings.job.id.clone()) else { return Ok(None) };
-        if !is_host(&host) || host.contains('@') {
-            return Err(Error::bad_input(format!(
-                "REMOTE_BUILD_NODE is '{host}': expected the name or address of a host"
-            )));
-        }
-        if !is_job_id(&job) {
-            return Err(Error::bad_input(format!("IMS_JOB_ID is '{job}': expected letters, digits and dashes")));
-        }
+        let (Some(host), Some(job)) = (&settings.job.node, &settings.job.id) else { return Ok(None) };
         let (silence, key) = environment::of_node(variables.iter().cloned())?;
-        let to = Destination { host: format!("root@{host}"), key: Some(key) };
+        let (to, job) = (Destination::of_job(host, key)?, job_of_ims(job)?);
         let authorities = Some(AUTHORITIES.into());
         Ok(Some(Self::new(settings, to, job, silence, variables, authorities)))
     }
 
     /// A node for a build without IMS.
     pub fn named(settings: &Settings, host: &str, variables: Vec<(OsString, OsString)>) -> Result<Self> {
-        if !is_host(host) {
-            return Err(Error::bad_input(format!("--node is '{host}': expected HOST or USER@HOST")));
-        }
-        let mut number = [0; 8];
-        SystemRandom::new().fill(&mut number).map_err(|e| Error::new("choose a number for the job").because(e))?;
+        let to = Destination::named(host)?;
         let (silence, _) = environment::of_node(variables.iter().cloned())?;
-        let to = Destination { host: host.to_owned(), key: None };
-        Ok(Self::new(settings, to, format!("local-{}", hex(&number)), silence, variables, None))
+        Ok(Self::new(settings, to, job_without_ims()?, silence, variables, None))
     }
 
     fn new(

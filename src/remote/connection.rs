@@ -49,8 +49,27 @@ pub(crate) struct Destination {
     pub(crate) key: Option<PathBuf>,
 }
 
+impl Destination {
+    /// The node of a job, as `REMOTE_BUILD_NODE` names it, with the pod's key.
+    pub(crate) fn of_job(host: &str, key: PathBuf) -> Result<Self> {
+        if !is_host(host) || host.contains('@') {
+            let why = format!("REMOTE_BUILD_NODE is '{host}': expected the name or address of a host");
+            return Err(Error::bad_input(why));
+        }
+        Ok(Self { host: format!("root@{host}"), key: Some(key) })
+    }
+
+    /// The node that a person has named.
+    pub(crate) fn named(host: &str) -> Result<Self> {
+        if !is_host(host) {
+            return Err(Error::bad_input(format!("--node is '{host}': expected HOST or USER@HOST")));
+        }
+        Ok(Self { host: host.to_owned(), key: None })
+    }
+}
+
 /// Returns whether `text` is a host, with a user or without, and neither an option nor part of one.
-pub(crate) fn is_host(text: &str) -> bool {
+fn is_host(text: &str) -> bool {
     let (user, host) = text.split_once('@').unwrap_or(("root", text));
     let is_word = |word: &str, further: &[char]| {
         !word.is_empty()

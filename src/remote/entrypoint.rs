@@ -10,9 +10,9 @@ use crate::error::{Attempt, Error, Result};
 use crate::image::boot::{Names, left_names};
 use crate::job::Action;
 use crate::publish::settings as publishing;
-use crate::remote::connection::{Destination, is_host};
+use crate::remote::connection::Destination;
 use crate::remote::far::Wanted;
-use crate::remote::message::{Customize, Script, Task, is_job_id};
+use crate::remote::message::{Customize, Script, Task, job_of_ims};
 use crate::remote::{relay, site};
 use crate::sshd::effective::Effective;
 use crate::sys::tree::Tree;
@@ -74,14 +74,8 @@ pub(crate) fn run(settings: &Settings, variables: Vec<(OsString, OsString)>) -> 
 }
 
 fn wanted(settings: &Settings, variables: Vec<(OsString, OsString)>) -> Result<Wanted> {
-    let host = settings.job.node.clone().unwrap_or_default();
-    if !is_host(&host) || host.contains('@') {
-        return Err(Error::bad_input(format!("REMOTE_BUILD_NODE is '{host}': expected the name or address of a host")));
-    }
-    let job = settings.job.id.clone().unwrap_or_default();
-    if !is_job_id(&job) {
-        return Err(Error::bad_input(format!("IMS_JOB_ID is '{job}': expected letters, digits and dashes")));
-    }
+    let to = Destination::of_job(settings.job.node.as_deref().unwrap_or_default(), settings.node_key.clone())?;
+    let job = job_of_ims(settings.job.id.as_deref().unwrap_or_default())?;
     groundwork::make_host_keys()?;
     let sshd = Effective::ask(&settings.sshd.asking, "root")?;
     let keys = keys(&sshd)?;
@@ -100,7 +94,7 @@ fn wanted(settings: &Settings, variables: Vec<(OsString, OsString)>) -> Result<W
         Some((name, value.into_string().ok()?))
     });
     Ok(Wanted {
-        to: Destination { host: format!("root@{host}"), key: Some(settings.node_key.clone()) },
+        to,
         job,
         task: Task::Customize(Customize {
             variables: variables.collect(),

@@ -3,8 +3,11 @@
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use ring::rand::{SecureRandom, SystemRandom};
 use serde::{Deserialize, Serialize};
 
+use crate::error::{Error, Result};
+use crate::transfer::checksum::hex;
 use crate::verdict::Verdict;
 
 /// A message. Each side refuses those that are not meant for it.
@@ -106,7 +109,7 @@ pub(crate) enum Part {
     Changes,
     /// Log of kiwi-ng.
     Log,
-    /// What a build that failed has left of the image root, a squashfs.
+    /// The image root as a failed build has left it, a squashfs.
     Tree,
 }
 
@@ -253,6 +256,21 @@ pub(crate) fn is_of_log(name: &str) -> bool {
 /// Returns whether `id` can be a job's ID: it becomes part of a path on the node.
 pub(crate) fn is_job_id(id: &str) -> bool {
     (1..=64).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+}
+
+/// The ID of a job of IMS, unless it cannot be one on a node.
+pub(crate) fn job_of_ims(id: &str) -> Result<String> {
+    if is_job_id(id) {
+        return Ok(id.to_owned());
+    }
+    Err(Error::bad_input(format!("IMS_JOB_ID is '{id}': expected letters, digits and dashes")))
+}
+
+/// A new ID for a job without IMS.
+pub(crate) fn job_without_ims() -> Result<String> {
+    let mut number = [0; 8];
+    SystemRandom::new().fill(&mut number).map_err(|e| Error::new("choose a number for the job").because(e))?;
+    Ok(format!("local-{}", hex(&number)))
 }
 
 #[cfg(test)]

@@ -22,7 +22,8 @@ pub(crate) const PROGRAMS: &str = "/run/ims-sshd-programs";
 /// Where it leaves the files that are sent back.
 pub(crate) const RESULTS: &str = "/run/ims-sshd-results";
 
-/// Where a build has them, and the order's files. /mnt exists everywhere, and a build gets nothing from it.
+/// Directories of a build for the results and for the order's files. /mnt exists everywhere, and a build gets nothing from
+/// it.
 pub(crate) const BUILD_RESULTS: &str = "/mnt/ims-sshd-results";
 pub(crate) const BUILD_OWN: &str = "/mnt/ims-sshd-job";
 
