@@ -2,7 +2,7 @@
 //! they tell each other are in this file.
 
 use std::collections::{HashMap, HashSet};
-use std::ffi::{OsStr, OsString};
+use std::ffi::{CString, OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -33,6 +33,9 @@ use crate::transfer::{Work, too_large};
 
 /// First argument of the child.
 const CHILD: &str = "pack-as-child";
+
+/// Short name of the child, in which the kernel keeps 15 characters.
+pub(super) const NAME: &str = "ims-sshd-packer";
 
 /// This program's own file.
 const OWN_PROGRAM: &str = "/proc/self/exe";
@@ -283,7 +286,9 @@ pub fn run_as_child() -> Option<u8> {
         return None;
     }
     // It was started as "exe".
-    let _ = rustix::thread::set_name(c"ims-sshd-packer");
+    if let Ok(name) = CString::new(NAME) {
+        let _ = rustix::thread::set_name(&name);
+    }
     let descriptors: Vec<_> = words.collect();
     Some(match child(&descriptors) {
         Ok(outcome) => {

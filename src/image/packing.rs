@@ -476,7 +476,7 @@ fn has_read(child: &Child) -> Option<u64> {
 }
 
 /// Programs that pack, by their short names: mksquashfs, and the packer's child, before and after it has named itself.
-const PACKING: [&str; 3] = ["mksquashfs", "exe", "ims-sshd-packer"];
+const PACKING: [&str; 3] = ["mksquashfs", "exe", packer::NAME];
 
 /// Time for the packer of a killed run to end: the kernel kills it with that run, which takes a while.
 const TIME_TO_END: Duration = Duration::from_secs(10);
