@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use testbed::job::{image, md5, squashfs_of};
 use testbed::s3_server::Bucket;
-use testbed::{cache, repository, ssh_options, succeed};
+use testbed::{cache, podman, ssh_options, succeed};
 
 use crate::kubernetes::Site;
 
@@ -22,17 +22,6 @@ const BUILDER: &str = "localhost/ims-sshd-test/builder:latest";
 
 /// Limit of each step: podman shares two cores with the other tests.
 const LIMIT: Duration = Duration::from_mins(4);
-
-fn podman(arguments: &[&str]) -> Command {
-    let storage = cache().join("containers");
-    let mut command = Command::new("podman");
-    for (option, directory) in [("--root", "root"), ("--runroot", "run"), ("--tmpdir", "tmp")] {
-        command.arg(option).arg(storage.join(directory));
-    }
-    command.env("CONTAINERS_CONF", repository().join("tests/containers.conf"));
-    command.args(arguments).current_dir(storage).stdin(Stdio::null());
-    command
-}
 
 /// Runs the pods of a cluster, one at a time, as long as it lives.
 struct Kubelet<'a> {

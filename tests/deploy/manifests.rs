@@ -350,7 +350,7 @@ fn restricted_refuses_no_more_than_the_page_gives_reasons_for() {
     assert_eq!(refused, rows);
 }
 
-/// What checkers of manifests (kube-linter, kube-score) ask of a pod, as far as the tests above do not.
+/// Checkers of manifests (kube-linter, kube-score) ask for more than the tests above.
 #[test]
 fn every_pod_is_what_checkers_of_manifests_ask_for() {
     let selector = manifests("networkpolicy.yaml").remove(0)["spec"]["podSelector"]["matchLabels"].take();

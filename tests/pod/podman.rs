@@ -9,8 +9,9 @@ use std::time::Duration;
 use ims_sshd::pod::pod_files::SSHD_CONFIG;
 use serde_json::{Value, json};
 use tempfile::TempDir;
+pub use testbed::podman;
 use testbed::rendered::manifests;
-use testbed::{cache_directory, free_port, repository, ssh_options, wait_within};
+use testbed::{cache_directory, free_port, ssh_options, wait_within};
 
 pub const IMAGE: &str = "localhost/ims-sshd-test/ims-sshd:latest";
 pub const BASE: &str = "localhost/ims-sshd-test/debian:bookworm-slim";
@@ -29,18 +30,6 @@ pub fn cache() -> PathBuf {
         path.display()
     );
     path
-}
-
-pub fn podman(arguments: &[&str]) -> Command {
-    let storage = cache().join("containers");
-    let mut command = Command::new("podman");
-    for (option, directory) in [("--root", "root"), ("--runroot", "run"), ("--tmpdir", "tmp")] {
-        command.arg(option).arg(storage.join(directory));
-    }
-    command.env("CONTAINERS_CONF", repository().join("tests/containers.conf"));
-    // conmon writes a file to its working directory when the OOM killer strikes.
-    command.args(arguments).current_dir(storage).stdin(Stdio::null());
-    command
 }
 
 pub fn output(command: &mut Command) -> Output {

@@ -343,7 +343,7 @@ fn image_without_the_authority_is_no_success() {
 #[test]
 fn script_of_the_recipe_sees_no_credentials_of_the_pod() {
     let volume = Volume::new("zypper");
-    // As Kubernetes shows a secret, in a directory that the build sees.
+    // Kubernetes shows a secret like this; the build sees the directory above.
     let secrets = volume.at("image/secrets");
     std::fs::create_dir(&secrets).unwrap();
     mount(&["-t", "tmpfs", "none"], &secrets);

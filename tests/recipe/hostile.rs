@@ -13,7 +13,7 @@ use crate::build::{Volume, succeeded, without_privileges};
 /// Runs tests/recipe/escapes.py in a build, and returns its output: the ways that led out, and the errors of others.
 fn escapes(command: impl FnOnce(Command) -> Command) -> (String, String) {
     let script = repository().join("tests/recipe/escapes.py");
-    // As root of the first process, since the image has no Python.
+    // It runs in the root directory of the first process, since the image has no Python.
     let run = "busybox chroot /proc/1/root python3 - inside \"$(cat /given)\" < /escapes.py > /ways 2> /refused
         for p in /proc/[0-9]*; do read comm < $p/comm; [ $comm = ims-sshd ] && kill -9 ${p#/proc/}; done; true";
     let volume = Volume::new("zypper").with_script(run);

@@ -1,7 +1,7 @@
 //! Jobs that end badly: each within its limit, with the right verdict and word, and without a trace on the node.
 
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -204,16 +204,22 @@ copy(ssh.stdout.fileno(), 1, back)
 sys.exit(ssh.wait())
 ";
 
+/// Puts a program in the place of ssh. Returns its path, and the value of PATH by which it is found.
+fn in_place_of_ssh(lab: &Lab, program: &str) -> (PathBuf, String) {
+    let programs = lab.dir.path().join("programs");
+    std::fs::create_dir(&programs).unwrap();
+    let ssh = programs.join("ssh");
+    std::fs::write(&ssh, program).unwrap();
+    std::fs::set_permissions(&ssh, PermissionsExt::from_mode(0o755)).unwrap();
+    (ssh, format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", programs.display()))
+}
+
 #[test]
 fn image_that_is_altered_or_cut_off_on_the_way_is_neither_opened_nor_published() {
     let lab = Lab::new();
     let node = &lab.nodes[0];
     let before = node.state();
-    let programs = lab.dir.path().join("programs");
-    std::fs::create_dir(&programs).unwrap();
-    std::fs::write(programs.join("ssh"), ON_THE_WAY).unwrap();
-    std::fs::set_permissions(programs.join("ssh"), PermissionsExt::from_mode(0o755)).unwrap();
-    let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", programs.display());
+    let (_, path) = in_place_of_ssh(&lab, ON_THE_WAY);
     // The image has about one MB.
     let cut_back = (0..14).map(|part| ("back", "cut", 2_000 + part * 69_000));
     let cut_there = (0..6).map(|part| ("there", "cut", 2_000 + part * 160_000));
@@ -375,22 +381,17 @@ fn job_survives_a_port_that_opens_later_than_the_limit_of_silence() {
     let lab = Lab::new();
     let node = &lab.nodes[0];
     let before = node.state();
-    let programs = lab.dir.path().join("programs");
-    std::fs::create_dir(&programs).unwrap();
-    let ssh = programs.join("ssh");
-    std::fs::write(&ssh, LATE_FORWARD).unwrap();
-    std::fs::set_permissions(&ssh, PermissionsExt::from_mode(0o755)).unwrap();
-    let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", programs.display());
+    let (ssh, path) = in_place_of_ssh(&lab, LATE_FORWARD);
     let mut remote = Remote::new(&lab, node, Mode::Jailed);
     remote.start(&[("PATH", &path)]);
     remote.job.volume.touch("ready");
-    wait_until("the port to be asked for", || programs.join("ssh.asked").exists());
+    wait_until("the port to be asked for", || ssh.with_extension("asked").exists());
     let asked = Instant::now();
     while asked.elapsed() < SILENCE + SOON {
         assert_eq!(node.jobs().len(), 1, "{}", remote.log());
         std::thread::sleep(Duration::from_millis(100));
     }
-    std::fs::write(programs.join("ssh.go"), "").unwrap();
+    std::fs::write(ssh.with_extension("go"), "").unwrap();
     remote.wait_for("sshd_listening");
     remote.run("touch /tmp/failed");
     assert_eq!(remote.end(), 0, "{}", remote.log());

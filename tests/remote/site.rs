@@ -1,4 +1,4 @@
-//! What a site has configured for its pods holds on a node as well, or the job is refused before anything is sent.
+//! A site's configuration for its pods holds on a node as well, or the job is refused before anything is sent.
 
 use std::process::Command;
 

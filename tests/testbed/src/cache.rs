@@ -1,6 +1,7 @@
 //! The cache that `make test` keeps between runs, and the directories of tests.
 
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use tempfile::TempDir;
 
@@ -13,6 +14,25 @@ pub fn repository() -> &'static Path {
 pub fn cache_directory() -> PathBuf {
     std::env::var_os("IMS_SSHD_CACHE")
         .map_or_else(|| PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cache/ims-sshd"), PathBuf::from)
+}
+
+/// Podman, on the container images of the cache. Fails if it has none yet.
+pub fn podman(arguments: &[&str]) -> Command {
+    let path = cache_directory().join("containers");
+    let storage = std::fs::canonicalize(&path).unwrap_or(path);
+    assert!(
+        storage.join("busybox.sqsh").exists(),
+        "no container images in {}: run the tests with 'make test'",
+        storage.display()
+    );
+    let mut command = Command::new("podman");
+    for (option, directory) in [("--root", "root"), ("--runroot", "run"), ("--tmpdir", "tmp")] {
+        command.arg(option).arg(storage.join(directory));
+    }
+    command.env("CONTAINERS_CONF", repository().join("tests/containers.conf"));
+    // conmon writes a file to its working directory when the OOM killer strikes.
+    command.args(arguments).current_dir(storage).stdin(Stdio::null());
+    command
 }
 
 /// Returns [`cache_directory`]; fails if it has no image roots yet.

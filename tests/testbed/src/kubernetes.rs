@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::listen;
 
-/// What happens to a request instead of being answered.
+/// Fault that a request meets instead of being answered.
 #[derive(Clone, Debug)]
 pub enum Fault {
     /// It is refused with this status.
