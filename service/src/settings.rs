@@ -68,7 +68,7 @@ pub struct Settings {
     /// Whether customize jobs may build kernel modules unless they say so: `true`, `1` and `t` are yes
     #[arg(long, env = "JOB_ENABLE_DKMS", default_value = "True", value_name = "BOOL")]
     pub enable_dkms: String,
-    /// What jobs run on [default: kubernetes in a pod with a service account token and templates; outside of
+    /// Runner of jobs [default: kubernetes in a pod with a service account token and templates; outside of
     /// Kubernetes machine, if root starts the service; otherwise none]
     #[arg(long, env = "IMS_RUNNER", value_enum)]
     pub runner: Option<On>,

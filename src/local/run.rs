@@ -517,8 +517,8 @@ impl Run {
         let how_many = if apply_progress::is_only_decided(place).unwrap_or(false) { "none" } else { "some" };
         format!(
             "{how_many} of the changes are applied, and all are in {shown}; if a disk is full, free space on it; \
-             'ims-sshd fail {name}' drops those that are not applied; to apply \
-             them{again}: {line}"
+             'ims-sshd fail {name}' drops those that are not applied; to apply them{again}: \
+             {line}"
         )
     }
 }

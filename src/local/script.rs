@@ -45,7 +45,7 @@ impl Script {
         Ok(Self { name: name.to_owned(), content })
     }
 
-    /// What the file held.
+    /// The content that the file had.
     pub(crate) fn content(&self) -> &[u8] {
         &self.content
     }

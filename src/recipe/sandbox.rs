@@ -321,7 +321,7 @@ fn first_process(order: &Order, alive: &OwnedFd) -> Result<Ended> {
     let emulated = order.emulated.as_deref().and_then(Architecture::from_name);
     // Registered as long as it lives.
     let _interpreter = emulated.map(|architecture| binfmt::provide(architecture, "build", true)).transpose()?;
-    // That of the build cannot be written to.
+    // Opened now, since the build's own /proc cannot be written to.
     let in_proc = Tree::open(Path::new("/proc/self/.")).attempt(|| "open /proc")?;
     View::enter(order)?;
     take_input().attempt(|| "open /dev/null of the build")?;

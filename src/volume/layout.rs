@@ -43,7 +43,7 @@ pub(crate) const TRANSFER: &str = "transfer.sqsh";
 pub(crate) const BOOT_NAMES: &str = ".ims-sshd.boot";
 /// Report of the changes of a remote job.
 pub(crate) const REMOTE_CHANGES: &str = ".ims-sshd.changes";
-/// What a remote job's build that failed has left of the image root, as a squashfs, until it is unpacked.
+/// The image root as a failed remote build has left it, a squashfs, until it is unpacked.
 pub(crate) const REMOTE_TREE: &str = ".ims-sshd.tree.sqsh";
 /// Recipe of a remote job, an archive.
 pub(crate) const REMOTE_RECIPE: &str = ".ims-sshd.recipe.tar";
