@@ -130,6 +130,8 @@ impl Archive<'_> {
                 Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e).attempt(attempted),
                 Err(_) => match directory.open_regular(&name, OFlags::RDWR | OFlags::NOFOLLOW) {
                     Ok(file) if is_own(&file) => (file, false),
+                    // Another run has given it its final name and mode meanwhile. What has the name now is not it.
+                    Ok(file) if !is_named(&file).attempt(attempted)? => continue,
                     Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
                     _ => {
                         // It is somebody else's, or no regular file.
