@@ -247,8 +247,11 @@ fn fail_clears_the_entry_of_a_missing_directory() {
     let said = fail(dir.path());
     assert!(said.contains(&format!("{} does not exist: it was renamed or removed", tree.display())), "{said}");
     std::fs::rename(dir.path().join("renamed"), &tree).unwrap();
+    // Another test's run may take over the name of a killed run that kept nothing.
+    let name = format!("missing-{}", std::process::id());
     for command in ["enter", "customize"] {
-        let mut open = ims_sshd(&[command, "tree", "--in-place", "--work", "work"], &[]);
+        let variables = [("IMS_JAIL_HOSTNAME", name.clone())];
+        let mut open = ims_sshd(&[command, "tree", "--in-place", "--work", "work"], &variables);
         open.args(["--", "sh", "-c", "echo open; exec sleep 600"]).current_dir(dir.path()).stdout(Stdio::piped());
         let mut open = Ended::new(open.spawn().unwrap());
         std::io::Read::read_exact(open.stdout.as_mut().unwrap(), &mut [0; 5]).unwrap();
