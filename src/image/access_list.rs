@@ -5,13 +5,15 @@ use std::path::Path;
 use rustix::fs::{FileType, Stat};
 use rustix::io::Errno;
 
-/// Extended attribute that holds an ACL. Its format is that of linux/posix_acl_xattr.h: a version, then tag, rights and
-/// ID of each entry, all little-endian.
+/// Extended attribute that holds an ACL. linux/posix_acl_xattr.h has its format: a version, then tag, rights and ID of
+/// each entry, all little-endian.
 pub(crate) const ACCESS_LIST: &str = "system.posix_acl_access";
+/// Tag of the entry for the file's group.
 const ACL_GROUP_OBJ: u16 = 0x04;
 
-/// Permissions of a file whose ACL gives its group less than its mode does: with an ACL, the mode has the mask there
-/// (acl(5)), which a squashfs without the ACL would give to the group. `at` is a path by which the ACL can be read.
+/// Permissions to pack for a file whose ACL gives its group fewer rights than the mode shows, or `None`. With an ACL,
+/// the group bits of the mode are the mask (acl(5)), and a squashfs, which lacks the ACL, would give all of that to the
+/// group. `at` is a path by which the ACL can be read.
 pub(crate) fn narrowed(at: &Path, found: &Stat) -> Option<u32> {
     let is_link = FileType::from_raw_mode(found.st_mode) == FileType::Symlink;
     if is_link || found.st_mode & 0o070 == 0 {
@@ -20,7 +22,7 @@ pub(crate) fn narrowed(at: &Path, found: &Stat) -> Option<u32> {
     let mut list = [0; 4096];
     let length = match rustix::fs::lgetxattr(at, ACCESS_LIST, &mut list[..]) {
         Ok(length) => length,
-        // Longer than any that a person writes: the group gets nothing.
+        // The list is longer than any that a person writes, so give the group nothing.
         Err(Errno::RANGE) => 0,
         Err(_) => return None,
     };
@@ -29,7 +31,7 @@ pub(crate) fn narrowed(at: &Path, found: &Stat) -> Option<u32> {
     (mode != found.st_mode & 0o7777).then_some(mode)
 }
 
-/// Rights of the group's entry in an ACL.
+/// Rights of the entry for the file's group in an ACL.
 fn group_rights(list: &[u8]) -> Option<u32> {
     let entries = list.get(4..)?.chunks_exact(8);
     let number = |at: &[u8]| u16::from_le_bytes([at[0], at[1]]);

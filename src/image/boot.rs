@@ -43,17 +43,18 @@ pub(crate) struct BootFiles {
     pub(crate) parameters: Option<BootFile>,
 }
 
-/// Name that has the file chosen automatically.
+/// Name that asks for an automatic choice of the file.
 pub const AUTO: &str = "auto";
 
-/// Name for no initrd: the node boots without one or with one from elsewhere, as Warewulf does it.
+/// Name that asks for no initrd: the node boots without one, or with one from elsewhere, as with Warewulf.
 const NONE: &str = "none";
 
-/// Names of kernels, alone or followed by `-` and a version or flavour (`vmlinuz-lts`). The first boots on every
-/// firmware.
+/// Names of kernels, alone or followed by `-` and a version or flavour (`vmlinuz-lts`). Any firmware boots a kernel of
+/// the first name.
 const KERNELS: [&str; 5] = ["vmlinuz", "Image", "zImage", "bzImage", "vmlinux"];
 
-/// Extensions of files beside a kernel: its checksum, its signature, the previous kernel, a kernel with symbols.
+/// Endings of files that lie beside a kernel and are not the kernel to boot: its checksum, the previous kernel, its
+/// signature, and copies with symbols.
 const BESIDE_KERNELS: [&str; 5] = [".hmac", ".old", ".sig", ".gz", ".xz"];
 
 /// Prefix and suffix of an initrd's name around its kernel's version or flavour.
@@ -68,10 +69,10 @@ const BARE_INITRDS: [&str; 4] = ["initrd", "initrd.img", "initramfs.img", "initr
 /// second.
 const MODULES: [&str; 2] = ["lib/modules", "usr/lib/modules"];
 
-/// Most kernels of an image; a larger number could only be made to waste time.
+/// Maximum number of names read from a directory; an image with more could only be made to waste time.
 const MOST_ENTRIES: usize = 1000;
 
-/// Most names of a directory that a message lists.
+/// Maximum number of names in a directory that a message lists.
 const MOST_NAMES: usize = 20;
 
 /// The modules of one kernel.
@@ -97,10 +98,12 @@ struct Kernel {
     preference: usize,
 }
 
-/// Largest boot files in bytes, holes included: the firmware reads each file whole into memory, and each is uploaded as
-/// it is. A kernel with symbols has about 500 MiB, and the kernel accepts at most 4 KiB of parameters.
+/// Maximum size of a kernel in bytes, holes included; one with symbols has about 500 MiB. Boot files have limits
+/// because the firmware reads each file whole into memory, and because each is uploaded as it is.
 const LARGEST_KERNEL: u64 = 1 << 30;
+/// Maximum size of an initrd in bytes, holes included.
 const LARGEST_INITRD: u64 = 4 << 30;
+/// Maximum size of the parameters in bytes, holes included; the kernel accepts at most 4 KiB.
 const LARGEST_PARAMETERS: u64 = 1 << 20;
 
 impl BootFiles {
@@ -192,7 +195,7 @@ impl<'a> Search<'a> {
         paths.find(|path| is_file(self.image_root, path))
     }
 
-    /// Opens the files. `without` decides whether an image without an initrd for the kernel is an error.
+    /// Opens the files. If the image has no initrd for the kernel, `without` decides whether that is an error.
     fn open(&self, without: impl Fn(Error) -> Result<()>) -> Result<BootFiles> {
         let path = &self.kernel.path;
         let needed = |what: &str, path: &str| {
@@ -229,8 +232,8 @@ pub(crate) fn check_named(image_root: &Tree, names: &Names, arch: &str) -> Resul
     Ok(())
 }
 
-/// Names of the boot files that a remote job leaves beside its packed image. Where the image's names were searched for,
-/// they are the usual ones.
+/// Names of the boot files that a remote job leaves beside its packed image. A name that is `auto` becomes the usual
+/// one.
 pub(crate) fn left_names(names: &Names, arch: &str) -> Names {
     let or = |name: &str, usual: &str| if name == AUTO { usual.to_owned() } else { name.to_owned() };
     let kernel = or(&names.kernel, "vmlinuz");
@@ -379,7 +382,8 @@ fn flavour_of(name: &str) -> Option<&str> {
     })
 }
 
-/// Version of a kernel without one in its name: the newest of its flavour, or the only one.
+/// Version of the modules for a kernel without one in its name: the newest of its flavour, or the only one in the
+/// image.
 fn version_of<'a>(flavour: Option<&str>, modules: &'a [Modules]) -> Option<&'a str> {
     let Some(flavour) = flavour else {
         return if let [only] = modules { Some(&only.version) } else { None };
@@ -459,7 +463,7 @@ fn without_variant(version: &str) -> (&str, Option<&str>) {
     }
 }
 
-/// Runs of digits and runs of letters.
+/// Splits a version into runs of digits and runs of letters.
 fn pieces(version: &str) -> impl Iterator<Item = Piece<'_>> {
     let mut rest = version;
     std::iter::from_fn(move || {
@@ -638,7 +642,7 @@ mod tests {
              lib/modules/6.6.40-0-virt/ boot/vmlinuz-virt boot/initramfs-virt",
             "boot/vmlinuz-virt boot/initramfs-virt",
         ),
-        // Arch, with the hook that copies the kernel, and before it ran.
+        // Arch, after the hook that copies the kernel has run, and before.
         (
             "usr/lib/modules/6.9.1-arch1-1/vmlinuz usr/lib/modules/6.9.1-arch1-1/pkgbase=linux boot/vmlinuz-linux \
              boot/initramfs-linux.img boot/initramfs-linux-fallback.img usr/lib/modules/6.6.31-1-lts/pkgbase=linux-lts \

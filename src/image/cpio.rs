@@ -16,13 +16,13 @@ use crate::sys::tree::Tree;
 /// Size of an entry's header: the magic number and thirteen numbers of eight hexadecimal digits, all ASCII.
 const HEADER: usize = 110;
 
-/// Alignment of names and contents.
+/// Alignment of names and contents in bytes.
 const ALIGNED: u64 = 4;
 
 /// Name of the last entry.
 const TRAILER: &[u8] = b"TRAILER!!!";
 
-/// Longest path and link target that the kernel accepts (PATH_MAX).
+/// Maximum length of a path or a link target that the kernel accepts, in bytes (PATH_MAX).
 const LONGEST_NAME: u32 = 4096;
 
 /// Header of an entry.
@@ -38,7 +38,7 @@ struct Header {
     device: (u32, u32),
     represents: (u32, u32),
     name_size: u32,
-    /// Sum of the content's bytes, modulo 2^32, in the format with checksums.
+    /// Sum of the content's bytes, modulo 2^32; `None` in the format without checksums.
     sum: Option<u32>,
 }
 
@@ -47,12 +47,12 @@ struct Reader<R> {
     input: R,
     /// Bytes read so far.
     at: u64,
-    /// True after the trailer entry; without it, the archive is cut off.
+    /// True after the trailer entry; an archive that ends without one was cut off.
     ended: bool,
 }
 
-/// Unpacks `input` into `root`, an empty directory of ours. Calls `look` now and then, and stops at its error. Strips
-/// leading slashes; refuses a name that contains `..` or leads through a link.
+/// Unpacks `input` into `root`, an empty directory of ours. Calls `look` regularly, and stops if that returns an error.
+/// Strips leading slashes; refuses a name that contains `..` or leads through a link.
 pub(crate) fn unpack(input: impl Read, root: &Tree, mut look: impl FnMut() -> io::Result<()>) -> io::Result<()> {
     let mut archive = Reader { input, at: 0, ended: false };
     let mut directories = Vec::new();
@@ -63,7 +63,7 @@ pub(crate) fn unpack(input: impl Read, root: &Tree, mut look: impl FnMut() -> io
         let name = archive.name(&header)?;
         archive.ended = name == TRAILER;
         if archive.ended {
-            // The next archive reuses inode numbers for other files.
+            // Another archive may follow, in which the same inode numbers mean other files.
             linked.clear();
             continue;
         }
@@ -87,7 +87,7 @@ pub(crate) fn unpack(input: impl Read, root: &Tree, mut look: impl FnMut() -> io
         }
         let of_several = kind == FileType::RegularFile && header.links > 1;
         let first = linked.get(&(header.inode, header.device)).filter(|_| of_several);
-        // A later entry replaces an earlier one of the same name, except a directory, as cpio does it.
+        // Let a later entry replace an earlier one of the same name, unless that is a directory, as cpio does.
         match rustix::fs::unlinkat(&parent, &name, AtFlags::empty()) {
             Err(rustix::io::Errno::NOENT) => {}
             other => other?,
@@ -105,7 +105,7 @@ pub(crate) fn unpack(input: impl Read, root: &Tree, mut look: impl FnMut() -> io
                 let mut file = File::from(rustix::fs::openat(&parent, &name, flags, Mode::RUSR | Mode::WUSR)?);
                 // In this format, the last entry of a file with several names has the content.
                 let sum = archive.copy(u64::from(header.size), &mut file, &mut look)?;
-                // Among several names, only the entry with the content has its sum.
+                // Among the entries of a file with several names, only the one with the content has its checksum.
                 if header.size > 0 && header.sum.is_some_and(|expected| expected != sum) {
                     return Err(invalid(&format!("the content of '{}' does not match its checksum", path.display())));
                 }
@@ -224,10 +224,10 @@ fn short(length: u32) -> io::Result<usize> {
     usize::try_from(length).map_err(io::Error::other)
 }
 
-/// Refuses entries that other programs would read as something else. `path` is that of [`path_of`].
+/// Refuses entries that other programs would read differently. `path` is the result of [`path_of`] for `name`.
 fn refuse_malformed(header: &Header, name: &[u8], path: Option<&Path>) -> io::Result<()> {
     let refuse = |why: &str| Err(invalid(&format!("'{}' {why}", String::from_utf8_lossy(name))));
-    // -1 is no user, and to chown(2) it means the owner that the file has: root.
+    // -1 is no user ID: chown(2) takes it as "leave the owner", which is root for a new file.
     if header.user == u32::MAX || header.group == u32::MAX {
         return refuse("belongs to the user or group 4294967295, which no file can");
     }
@@ -274,7 +274,7 @@ fn make_parent(root: &Tree, path: &Path) -> io::Result<(Tree, OsString)> {
 
 /// Sets the owner first: chown(2) clears the setuid bit.
 fn set_attributes(directory: &Tree, name: &OsStr, header: &Header) -> io::Result<()> {
-    // Checked by `refuse_malformed`; chown(2) would keep root for -1.
+    // `refuse_malformed` has ruled out -1, for which chown(2) would leave root as the owner.
     let (user, group) = (attributes::user(header.user), attributes::group(header.group));
     rustix::fs::chownat(directory, name, user, group, AtFlags::SYMLINK_NOFOLLOW)?;
     if FileType::from_raw_mode(header.mode) != FileType::Symlink {

@@ -57,10 +57,10 @@ impl std::fmt::Display for Pattern {
     }
 }
 
-/// Paths of an image root that match patterns.
+/// Paths of an image root that match patterns, and what is wrong with the patterns.
 #[derive(Debug, Default)]
 pub(crate) struct Excluded {
-    /// Paths, none below another one.
+    /// Matching paths, of which none lies below another.
     pub(crate) paths: Vec<PathBuf>,
     /// Patterns that match nothing.
     pub(crate) useless: Vec<String>,
@@ -68,14 +68,15 @@ pub(crate) struct Excluded {
     pub(crate) is_all: bool,
 }
 
-/// A directory to be searched.
+/// A directory that is still to be searched.
 struct Ahead {
-    /// Patterns whose first names match the path, each with the number of names matched.
+    /// Patterns whose first names match the path, by index, each with the number of names matched.
     begun: Vec<(usize, usize)>,
     is_excluded: bool,
 }
 
-/// Finds what the patterns match in `image_root`. Follows no link, and descends only where something can still match.
+/// Finds the entries of `image_root` that the patterns match. Follows no link, and descends only into directories where
+/// something can still match.
 pub(crate) fn find(image_root: &Tree, patterns: &[Pattern]) -> io::Result<Excluded> {
     let mut excluded = Excluded::default();
     let mut has_matched = vec![false; patterns.len()];
@@ -102,8 +103,8 @@ pub(crate) fn find(image_root: &Tree, patterns: &[Pattern]) -> io::Result<Exclud
         }
         is_any_kept |= !is_matched && path == Path::new(name);
         let is_excluded = is_matched || above.is_excluded;
-        // Below an excluded path, patterns without a match so far are still tried: a match anywhere makes them
-        // useful.
+        // Below an excluded path, continue only with patterns that have matched nothing so far: a match there shows
+        // that they are not useless.
         further.retain(|(number, _)| !is_excluded || !has_matched[*number]);
         Ok((!further.is_empty()).then_some(Ahead { begun: further, is_excluded }))
     })?;
@@ -120,7 +121,7 @@ pub(crate) fn escaped(path: &Path) -> Vec<u8> {
     bytes.iter().flat_map(|byte| (!is_plain(byte)).then_some(b'\\').into_iter().chain([*byte])).collect()
 }
 
-/// Longest line of mksquashfs's exclude file in bytes, with a margin.
+/// Maximum length of a line in mksquashfs's exclude file in bytes, with a margin.
 const LONGEST_LINE: usize = 16_000;
 
 /// Exclude file for mksquashfs (`-ef`) with the escaped paths, and arguments for paths that such a file cannot hold.
@@ -131,7 +132,8 @@ pub(crate) fn listed<'a>(paths: impl IntoIterator<Item = &'a Path>) -> (Vec<u8>,
         if path.contains(&b'\n') || path.len() > LONGEST_LINE {
             arguments.push(OsStr::from_bytes(&path).to_owned());
         } else {
-            // mksquashfs strips this backslash; it protects a space or # at the start of the line.
+            // mksquashfs strips this backslash; without it, a space or # at the start of a line would not be part of
+            // the path.
             list.push(b'\\');
             list.extend(path);
             list.push(b'\n');

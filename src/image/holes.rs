@@ -11,13 +11,15 @@ use crate::sys::tree::Tree;
 /// Logs indexed by user ID: as large as the highest ID requires, and nearly empty. mksquashfs reads holes as data,
 /// which takes minutes for content that no image needs.
 const SPARSE_LOGS: [&str; 3] = ["lastlog", "faillog", "tallylog"];
+/// Directory of the sparse logs.
 const LOGS: &str = "var/log";
+/// Minimum size of a large hole, in bytes.
 const LARGE_HOLE: i64 = 1 << 30;
 
-/// Most bytes of all large holes together. mksquashfs reads some TiB of holes in an hour.
+/// Maximum total of all large holes in bytes. mksquashfs reads some TiB of holes in an hour.
 const MOST_HOLES: i64 = 64 << 30;
 
-/// Advice where there are more.
+/// Advice for an image with more.
 pub(crate) const ADVICE: &str = "remove them, or exclude them (--exclude): each byte is packed as a zero";
 
 /// The sparse logs of the image, with their paths.
@@ -28,14 +30,14 @@ pub(crate) fn sparse_logs(image_root: &Tree) -> Vec<(String, Stat)> {
     sparse.map(|(name, found)| (format!("{LOGS}/{name}"), found)).collect()
 }
 
-/// Bytes of a file that are holes, if they are large.
+/// Bytes of a file that are holes; `None` unless they exceed [`LARGE_HOLE`].
 fn large_hole(found: &Stat) -> Option<i64> {
     let is_file = FileType::from_raw_mode(found.st_mode) == FileType::RegularFile;
     let hole = found.st_size.saturating_sub(found.st_blocks.saturating_mul(512));
     (is_file && hole > LARGE_HOLE).then_some(hole)
 }
 
-/// Adds up the large holes of a tree's files, those of its sparse logs excepted.
+/// Adds up the large holes of a tree's files, except its sparse logs.
 pub(crate) struct Holes {
     names: Vec<String>,
     bytes: i64,
@@ -43,7 +45,7 @@ pub(crate) struct Holes {
 }
 
 impl Holes {
-    /// Holes of a tree with these sparse logs.
+    /// Begins a sum for a tree whose sparse logs are `logs`.
     pub(crate) fn new(logs: &[(String, Stat)]) -> Self {
         let seen = logs.iter().map(|(_, log)| (log.st_dev, log.st_ino)).collect();
         Self { names: Vec::new(), bytes: 0, seen }
@@ -64,7 +66,7 @@ impl Holes {
         (!self.names.is_empty()).then(|| (self.bytes >> 30, listed(&self.names)))
     }
 
-    /// Why they are too many to be packed, if they are.
+    /// Reason to refuse the image, if it has more holes than can be packed.
     pub(crate) fn refusal(&self) -> Option<String> {
         let (held, names) = self.found().filter(|_| self.bytes > MOST_HOLES)?;
         Some(format!("its files have {held} GiB of holes, expected at most {}: {names}", MOST_HOLES >> 30))

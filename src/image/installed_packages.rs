@@ -14,21 +14,22 @@ use crate::sys::tree::Tree;
 use crate::transfer::Work;
 use crate::transfer::confinement::Confined;
 
-/// Databases of dpkg and rpm in an image.
+/// dpkg's database in an image.
 const DPKG: &str = "var/lib/dpkg/status";
+/// Places of rpm's database in an image.
 const RPM: [&str; 2] = ["usr/lib/sysimage/rpm", "var/lib/rpm"];
 
-/// Largest file of dpkg that is read, in bytes.
+/// Maximum size of dpkg's database, in bytes.
 const LIMIT: u64 = 64 << 20;
 
-/// Largest rpm database that is copied, in bytes of all its files. Holes count, because the copy has none.
+/// Maximum size of all files of an rpm database together, in bytes. Holes count, because its copy has none.
 const RPM_LIMIT: u64 = 1 << 30;
 
-/// Package names with versions. The image is untrusted: an unreadable database is logged, and is not an error.
+/// Package names with versions. The image is untrusted, so an unreadable database is logged and is not an error.
 pub(crate) fn of(work: &Work, tree: &Tree) -> Result<BTreeMap<String, String>> {
     let mut packages = of_dpkg(&String::from_utf8_lossy(&tree.read(DPKG, LIMIT).unwrap_or_default()));
     for place in RPM {
-        // In many images one is a link to the other.
+        // In many images one of these directories is a link to the other.
         if let Ok(database) = tree.directory(place)
             && database.names().is_ok_and(|names| !names.is_empty())
         {
@@ -60,10 +61,10 @@ fn of_dpkg(status: &str) -> BTreeMap<String, String> {
     packages
 }
 
-/// Completes "cannot …".
+/// Operation in error messages: "cannot ask rpm".
 const ASK: &str = "ask rpm";
 
-/// Queries a copy: even a query makes sqlite leave files beside the database.
+/// Queries a copy of the database, because even a query makes sqlite leave files beside it.
 fn of_rpm(work: &Work, database: &Tree) -> Result<BTreeMap<String, String>> {
     let copy = Copied::of(database).attempt(|| "copy their database")?;
     let mut rpm = Command::new("rpm");
@@ -89,7 +90,7 @@ impl Copied {
         DirBuilder::new().mode(0o700).create(&copied.0)?;
         let mut left = RPM_LIMIT;
         for name in directory.names()? {
-            // In some versions the lock is a fifo or a socket.
+            // In some versions of rpm the lock is a fifo or a socket.
             let Ok(file) = directory.open_regular(&name, OFlags::RDONLY | OFlags::NOFOLLOW) else { continue };
             let Some(rest) = left.checked_sub(file.metadata()?.len()) else {
                 return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("larger than {RPM_LIMIT} bytes")));

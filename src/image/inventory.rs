@@ -17,14 +17,14 @@ use crate::transfer::Work;
 use crate::volume::layout::INVENTORY;
 use std::path::Path;
 
-/// Largest inventory in bytes: more than a million files with long names need.
+/// Maximum size of an inventory in bytes, above that of more than a million files with long names.
 const LIMIT: u64 = 1 << 30;
 
-/// State of a tree at one time: for each path, a text that changes when the file does.
+/// State of a tree at one time: for each path, a text that differs whenever the file differs.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Inventory {
     files: BTreeMap<String, String>,
-    /// Packages with their versions; those of rpm only where the program rpm is installed.
+    /// Packages with their versions; packages of rpm only where the program rpm is installed.
     packages: BTreeMap<String, String>,
 }
 
@@ -51,7 +51,7 @@ impl Inventory {
         Ok(Self { files, packages: installed_packages::of(work, root)? })
     }
 
-    /// Writes it to the file `name` of a directory.
+    /// Writes the inventory to the file `name` of a directory.
     pub(crate) fn save(&self, directory: &Tree, name: &str) -> Result<()> {
         let attempted = || format!("write {}/{name}", directory.shown().display());
         let mut file = io::BufWriter::new(directory.create_file(name).attempt(attempted)?);
@@ -63,8 +63,8 @@ impl Inventory {
         file.flush().attempt(attempted)
     }
 
-    /// Reads a saved inventory. On a shared volume anybody may have written it: it decides nothing but what the report
-    /// says.
+    /// Reads a saved inventory. On a shared volume anybody may have written it, so it must decide nothing but the
+    /// content of the report.
     pub(crate) fn load(directory: &Tree, name: &str) -> Result<Self> {
         let attempted = || format!("read the inventory of the image as it was, {}/{name}", directory.shown().display());
         let text = directory
@@ -127,9 +127,8 @@ fn state(directory: &Tree, name: &OsStr, found: &Stat) -> String {
     }
 }
 
-/// Writes the changes since the inventory in `directory` was made to the new file `to`. Others may write to the
-/// target's directory: whatever has the name there, such as a link or a fifo, is replaced, and neither followed nor
-/// opened.
+/// Writes the changes since the inventory in `directory` was made to the file `to`. Others may write to the directory
+/// of `to`: whatever has that name already, such as a link or a fifo, is replaced, and neither followed nor opened.
 pub(crate) fn write_changes(work: &Work, directory: &Tree, image_root: &Tree, to: &Path) -> Result<()> {
     let (above, name) = packing::output(to, "the report of changes")?;
     let changes = Inventory::load(directory, INVENTORY)?.changes_to(&Inventory::of(work, image_root)?);

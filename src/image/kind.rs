@@ -1,4 +1,4 @@
-//! Type of an image's source, a file or a directory that is opened once.
+//! Type of an image's source, which is a file or a directory, opened once.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -17,8 +17,8 @@ use crate::sys::signals::unblock_signals;
 use crate::sys::tree::Tree;
 use crate::transfer::confinement::clear_environment;
 
-/// A source on this machine, opened once: what was checked is what is unpacked, even if its name is given to another
-/// file meanwhile.
+/// A source on this machine, opened once, so that exactly the checked file is unpacked, even if another file gets its
+/// name meanwhile.
 #[derive(Debug)]
 pub(crate) struct Opened {
     /// Path, for messages.
@@ -114,14 +114,16 @@ const COMPRESSED: [(&[u8], &str); 4] = [
     (&[0x28, 0xb5, 0x2f, 0xfd], "zstd"),
 ];
 
-/// Magic number of a squashfs, and the offset of its size in the superblock.
+/// Magic number of a squashfs, and the offset of the image's size in the superblock.
 const SQUASHFS: (&[u8], usize) = (b"hsqs", 40);
 
-/// Offsets of compression and flags in the superblock, and the flag for uncompressed data (squashfs_fs.h).
+/// Offset of the compression in the superblock (squashfs_fs.h).
 const SQUASHFS_COMPRESSION: usize = 20;
 
+/// Offset of the flags in the superblock.
 const SQUASHFS_FLAGS: usize = 24;
 
+/// Flag in the superblock for uncompressed data.
 const SQUASHFS_PLAIN_DATA: u16 = 1 << 1;
 
 /// Magic numbers of cpio entries in the format `newc`, without and with checksums.
@@ -130,8 +132,8 @@ const CPIO: [&[u8]; 2] = [b"070701", b"070702"];
 /// Magic numbers of older cpio formats, whose files are limited to 2 or 8 GiB: `odc`, and binary in both byte orders.
 const OLD_CPIO: [&[u8]; 3] = [b"070707", b"\xc7\x71", b"\x71\xc7"];
 
-/// Detects the type of an open file, which messages call `shown`. A squashfs may have up to `padding` zero bytes after
-/// it. See [`Opened::kind`].
+/// Detects the type of the open file that messages call `shown`. A squashfs may be followed by up to `padding` zero
+/// bytes. See [`Opened::kind`].
 pub(crate) fn kind_of_file(file: &File, shown: &str, padding: u64) -> Result<Kind> {
     let attempted = || format!("use {shown} as an image");
     let size = file.metadata().attempt(attempted)?.len();
@@ -145,7 +147,7 @@ pub(crate) fn kind_of_file(file: &File, shown: &str, padding: u64) -> Result<Kin
         return if size < used {
             refuse(format!("it is cut off: the file has {size} bytes, its squashfs {used}"))
         } else if size - used > padding || !is_zero(file, used, size).attempt(attempted)? {
-            // Zeros pad it to the blocks of a device or tape.
+            // Zeros may follow, since a squashfs is padded to the blocks of a device or tape.
             refuse(format!("something follows it: the file has {size} bytes, its squashfs {used}"))
         } else {
             Ok(Kind::Squashfs)
@@ -164,7 +166,7 @@ pub(crate) fn kind_of_file(file: &File, shown: &str, padding: u64) -> Result<Kin
         Some(Archive::Tar) => {}
         None => return refuse(format!("it is {}", unknown(&start))),
     }
-    // The check of its members finds what lies before that.
+    // This checks only the end; the later check of the members finds an end mark before it.
     let mut end = [1; 2 * TAR_BLOCK];
     let at = size.saturating_sub(end.len() as u64);
     if file.read_exact_at(&mut end, at).is_err() || end.iter().any(|&b| b != 0) {
@@ -189,7 +191,7 @@ pub(crate) fn compression(path: &Path) -> Option<&'static str> {
     }
 }
 
-/// True if the file is an uncompressed tar archive without members, which is all zeros.
+/// True if the file is an uncompressed tar archive without members; such an archive is all zeros.
 pub(crate) fn is_empty_tar(file: &File) -> io::Result<bool> {
     let size = file.metadata()?.len();
     is_zero(file, 0, size)
@@ -232,7 +234,7 @@ fn uncompressed(file: &File, program: &str) -> io::Result<Vec<u8>> {
     Ok(start)
 }
 
-/// True if all bytes from `at` on are zero.
+/// True if all bytes of a file of `size` bytes from offset `at` on are zero.
 fn is_zero(file: &File, at: u64, size: u64) -> io::Result<bool> {
     first_data(file, at, size).map(|found| found.is_none())
 }
@@ -259,7 +261,7 @@ mod tests {
         assert_eq!(of(&squashfs).unwrap(), Kind::Squashfs, "with zeros after it");
         squashfs.push(1);
         assert!(of(&squashfs).unwrap_err().contains("something follows"));
-        // The 8 TiB hole is not read.
+        // The 8 TiB hole must be skipped and not read.
         of(&squashfs[..3 << 20]).unwrap();
         File::options().write(true).open(&path).unwrap().set_len(1 << 43).unwrap();
         assert_eq!(Opened::open(&path).unwrap().kind().unwrap(), Some(Kind::Squashfs));

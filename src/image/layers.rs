@@ -19,23 +19,24 @@ use crate::sys::tree::Tree;
 use crate::sys::walk::Descent;
 use crate::transfer::checksum::sha256_of;
 
-/// An opaque whiteout says that the directory hides all entries of the layers below. A whiteout with another name after
-/// the prefix hides the entry of that name (OCI image layer specification, "Whiteouts").
+/// Name of an opaque whiteout, which says that the directory hides all entries of the layers below (OCI image layer
+/// specification, "Whiteouts").
 const OPAQUE: &[u8] = b".wh..wh..opq";
+/// Prefix of a whiteout, which hides the entry whose name follows the prefix.
 const WHITEOUT: &[u8] = b".wh.";
-/// Prefix of files that the storage driver aufs keeps for itself.
+/// Prefix of files that belong to the storage driver aufs.
 const OF_DRIVER: &[u8] = b".wh..wh.";
 
-/// Largest description of an image that is read, in bytes.
+/// Maximum size of an image's description, in bytes.
 const LARGEST: u64 = 4 << 20;
 
-/// Most layers of an image; no container engine makes more.
+/// Maximum number of layers of an image; no container engine makes more.
 const MOST_LAYERS: usize = 1000;
 
-/// Deepest nesting of indexes; deeper ones could only be made to waste time.
+/// Maximum nesting of indexes; deeper ones could only be made to waste time.
 const DEEPEST: usize = 4;
 
-/// Resolution of file times: they are taken from the kernel's last clock tick.
+/// Resolution of file times, with a margin: the kernel takes them from its last clock tick.
 const CLOCK_TICK: Duration = Duration::from_millis(50);
 
 /// One layer of a saved image.
@@ -43,13 +44,13 @@ const CLOCK_TICK: Duration = Duration::from_millis(50);
 pub(crate) struct Layer {
     /// Path below the directory of the saved image, with links resolved.
     pub(crate) path: PathBuf,
-    /// SHA-256 of the file in hexadecimal digits, if the image names the file by it.
+    /// SHA-256 of the file in hexadecimal digits, if the image refers to the file by it.
     pub(crate) digest: Option<String>,
     /// SHA-256 of the uncompressed tar archive, if the image's configuration has it.
     pub(crate) diff_id: Option<String>,
 }
 
-/// Content that is named by its SHA-256: the digits, the path, and the size in bytes if the description has one.
+/// Content that a description refers to: by SHA-256 (the digits), by path, and by size in bytes if that is given.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Named {
     digest: Option<String>,
@@ -57,15 +58,15 @@ struct Named {
     size: Option<u64>,
 }
 
-/// Media types of indexes and of manifests (OCI image specification, "Media Types"; Docker's "Image Manifest V 2,
-/// Schema 2").
+/// Media types of indexes (OCI image specification, "Media Types"; Docker's "Image Manifest V 2, Schema 2").
 const INDEXES: [&str; 2] =
     ["application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json"];
+/// Media types of manifests, from the same specifications.
 const MANIFESTS: [&str; 2] =
     ["application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json"];
 
 /// Layers of the image that is saved in the directory `saved`, lowest first; `None` if it is not a saved image.
-/// Verifies every description that is named by its digest.
+/// Verifies every description that is referred to by its digest.
 pub(crate) fn layers(saved: &Tree) -> Result<Option<Vec<Layer>>> {
     let attempted = || "read the description of the saved image";
     let strange =
@@ -125,7 +126,7 @@ fn description(saved: &Tree, path: &str) -> Option<Value> {
     serde_json::from_slice(&saved.read(path, LARGEST).ok()?).ok()
 }
 
-/// Reads a description that is named by its digest, and verifies the digest.
+/// Reads a description that is referred to by its digest, and verifies the digest.
 fn verified(saved: &Tree, named: &Named) -> Result<Value> {
     let digest = named.digest.as_deref().unwrap_or_default();
     let attempted = || format!("use sha256:{digest} of the saved image");
@@ -146,8 +147,9 @@ fn refuse_length(length: u64, size: Option<u64>) -> std::result::Result<(), Stri
     }
 }
 
-/// Refuses a description that is both an index and a manifest, or of another type than it says: programs that disagree
-/// on the type take different images from it (CVE-2021-41190). `expected` is the type that the index above gives.
+/// Refuses a description that is both an index and a manifest, or that has another type than it claims: programs that
+/// disagree on the type take different images from it (CVE-2021-41190). `expected` is the type that the index above
+/// gives.
 fn refuse_confusion(description: &Value, expected: Option<&Value>) -> std::result::Result<(), String> {
     let (is_index, is_manifest) = (!description["manifests"].is_null(), !description["layers"].is_null());
     if is_index && is_manifest {
@@ -207,39 +209,39 @@ fn image_of(saved: &Tree, index: Value, depth: usize) -> Result<Value> {
     image_of(saved, below, depth + 1)
 }
 
-/// Configuration and layers that an OCI manifest names.
+/// Configuration and layers that an OCI manifest refers to.
 fn blobs(manifest: &Value) -> Option<(Option<Named>, Vec<Named>)> {
     let config = &manifest["config"];
     let config = if config.is_null() { None } else { Some(blob(config)?) };
     Some((config, manifest["layers"].as_array()?.iter().map(blob).collect::<Option<_>>()?))
 }
 
-/// Content that a descriptor names.
+/// Content that a descriptor refers to; `None` if the descriptor is malformed.
 fn blob(descriptor: &Value) -> Option<Named> {
     let digest = sha256(descriptor["digest"].as_str()?)?;
     let size = descriptor.get("size").map(Value::as_u64);
-    // A size that is given must be a number.
+    // If a size is given, it must be a number.
     let size = if size == Some(None) { return None } else { size.flatten() };
     Some(Named { path: format!("blobs/sha256/{digest}"), digest: Some(digest), size })
 }
 
-/// Content that Docker's manifest names by path. The last component may be a digest with an extension: `DIGEST.tar`,
-/// `blobs/sha256/DIGEST`.
+/// Content that Docker's manifest refers to by path. The last component may be a digest with an extension:
+/// `DIGEST.tar`, `blobs/sha256/DIGEST`.
 fn docker(path: &str) -> Named {
     let name = path.rsplit('/').next().unwrap_or_default();
     let stem = name.strip_prefix("sha256:").unwrap_or(name).split('.').next().unwrap_or_default();
     Named { digest: sha256(&format!("sha256:{stem}")), path: path.to_owned(), size: None }
 }
 
-/// Hexadecimal digits of a digest.
+/// Hexadecimal digits of a digest `sha256:DIGITS`; `None` if it is malformed.
 fn sha256(digest: &str) -> Option<String> {
     let digits = digest.strip_prefix("sha256:")?;
     let is_digit = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
     (digits.len() == 64 && digits.bytes().all(is_digit)).then(|| digits.to_owned())
 }
 
-/// Moves the entries of `layer`, unpacked after `began`, over `root`, and removes what the layer hides there. Both are
-/// on one file system, and nobody else changes them. Follows no link.
+/// Moves the entries of `layer`, which was unpacked after `began`, over those of `root`, and removes from `root` the
+/// entries that the layer hides. Both are on one file system, and nobody else changes them. Follows no link.
 pub(crate) fn merge(layer: &Tree, root: &Tree, began: SystemTime) -> io::Result<()> {
     let mut directories = vec![(PathBuf::new(), false)];
     let mut attributes = Vec::new();
@@ -273,7 +275,8 @@ pub(crate) fn merge(layer: &Tree, root: &Tree, began: SystemTime) -> io::Result<
                 rustix::fs::renameat(from, name, to, name)?;
             }
         }
-        // tar has just created this directory if the layer only has entries below it, and not the directory itself.
+        // If the layer has only entries below this directory and not the directory itself, tar has created the
+        // directory just now, and its attributes are not the layer's.
         if is_new || modified(&found) + CLOCK_TICK < began {
             attributes.push((path, found));
         }
@@ -333,7 +336,7 @@ mod tests {
         let files = [("manifest.json", docker), ("1/layer.tar", text()), ("2.tar", text()), ("c.json", config.clone())];
         let wanted = vec![layer("1/layer.tar", None, Some(&digest(&one))), layer("2.tar", None, None)];
         assert_eq!(found(&files), Ok(Some(wanted)));
-        // The newer names, which are digests.
+        // Newer versions name layers by their digests.
         let names = [digest(&one) + ".tar", path_of(&two)];
         let docker = |config: &str| json!([{"Config": config, "Layers": names}]);
         let files = |config: &str, content: &Value| {

@@ -1,5 +1,5 @@
-//! The packer: a child process of this program that writes the squashfs, confined as mksquashfs is. Both ends of what
-//! they tell each other are in this file.
+//! The packer: a child process of this program that writes the squashfs, confined as mksquashfs is. Both ends of the
+//! protocol between parent and child are in this file.
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::{CString, OsStr, OsString};
@@ -34,18 +34,18 @@ use crate::transfer::{Work, too_large};
 /// First argument of the child.
 const CHILD: &str = "pack-as-child";
 
-/// Short name of the child, in which the kernel keeps 15 characters.
+/// Name that the child gives itself; the kernel keeps 15 characters of it.
 pub(super) const NAME: &str = "ims-sshd-packer";
 
-/// This program's own file.
+/// The file of this program.
 const OWN_PROGRAM: &str = "/proc/self/exe";
 
 /// Instructions for the packer, besides the source.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Order {
-    /// Compression; that of the source, or else gzip, if there is none.
+    /// Compression; `None` means that of the source or, without a source, gzip.
     pub(crate) compression: Option<&'static str>,
-    /// Time of everything in the image.
+    /// Time given to everything in the image, in seconds since 1970.
     pub(crate) epoch: Option<u64>,
     /// Memory for blocks that are being compressed, in bytes.
     pub(crate) memory: u64,
@@ -55,7 +55,7 @@ pub(crate) struct Order {
     pub(crate) emptied: Vec<PathBuf>,
     /// Permissions that differ from those of the tree.
     pub(crate) modes: Vec<(PathBuf, u32)>,
-    /// True if the packer is to tell the state of the tree.
+    /// True if the packer is to report the state of the tree.
     pub(crate) tells_state: bool,
 }
 
@@ -64,15 +64,15 @@ pub(crate) struct Order {
 pub(crate) struct Outcome {
     /// Length of the image in bytes.
     pub(crate) length: u64,
-    /// Bytes of it that were taken over.
+    /// Number of these bytes that were taken over from the source.
     pub(crate) taken: u64,
-    /// Why the source was not used.
+    /// Reason for which the source was not used.
     anew: Option<String>,
     /// Extended attributes that a squashfs cannot hold.
     not_kept: Vec<String>,
     /// Files that are packed with fewer rights for their group.
     narrowed: Vec<String>,
-    /// Files that are packed with another time.
+    /// Files whose times a squashfs cannot store, and that are packed with another time.
     out_of_range: OutOfRange,
     /// State of the tree, if it was asked for.
     pub(crate) state: Option<String>,
@@ -135,7 +135,7 @@ pub(crate) fn pack(
     Ok(outcome)
 }
 
-/// Between a reason and what to do about it, in the child's error.
+/// Separator, in the child's error, between the reason and the advice.
 const ADVICE: &str = "\n";
 
 /// Warns about files that get fewer rights for their group.
@@ -143,7 +143,8 @@ pub(crate) fn tell_narrowed(shown: &[String]) {
     tracing::warn!("packed with the rights that the access list gives the group: {}", listed(shown));
 }
 
-/// A file in memory that a child inherits. Landlock lets it be opened, since it is on no mounted file system.
+/// A file in memory for a child to inherit. Landlock does not keep the child from opening it, since it is on no mounted
+/// file system.
 pub(crate) fn inheritable(content: &[u8]) -> io::Result<File> {
     use rustix::fs::MemfdFlags;
     // Kernels before 6.3 reject the flag, and later ones may require it (vm.memfd_noexec).
@@ -154,7 +155,7 @@ pub(crate) fn inheritable(content: &[u8]) -> io::Result<File> {
     Ok(file)
 }
 
-/// The order without its paths, as it is told.
+/// The order without its paths, as the parent passes it to the child.
 #[derive(Serialize, Deserialize)]
 struct Head {
     compression: Option<String>,
@@ -178,16 +179,20 @@ struct Told {
     basis: Option<Basis>,
 }
 
-/// Kinds of the records that follow the head. A record ends with a zero byte, which no path has.
+/// Kind of the record of a path that is left out. Records follow the head; a zero byte, which no path contains, ends
+/// each.
 const LEFT_OUT: u8 = b'x';
+/// Kind of the record of a file that is packed without its content.
 const EMPTIED: u8 = b'e';
+/// Kind of the record of a path with the permissions that it gets.
 const MODE: u8 = b'm';
-/// A file as it was unpacked.
+/// Kind of the record of a file as it was unpacked.
 const UNPACKED: u8 = b'f';
-/// A path in the upper layer of an overlay.
+/// Kind of the record of a path in the upper layer of an overlay.
 const UPPER: u8 = b'u';
-/// A directory there, and the directory of the source that the one before is merged with.
+/// Kind of the record of a directory of the upper layer.
 const DIRECTORY: u8 = b'd';
+/// Kind of the record of the directory of the source that the preceding [`DIRECTORY`] is merged with.
 const SOURCE: u8 = b's';
 
 impl Order {
@@ -273,19 +278,19 @@ impl Told {
     }
 }
 
-/// A word, and the bytes behind the space after it.
+/// Splits bytes at the first space, into a word and the rest.
 fn named(bytes: &[u8]) -> Option<(&str, &[u8])> {
     let space = bytes.iter().position(|byte| *byte == b' ')?;
     Some((std::str::from_utf8(&bytes[..space]).ok()?, &bytes[space + 1..]))
 }
 
-/// Runs the child, if that is what this process was started as. Returns its exit code.
+/// Runs the child, if this process was started as one, and returns its exit code.
 pub fn run_as_child() -> Option<u8> {
     let mut words = std::env::args_os().skip(1);
     if words.next()? != CHILD {
         return None;
     }
-    // It was started as "exe".
+    // The kernel has named the process "exe", after the path that was executed.
     if let Ok(name) = CString::new(NAME) {
         let _ = rustix::thread::set_name(&name);
     }
@@ -324,14 +329,14 @@ fn child(descriptors: &[OsString]) -> std::result::Result<Outcome, String> {
     write(&tree, &told, source, (&output.into(), &progress))
 }
 
-/// A source that was read.
+/// A source that has been read.
 struct Known {
     inventory: Inventory,
     options: Options,
     entries: Entries,
 }
 
-/// Reads a source. All that it says may be wrong.
+/// Reads a source. All its content may be wrong, or made by an attacker.
 fn read(squashfs: File) -> std::result::Result<Known, Fault> {
     let reader = Reader::open(squashfs)?;
     let options = reader.options();
@@ -351,7 +356,7 @@ fn read(squashfs: File) -> std::result::Result<Known, Fault> {
     Ok(Known { inventory, options, entries })
 }
 
-/// A collected tree, and findings made on the way.
+/// A collected tree, and findings made while collecting it.
 struct Seen {
     gathered: Gathered,
     narrowed: Vec<String>,
@@ -368,7 +373,7 @@ fn look(tree: &Tree, told: &Told, known: Option<&Known>) -> std::result::Result<
     }
     let mut holes = Holes::new(&sparse_logs(tree));
     let mut out_of_range = OutOfRange::default();
-    // All get the time that was ordered.
+    // With an epoch, all entries get that time, so their own times do not matter.
     let keeps_times = told.epoch.is_none();
     if keeps_times {
         out_of_range.add(Path::new(""), &root);
@@ -413,7 +418,7 @@ fn look(tree: &Tree, told: &Told, known: Option<&Known>) -> std::result::Result<
     Ok(Seen { gathered, narrowed: shown, out_of_range, state: state.map(State::finish) })
 }
 
-/// Writes the image of `tree` and how far that has come.
+/// Writes the image of `tree`, and its progress.
 fn write(
     tree: &Tree,
     told: &Told,
@@ -438,7 +443,7 @@ fn write(
     options.memory = options.memory.min(told.memory);
     let (seen, lengths) = thread::scope(|scope| {
         let inventory = known.as_ref().map(|known| &known.inventory).filter(|_| options.processors > 1);
-        // Another processor has nothing to do until the tree is collected.
+        // While the tree is being collected, another processor is idle.
         let measuring = inventory.map(|inventory| scope.spawn(|| inventory.measure()));
         let seen = look(tree, told, known.as_ref());
         (seen, measuring.and_then(|measuring| measuring.join().ok()?.ok()))
@@ -510,7 +515,7 @@ mod tests {
         assert!(Told::decode(b"{}\0").is_none() && Told::decode(b"").is_none());
     }
 
-    /// Packs a tree, whose files are all told to be unchanged, and returns the image, with what the packer says.
+    /// Packs a tree, claiming that all its files are unchanged. Returns the image and the packer's result.
     fn packed(tree: &Tree, source: Option<&[u8]>) -> (Vec<u8>, Outcome) {
         let dir = tempfile::tempdir().unwrap();
         let file = |name: &str, content: &[u8]| {
@@ -559,7 +564,7 @@ mod tests {
         assert!(outcome.taken > 4_000_000 && outcome.anew.is_none(), "{outcome:?}");
         let mut damaged =
             vec![b"no squashfs".repeat(1000), scratch[..scratch.len() / 2].to_vec(), scratch[..50].to_vec()];
-        // Its blocks; and then, each in turn, its tables.
+        // Overwrites blocks of the source, then each of its tables in turn.
         for part in [96..scratch.len() / 2, scratch.len() - 6000..scratch.len() - 4500, 28..40, 40..96] {
             let mut copy = scratch.clone();
             copy[part].fill(0xa5);

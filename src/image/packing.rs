@@ -35,8 +35,8 @@ use crate::transfer::{Work, installed};
 use crate::volume::mounts_below::refuse_mounts_below;
 use crate::volume::open_tree;
 
-/// Minimum memory for mksquashfs in bytes, and the divisor of all memory that gives its share: a quarter, mksquashfs's
-/// own default.
+/// Minimum memory for mksquashfs in bytes, and the divisor of the available memory that gives its share: a quarter, as
+/// by mksquashfs's own default.
 const MEMORY: (u64, u64) = (64 << 20, 4);
 
 const DEFAULT_COMPRESSION: &str = "gzip";
@@ -45,13 +45,13 @@ const DEFAULT_COMPRESSION: &str = "gzip";
 const KIWI: &str = "image";
 const KIWI_DESCRIPTION: &str = "image/config.xml";
 
-/// Prefixes of extended attributes that a squashfs stores, and the start of mksquashfs's message about any other (POSIX
-/// ACLs).
+/// Prefixes of extended attributes that a squashfs can store.
 const KEPT: [&str; 3] = ["user.", "trusted.", "security."];
+/// Start of mksquashfs's message about an extended attribute with another prefix (POSIX ACLs).
 const NOT_KEPT: &str = "Unrecognised xattr prefix ";
 
-/// Most padding accepted after a squashfs that is published unchanged. mksquashfs pads to 4 KiB; other tools pad to a
-/// device's block size.
+/// Maximum padding in bytes after a squashfs that is published unchanged. mksquashfs pads to 4 KiB; other tools pad to
+/// a device's block size.
 const PADDING: u64 = 1 << 20;
 
 /// Location of a packed image.
@@ -105,9 +105,9 @@ impl Archive<'_> {
         }
     }
 
-    /// Creates the file that the image is written to before it gets its name, and locks it: another run may pack into
-    /// the same archive, which may take as long as `patience`. One that a killed run has left, or that other users can
-    /// lock, is replaced.
+    /// Creates and locks the `.part` file, which the image is written to before it gets its name. While another run
+    /// packs into the same archive, waits for its lock, for at most `patience`. Replaces a `.part` file that a killed
+    /// run has left or that other users can lock.
     pub(crate) fn create_part(&self, work: &Work, patience: Duration) -> Result<File> {
         let (directory, name) = (self.directory, self.part());
         let attempted = || format!("create {}.part", self.shown());
@@ -115,7 +115,7 @@ impl Archive<'_> {
         let is_named = |file: &File| -> io::Result<bool> {
             Ok(directory.look(&name)?.map(identity) == Some(identity(rustix::fs::fstat(file)?)))
         };
-        // Nobody else can open such a file, and so hold its lock.
+        // Other users cannot open a file with this owner and mode, so none of them can hold its lock.
         let is_own = |file: &File| {
             let user = rustix::process::geteuid().as_raw();
             rustix::fs::fstat(file)
@@ -130,11 +130,12 @@ impl Archive<'_> {
                 Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e).attempt(attempted),
                 Err(_) => match directory.open_regular(&name, OFlags::RDWR | OFlags::NOFOLLOW) {
                     Ok(file) if is_own(&file) => (file, false),
-                    // Another run has given it its final name and mode meanwhile. What has the name now is not it.
+                    // Another run has meanwhile renamed this file to the archive's name. Open the file that has the
+                    // `.part` name now.
                     Ok(file) if !is_named(&file).attempt(attempted)? => continue,
                     Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
                     _ => {
-                        // It is somebody else's, or no regular file.
+                        // The file is another user's, or not a regular file.
                         directory.remove(&name).attempt(attempted)?;
                         continue;
                     }
@@ -146,7 +147,8 @@ impl Archive<'_> {
                     let refused = Error::new(attempted()).because("another run packs into it");
                     return Err(refused.advise("wait until that has ended, or name another archive"));
                 }
-                // Locked, or on a file system without locks.
+                // The file is locked, or its file system has no locks. Try again if the name leads to another file by
+                // now.
                 _ if !is_named(&file).attempt(attempted)? => {}
                 _ if is_new => return Ok(file),
                 _ => drop(directory.remove(&name).attempt(attempted)?),
@@ -154,7 +156,7 @@ impl Archive<'_> {
         }
     }
 
-    /// Name of that file.
+    /// Name of the file that the image is written to before it gets its own name.
     pub(crate) fn part(&self) -> String {
         format!("{}.part", self.name)
     }
@@ -196,7 +198,7 @@ pub(crate) fn check_output(file: &Path, called: &str) -> Result<()> {
 pub(crate) struct Packed {
     /// The file. Its name may be another file's by now.
     pub(crate) file: File,
-    /// [`State`](crate::image::state::State) of the image root as it was packed, if the packer has told it.
+    /// [`State`](crate::image::state::State) of the image root as it was packed, if the packer has reported it.
     pub(crate) state: Option<String>,
     /// SHA-256 of the file, in hexadecimal digits.
     pub(crate) sha256: String,
@@ -263,7 +265,7 @@ pub(crate) fn pack(
     result.map(|(state, sha256)| Packed { file, state, sha256 })
 }
 
-/// Writes `file`, which is to become `archive`, to the disk, and computes its SHA-256 meanwhile.
+/// Syncs `file`, which is to become `archive`, to the disk, and computes its SHA-256 meanwhile.
 fn write_through(work: &Work, file: &File, archive: &Archive) -> Result<String> {
     std::thread::scope(|scope| {
         let syncing = scope.spawn(|| file.sync_all());
@@ -312,8 +314,8 @@ fn squash(
     attempted: &str,
 ) -> Result<()> {
     let mut mksquashfs = Command::new("mksquashfs");
-    // Both are passed as descriptors: on a shared volume the names may lead elsewhere by the time mksquashfs opens
-    // them.
+    // The image root and the output are passed as descriptors: on a shared volume the names may lead elsewhere by the
+    // time mksquashfs opens them.
     mksquashfs.args([".", STDIN]);
     mksquashfs.args(["-noappend", "-quiet", "-no-progress", "-xattrs"]);
     match packing.compression.unwrap_or(DEFAULT_COMPRESSION) {
@@ -405,13 +407,13 @@ impl Narrowed {
     }
 }
 
-/// Definitions for mksquashfs that set modes: a file of them (`-pf`), and arguments (`-p`) for those that cannot be a
-/// line of it.
+/// Definitions for mksquashfs that set modes: the content of a file (`-pf`), and arguments (`-p`) for definitions that
+/// do not fit into a line of that file.
 fn definitions<'a>(narrowed: impl Iterator<Item = &'a Narrowed>) -> (Vec<u8>, Vec<OsString>) {
     let (mut file, mut arguments) = (Vec::new(), Vec::new());
     for Narrowed { path, mode, user, group } in narrowed {
         let name = path.as_os_str().as_bytes();
-        // A backslash before any character protects it.
+        // mksquashfs takes any character after a backslash literally.
         let mut definition: Vec<u8> = name.iter().flat_map(|&byte| [b'\\', byte]).collect();
         definition.extend(format!(" m {mode:o} {user} {group}").bytes());
         if name.contains(&b'\n') || definition.len() > LONGEST_DEFINITION {
@@ -428,8 +430,8 @@ fn definitions<'a>(narrowed: impl Iterator<Item = &'a Narrowed>) -> (Vec<u8>, Ve
 const LONGEST_DEFINITION: usize = 16_000;
 
 /// Refuses holes that would keep mksquashfs busy for hours, and warns about those that take minutes. `excluded` paths
-/// do not count. Returns files that are packed with fewer rights for their group, and warns about them, and about times
-/// if the image `keeps_times`.
+/// do not count. Returns the files that are packed with fewer rights for their group, and warns about them; if the
+/// image `keeps_times`, also warns about times that a squashfs cannot store.
 fn look_through(image_root: &Tree, excluded: &[PathBuf], keeps_times: bool, attempted: &str) -> Result<Vec<Narrowed>> {
     let mut out_of_range = OutOfRange::default();
     let mut narrowed = Vec::new();
@@ -471,23 +473,24 @@ fn size_of(root: &Tree) -> io::Result<u64> {
     Ok(size)
 }
 
-/// Bytes that a program has read so far, by proc(5).
+/// Bytes that a process has read so far, according to /proc/PID/io.
 fn has_read(child: &Child) -> Option<u64> {
     let text = std::fs::read_to_string(format!("/proc/{}/io", child.id())).ok()?;
     text.lines().find_map(|line| line.strip_prefix("rchar: ")?.parse().ok())
 }
 
-/// Programs that pack, by their short names: mksquashfs, and the packer's child, before and after it has named itself.
+/// Names of processes that pack: mksquashfs, and the packer's child before (`exe`) and after it has named itself.
 const PACKING: [&str; 3] = ["mksquashfs", "exe", packer::NAME];
 
-/// Time for the packer of a killed run to end: the kernel kills it with that run, which takes a while.
+/// Time for the packer of a killed run to end: the kernel kills the packer with that run, but this takes a while.
 const TIME_TO_END: Duration = Duration::from_secs(10);
 
-/// Time in which the lock of an archive is tried to get: the packer of a killed run drops it a moment after its end.
+/// Time for which locking an archive is retried: the lock of a killed run's packer goes a moment after the packer.
 const TIME_TO_UNLOCK: Duration = Duration::from_secs(1);
+/// Interval between attempts to lock an archive.
 const LOCK_AGAIN: Duration = Duration::from_millis(20);
 
-/// Refuses to pack while a process has its root or working directory in the image root: it may still write.
+/// Refuses to pack while a process has its root or working directory in the image root, since it may still write there.
 fn no_process_is_inside(image_root: &Path, attempted: &str) -> Result<()> {
     match inside(image_root, &PACKING) {
         Some(entry) => Err(Error::new(attempted)
@@ -497,7 +500,8 @@ fn no_process_is_inside(image_root: &Path, attempted: &str) -> Result<()> {
     }
 }
 
-/// A process inside `directory`, once those that a killed run has left there have ended; see [`process::inside`].
+/// Waits for processes that a killed run has left in `directory`, then returns one that is still there, if any; see
+/// [`process::inside`].
 pub(crate) fn inside(directory: &Path, programs: &[&str]) -> Option<Entry> {
     process::inside(directory, programs, TIME_TO_END, |entry| {
         let (pid, name, shown) = (entry.pid, &entry.name, directory.display());
@@ -514,11 +518,11 @@ fn share_of_memory(all: Option<u64>) -> u64 {
     (all.unwrap_or(0) / MEMORY.1).max(MEMORY.0)
 }
 
-/// Verifies that the squashfs has every set of extended attributes, file capabilities among them. It stores each
-/// different set once, and counts them.
+/// Verifies that the squashfs has as many sets of extended attributes (file capabilities among them) as the image root
+/// has different ones: a squashfs stores each set once, and counts them.
 fn attributes_are_kept(image_root: &Tree, squashfs: &File, attempted: &str) -> Result<()> {
     let mut sets = HashSet::new();
-    // mksquashfs makes other files in the place of these.
+    // mksquashfs packs new empty files in place of the sparse logs, without their attributes.
     let emptied = sparse_logs(image_root);
     let collected = image_root.walk(|_, parent, name, found| {
         let is_emptied = |(_, log): &(String, Stat)| (log.st_dev, log.st_ino) == (found.st_dev, found.st_ino);
@@ -557,8 +561,8 @@ fn collect_attributes(path: &Path, sets: &mut HashSet<Attributes>) -> io::Result
     Ok(())
 }
 
-/// Number of attribute sets in a squashfs. Byte 56 of its superblock has the position of their table, whose byte 8 has
-/// the number.
+/// Number of attribute sets in a squashfs. Byte 56 of the superblock has the position of the attribute table, and byte
+/// 8 of that table the number.
 fn attribute_sets(file: &File) -> io::Result<u64> {
     let mut number = [0; 8];
     file.read_exact_at(&mut number, 56)?;
@@ -594,7 +598,7 @@ pub(crate) enum Packer {
 }
 
 impl Packer {
-    /// Fails early if it is a program that is not installed.
+    /// Fails early if the packer is a separate program that is not installed.
     pub(crate) fn check(self) -> Result<()> {
         if self == Self::Mksquashfs { installed("mksquashfs") } else { Ok(()) }
     }

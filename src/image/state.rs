@@ -9,7 +9,7 @@ use ring::digest::{Context, SHA256};
 use rustix::fs::Stat;
 
 /// A digest of the path, mode, size and time of change (ctime) of everything in a tree, in the order of a walk. The
-/// kernel sets that time at every change of content, attributes or names, and no program can set it back.
+/// kernel updates the ctime at every change of content, attributes or names, and no program can set it back.
 pub(crate) struct State(Context);
 
 impl State {

@@ -1,7 +1,7 @@
 //! Checks a tar archive for members that GNU tar would lose while it reports success. Without `--absolute-names`, tar
-//! creates symbolic links to absolute paths, and those through `..`, after all other members: until then an empty file
-//! holds each one's place. The link then replaces a later member of its name. tar also ignores all that follows the
-//! end of an archive.
+//! creates symbolic links to absolute paths, and those through `..`, after all other members. Until then an empty file
+//! stands in for each such link, and creating the link then replaces any later member of that name. tar also ignores
+//! everything after the end of an archive.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -12,10 +12,11 @@ use std::os::unix::fs::FileExt;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
-/// Size of a block. Headers are one block, contents are padded to whole blocks, two empty blocks end an archive.
+/// Size of a block in bytes. Headers are one block, contents are padded to whole blocks, two empty blocks end an
+/// archive.
 pub(crate) const BLOCK: usize = 512;
 
-/// Largest extended header that is read, in bytes. It holds names and extended attributes.
+/// Maximum size of an extended header, in bytes. It holds names and extended attributes.
 const LARGEST_EXTENSION: u64 = 16 << 20;
 
 /// Memory for symbolic links, in bytes: a few million of them.
@@ -24,17 +25,17 @@ const MEMORY_FOR_LINKS: usize = 256 << 20;
 /// Memory of one link besides its target, in bytes.
 const MEMORY_OF_A_LINK: usize = 64;
 
-/// Most symbolic links on a path that the kernel follows (path_resolution(7)).
+/// Maximum number of symbolic links on a path that the kernel follows (path_resolution(7)).
 const MOST_LINKS: usize = 40;
 
-/// Why an archive is not unpacked.
+/// Reason for which an archive is not unpacked.
 #[derive(Debug)]
 pub(crate) enum Fault {
     /// tar would lose a member: the reason, and advice.
     Lossy(String, &'static str),
     /// The archive ends before its end mark.
     Cut,
-    /// It could not be read.
+    /// The archive could not be read.
     Unread(io::Error),
 }
 
@@ -54,8 +55,8 @@ pub(crate) trait Input: Read {
     /// Skips `length` bytes. May go past the end of the file.
     fn skip(&mut self, length: u64) -> io::Result<()>;
 
-    /// Tells that the end mark was read. Returns the number of bytes of what follows before the first one that is not
-    /// zero, and up to one block from that byte's block on; `None` if only zeros follow.
+    /// Announces that the end mark was read, which ends `at` bytes into the archive. Returns the first later block that
+    /// is not all zeros, with its offset in the archive; `None` if only zeros follow. The file may end in that block.
     fn rest(&mut self, at: u64) -> io::Result<Option<(u64, Vec<u8>)>>;
 }
 
@@ -88,7 +89,7 @@ impl Input for Plain {
     }
 }
 
-/// An archive that is passed on to tar on the way, by its end mark.
+/// An archive that is passed on to tar, up to its end mark, while it is read.
 pub(crate) struct Passed<R: Read, W: Write> {
     from: BufReader<R>,
     /// tar's standard input; `None` after the end mark, so that tar ends.
@@ -96,7 +97,7 @@ pub(crate) struct Passed<R: Read, W: Write> {
 }
 
 impl<R: Read, W: Write> Passed<R, W> {
-    /// Reads `from`, and writes to `to` what was read.
+    /// Reads from `from`, and writes everything that was read to `to`.
     pub(crate) fn new(from: R, to: W) -> Self {
         Self { from: BufReader::with_capacity(1 << 16, from), to: Some(BufWriter::with_capacity(1 << 16, to)) }
     }
@@ -144,7 +145,8 @@ impl<R: Read, W: Write> Input for Passed<R, W> {
     }
 }
 
-/// Reads an archive to its end, and calls `look` before each member. Refuses one of which tar would lose something.
+/// Reads an archive to its end, and calls `look` before each member. Refuses an archive of which tar would lose
+/// something.
 pub(crate) fn check(input: &mut impl Input, mut look: impl FnMut() -> io::Result<()>) -> Result<()> {
     let mut links = Links::new();
     let mut at = 0;
@@ -178,7 +180,7 @@ pub(crate) fn check(input: &mut impl Input, mut look: impl FnMut() -> io::Result
             continue;
         }
         links.member(&Member::of(&block, std::mem::take(&mut extension)))?;
-        // tar does not read what the header of a link, a device, a directory or a fifo says of a content.
+        // tar ignores the size that the header of a link, a device, a directory or a fifo gives.
         let size = if (b'1'..=b'6').contains(&kind) { 0 } else { size };
         if kind == b'S' && block[482] != 0 {
             // The map of a sparse file goes on in further blocks (GNU's old format).
@@ -220,7 +222,7 @@ fn is_empty(block: &[u8; BLOCK]) -> bool {
     block.iter().all(|&b| b == 0)
 }
 
-/// True if the checksum is right; it counts itself as spaces. Old programs add up signed bytes.
+/// True if the checksum is right; its own field counts as spaces. Old programs add up signed bytes.
 fn is_header(block: &[u8; BLOCK]) -> bool {
     let bytes = || block.iter().enumerate().map(|(at, &b)| if (148..156).contains(&at) { b' ' } else { b });
     let unsigned: i64 = bytes().map(i64::from).sum();
@@ -244,13 +246,13 @@ fn is_extension(kind: u8) -> bool {
     matches!(kind, b'L' | b'K' | b'x' | b'X' | b'g')
 }
 
-/// Values that such headers set for the next member.
+/// Values that extension headers set for the next member.
 #[derive(Debug, Default)]
 struct Extension {
     /// GNU's long name and long link target.
     long: [Option<Vec<u8>>; 2],
     path: Option<Vec<u8>>,
-    /// Name of a sparse file, whose path is made up.
+    /// Name of a sparse file; its header and `path` give a made-up one.
     sparse: Option<Vec<u8>>,
     target: Option<Vec<u8>>,
     size: Option<u64>,
@@ -273,7 +275,7 @@ impl Extension {
     }
 }
 
-/// Calls `each` with key and value of each record, `LENGTH KEY=VALUE\n`. Stops at one that is malformed, as tar does.
+/// Calls `each` with key and value of each record, `LENGTH KEY=VALUE\n`. Stops at a malformed record, as tar does.
 fn records(mut content: &[u8], mut each: impl FnMut(&[u8], &[u8])) {
     while let Some(space) = content.iter().position(|&b| b == b' ')
         && let Some(length) = str::from_utf8(&content[..space]).ok().and_then(|digits| digits.parse().ok())
@@ -296,7 +298,7 @@ struct Member {
     name: Vec<u8>,
     kind: u8,
     target: Vec<u8>,
-    /// Owner, size and time of change, as the header writes them.
+    /// Owner, size and time of modification, in the form of the header.
     attributes: Vec<u8>,
 }
 
@@ -305,7 +307,7 @@ impl Member {
         let [long_name, long_target] = extension.long;
         let short = || {
             let (prefix, name) = (up_to_nul(&block[345..500]), up_to_nul(&block[..100]));
-            // Only POSIX's format has a prefix; GNU's has other things there.
+            // Only the POSIX format has a prefix; GNU's format has other fields there.
             let has_prefix = &block[257..263] == b"ustar\0" && !prefix.is_empty();
             if has_prefix { [prefix, b"/", name].concat() } else { name.to_vec() }
         };
@@ -321,11 +323,11 @@ impl Member {
 /// Symbolic links of an archive so far, by a hash of their paths.
 struct Links {
     hashes: [RandomState; 2],
-    /// Those that tar creates last, with a hash of all that they are.
+    /// Links that tar creates last, each with a hash of its target and attributes.
     delayed: HashMap<u128, u64>,
-    /// The others, with their targets.
+    /// The other links, with their targets.
     created: HashMap<u128, Vec<u8>>,
-    /// Memory that they may still use, in bytes.
+    /// Memory that the links may still use, in bytes.
     room: usize,
 }
 
@@ -340,7 +342,7 @@ impl Links {
         u128::from(high.hash_one(path)) << 64 | u128::from(low.hash_one(path))
     }
 
-    /// Takes the next member in.
+    /// Checks the next member, and records it if it is a link.
     fn member(&mut self, member: &Member) -> Result<()> {
         const ADVICE: &str = "make the archive anew from an unpacked tree, with each name once";
         let shown = String::from_utf8_lossy(&member.name);
@@ -357,7 +359,7 @@ impl Links {
             return Ok(());
         }
         let key = self.key(&path);
-        // A hard link to a link is another name of it.
+        // A hard link to a symbolic link is another name of that link.
         let linked =
             if member.kind == b'1' { self.resolve(&member.target).ok().map(|path| self.key(&path)) } else { None };
         let delayed = match (member.kind, linked) {
@@ -399,8 +401,8 @@ impl Links {
         Ok(())
     }
 
-    /// Path that `name` leads to through links that exist by now, without a leading slash; its last part is not
-    /// followed. A path below a delayed link is an error, with that link.
+    /// Path, without a leading slash, that `name` leads to through the links that exist by now; a link in the last part
+    /// is not followed. A path below a delayed link is an error, which has the path of that link.
     fn resolve(&self, name: &[u8]) -> std::result::Result<Vec<u8>, Vec<u8>> {
         let mut left: Vec<&[u8]> = parts(name);
         left.reverse();
@@ -419,7 +421,7 @@ impl Links {
             if self.delayed.contains_key(&key) {
                 return Err(path);
             }
-            // More of them are tar's own error.
+            // tar itself fails on paths through more links.
             if let Some(target) = self.created.get(&key).filter(|_| followed < MOST_LINKS) {
                 followed += 1;
                 path.truncate(above);
@@ -430,7 +432,7 @@ impl Links {
     }
 }
 
-/// Parts of a path as tar takes it: it strips all up to the last `..`.
+/// Parts of a path as tar understands it: tar strips everything up to the last `..`.
 fn parts(path: &[u8]) -> Vec<&[u8]> {
     let parts = path.split(|&b| b == b'/');
     let begin = parts.clone().enumerate().filter(|(_, part)| *part == b"..").last().map_or(0, |(at, _)| at + 1);

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::printable::Printable;
 
-/// Files with such times: the first one, and their number.
+/// Files with times that a squashfs cannot hold: the first one, and their number.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct OutOfRange {
     first: String,
@@ -15,7 +15,7 @@ pub(crate) struct OutOfRange {
 }
 
 impl OutOfRange {
-    /// Counts the entry `path` if it is one.
+    /// Counts the entry `path` if its time of modification is such a time.
     pub(crate) fn add(&mut self, path: &Path, found: &Stat) {
         if u32::try_from(found.st_mtime).is_ok() {
             return;
@@ -26,7 +26,7 @@ impl OutOfRange {
         self.count += 1;
     }
 
-    /// Warns of them; `instead` says which time they get.
+    /// Warns of these files; `instead` says which time they get.
     pub(crate) fn tell(&self, instead: &str) {
         if self.count > 0 {
             let Self { first, count } = self;

@@ -1,5 +1,5 @@
-//! Which files of an image root are provably as they are in the squashfs that it was made from. The packer takes their
-//! compressed blocks over. A file is compressed again whenever there is a doubt.
+//! Finds the files of an image root that provably are as they were in the squashfs that it was made from. The packer
+//! copies their compressed blocks from there. Whenever there is a doubt, a file is compressed again.
 
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
@@ -21,14 +21,14 @@ use crate::image::upper_layer::{self, Directories, directories};
 use crate::sys::loops;
 use crate::sys::tree::{Tree, inode_and_birth};
 
-/// An image root's source, and what tells which files are still as they are there.
+/// An image root's source, with the evidence by which unchanged files are recognized.
 #[derive(Debug)]
 pub(crate) struct Source {
     /// The squashfs.
     pub(crate) squashfs: File,
-    /// Tells which entries are unchanged.
+    /// Recognizes the entries that are unchanged.
     pub(crate) basis: Basis,
-    /// Directory and name of a squashfs that nobody needs once the image is packed.
+    /// Directory and name of the squashfs, if nobody needs it once the image is packed.
     pub(crate) is_dropped: Option<(Tree, &'static str)>,
 }
 
@@ -39,8 +39,8 @@ impl Source {
     }
 }
 
-/// Tells whether an entry of an image root is as it is in the source. The packer compares it with the status that
-/// it packs, so that the image root is walked through once.
+/// Evidence by which an entry of an image root is recognized as unchanged since the source. The packer passes the
+/// status that it packs, so that the image root is walked only once.
 #[derive(Debug)]
 pub(crate) enum Basis {
     /// The image root is an overlay above the mounted source.
@@ -49,12 +49,12 @@ pub(crate) enum Basis {
     Unpacked(Unpacked),
 }
 
-/// Time of change of a file.
+/// Time of change (ctime) of a file, in seconds and nanoseconds.
 fn changed(found: &Stat) -> (i64, u64) {
     (found.st_ctime, found.st_ctime_nsec)
 }
 
-/// An entry of a source, as its squashfs says.
+/// An entry of a source, as its squashfs describes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Before {
     /// Inode number.
@@ -63,7 +63,7 @@ pub(crate) struct Before {
     pub(crate) mode: u32,
     /// Length of a regular file.
     pub(crate) size: u64,
-    /// Time of modification, which is also its time of change.
+    /// Time of modification in seconds since 1970. A mounted squashfs reports it as the time of change (ctime) too.
     pub(crate) modified: u32,
     /// Number of names.
     pub(crate) links: u32,
@@ -71,7 +71,7 @@ pub(crate) struct Before {
     pub(crate) has_attributes: bool,
 }
 
-/// Entries of a source by path; `None` for a path that is there twice, since nobody knows which one is meant.
+/// Entries of a source by path; `None` for a path that occurs twice, since either entry could be meant.
 pub(crate) type Entries = HashMap<OsString, Option<Before>>;
 
 /// An entry that is unchanged.
@@ -83,8 +83,8 @@ pub(crate) struct Unchanged {
     pub(crate) is_bare: bool,
 }
 
-/// The overlay of `directory`, mounted at `image_root`. `squashfs` is what the overlay was made from; the error says why
-/// it is not known to be.
+/// Source of the overlay of `directory`, which is mounted at `image_root`. `squashfs` is the file that the overlay was
+/// made from; the outer error says why that could not be confirmed.
 pub(crate) fn of_overlay(
     directory: &Path,
     image_root: &Tree,
@@ -94,7 +94,7 @@ pub(crate) fn of_overlay(
         return Err("no overlay of ours is mounted there");
     }
     let lower = squashfs.metadata().ok().and_then(|_| std::fs::symlink_metadata(directory.join(LOWER)).ok());
-    // The mounted file itself: another one may have its name by now.
+    // Compare with the mounted file itself: another file may have its name by now.
     if !lower.is_some_and(|lower| loops::shows(lower.dev(), &squashfs)) {
         return Err("the squashfs is not the one that is mounted");
     }
@@ -105,13 +105,13 @@ pub(crate) fn of_overlay(
 /// Entries of the upper layer of an overlay.
 #[derive(Debug, Default)]
 pub(crate) struct Overlaid {
-    /// Paths of everything in it: copied up, or put in place of another.
+    /// Paths of all entries of the upper layer, copied up or new.
     pub(crate) in_upper: HashSet<OsString>,
-    /// Its directories.
+    /// Directories of the upper layer.
     pub(crate) directories: Directories,
-    /// True if no file of several names was changed.
+    /// True if no file with several names was changed.
     pub(crate) has_whole_links: bool,
-    /// The directory that was asked about last, and its source.
+    /// The directory that was asked about last, and the source's directory that its entries come from.
     last: RefCell<Option<(PathBuf, Option<PathBuf>)>>,
 }
 
@@ -126,8 +126,8 @@ impl Overlaid {
         });
         seen.attempt(attempted)?;
         let directories = directories(&upper).attempt(attempted)?;
-        // A file that was changed under one of its names has the others still in the source; the index knows such
-        // files.
+        // After a change under one of a file's names, its other names still lead to the source's file; the overlay's
+        // index lists such files.
         let names = std::fs::read_dir(directory.join(INDEX_OF_LINKS)).map(|mut names| names.next().is_none());
         let has_whole_links = names.unwrap_or_else(|e| e.kind() == io::ErrorKind::NotFound);
         Ok(Self::new(in_upper, directories, has_whole_links))
@@ -149,13 +149,13 @@ impl Overlaid {
         Some(last.as_ref()?.1.as_ref()?.join(name))
     }
 
-    /// An entry that nothing in the upper layer touches.
+    /// Returns the source's entry that the overlay shows at `path`, if nothing in the upper layer touches it.
     fn find(&self, path: &Path, found: &Stat, source: &Entries) -> Option<Unchanged> {
         if self.in_upper.contains(path.as_os_str()) {
             return None;
         }
         let before = (*source.get(self.source_of(path)?.as_os_str())?)?;
-        // The count of the source decides: all names but one may have been removed after a change.
+        // Use the link count in the source: all names but one may have been removed after a change.
         let is_whole =
             before.links == 1 || self.has_whole_links || FileType::from_raw_mode(before.mode) == FileType::Directory;
         let Before { number, has_attributes, .. } = before;
@@ -164,7 +164,8 @@ impl Overlaid {
 }
 
 impl Before {
-    /// Compares it with the status of an entry of an overlay. A file that was copied up has another time of change.
+    /// Compares the entry with `found`, the status of an entry of an overlay. A file that was copied up has another
+    /// time of change.
     fn is_still(&self, found: &Stat) -> bool {
         let then = i64::from(self.modified);
         let is_file = FileType::from_raw_mode(self.mode) == FileType::RegularFile;
@@ -175,8 +176,8 @@ impl Before {
 }
 
 impl Basis {
-    /// The entry `path` of the image root, which has this status, if it is still as in the source with these entries.
-    /// `device` is that of the image root.
+    /// Returns the entry `path` of the image root if it is as in the source. `found` is the status of the entry,
+    /// `source` the entries of the source, and `device` the device number of the image root.
     pub(crate) fn find(&self, path: &Path, found: &Stat, device: u64, source: &Entries) -> Option<Unchanged> {
         match self {
             Self::Overlay(overlaid) => overlaid.find(path, found, source),
@@ -185,24 +186,25 @@ impl Basis {
     }
 }
 
-/// File systems whose time of change (ctime) tells every change of content, also one through a mapping of memory, in
-/// parts of a second. tmpfs, for one, does not tell a change through a mapping that was read before.
+/// File systems that record every change of content in the time of change (ctime), even one through a memory mapping,
+/// and in fractions of a second. On tmpfs, for one, a change through a mapping that was read before does not show.
 const PRECISE: [(u64, &str); 3] = [(0xef53, "ext4"), (0x5846_5342, "xfs"), (0x9123_683e, "btrfs")];
 
-/// Resolution of times of change: they are taken from the kernel's last clock tick.
+/// Resolution of times of change, with a margin: the kernel takes them from its last clock tick.
 const CLOCK_TICK: Duration = Duration::from_millis(50);
 
-/// Difference between two readings of the clock by which it was not set back: it is adjusted all the time.
+/// Decrease of `Clock::offset`, in nanoseconds, that does not count as setting the clock back: it is adjusted all the
+/// time.
 const ADJUSTED: i64 = 1_000_000_000;
 
 /// The times of the machine, in nanoseconds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Clock {
-    /// Which start of the machine.
+    /// ID of the machine's current boot.
     boot: String,
     /// Time since 1970.
     now: i64,
-    /// Time since 1970 without the time since the start: it changes when the clock is set.
+    /// Time since 1970 minus the time since the boot: it changes when the clock is set.
     offset: i64,
 }
 
@@ -219,13 +221,13 @@ impl Clock {
     }
 
     /// Returns whether the clock was set back between `self` and a later reading: a file that is changed afterwards
-    /// could get the time of change that it had.
+    /// could get its previous time of change again.
     fn was_set_back(&self, later: &Self) -> bool {
         if self.boot == later.boot { later.offset.saturating_add(ADJUSTED) < self.offset } else { later.now < self.now }
     }
 }
 
-/// Fields that tell one state of a squashfs from another.
+/// Fields that distinguish one state of a squashfs from another.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Mark {
     inode: u64,
@@ -257,7 +259,7 @@ struct Head {
     clock: Clock,
 }
 
-/// Inventory of an image root that was just unpacked, and nobody else has reached yet.
+/// Inventory of an image root that has just been unpacked, and that nobody else has reached yet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Inventory {
     head: Head,
@@ -280,13 +282,13 @@ struct Then {
 }
 
 impl Inventory {
-    /// Takes the inventory of `root`, which was unpacked from `squashfs`. `source` is the path of that, unless it is
-    /// kept beside the image root. The error says why files could not be told to be unchanged.
+    /// Takes the inventory of `root`, which was unpacked from `squashfs`. `source` is the path of `squashfs`, unless
+    /// that is kept beside the image root. The error says why unchanged files could not be recognized later.
     pub(crate) fn of(root: &Tree, squashfs: &File, source: Option<PathBuf>) -> std::result::Result<Self, String> {
         is_precise(root)?;
         let mut files = HashMap::new();
         let mut newest = (0, 0);
-        // A longer list is an error, and the file is not bare then.
+        // llistxattr fails if the list of names is longer, so the file does not count as bare.
         let mut names = [0; 1024];
         let walked = root.walk(|path, directory, name, found| {
             if FileType::from_raw_mode(found.st_mode) == FileType::RegularFile {
@@ -298,11 +300,11 @@ impl Inventory {
         });
         let fail = |error: io::Error| error.to_string();
         walked.map_err(fail)?;
-        // An inode without space for parts of a second.
+        // Whole seconds everywhere mean inodes that have no space for fractions of a second.
         if files.len() > 1 && files.values().all(|then| then.changed.1 == 0) {
             return Err("its file system tells times in whole seconds".into());
         }
-        // A change within the same tick would not be seen.
+        // A later change within the same tick would leave no trace, so wait until the tick is over.
         std::thread::sleep(CLOCK_TICK);
         let clock = Clock::read().map_err(fail)?;
         if clock.now <= newest.0.saturating_mul(1_000_000_000).saturating_add_unsigned(newest.1) {
@@ -322,13 +324,13 @@ impl Inventory {
         self.head.source.as_deref()
     }
 
-    /// Notes that `squashfs`, which is kept beside the image root, was moved with it.
+    /// Records that `squashfs`, which is kept beside the image root, was moved with it.
     pub(crate) fn moved(&mut self, squashfs: &File) -> io::Result<()> {
         self.head.squashfs = Mark::of(squashfs)?;
         Ok(())
     }
 
-    /// Its bytes: a head, and a record of each file; each ends with a zero byte.
+    /// Encodes the inventory: the head as JSON, then a record for each file; a zero byte ends each of them.
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut bytes = json!(self.head).to_string().into_bytes();
         bytes.push(0);
@@ -339,7 +341,7 @@ impl Inventory {
         bytes
     }
 
-    /// Reads [`Inventory::encode`]. Somebody else may have written it.
+    /// Decodes the bytes of [`Inventory::encode`], which somebody else may have written; `None` if they are malformed.
     pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
         let mut records = bytes.strip_suffix(&[0])?.split(|byte| *byte == 0);
         let head = serde_json::from_slice(records.next()?).ok()?;
@@ -348,7 +350,8 @@ impl Inventory {
         Some(Self { head, files })
     }
 
-    /// The source of `root`, if it still is what was unpacked from `squashfs`. The error says why that cannot be told.
+    /// The source of `root`, if `root` still is the image root that was unpacked from `squashfs`. The error says why
+    /// that could not be confirmed.
     pub(crate) fn source_of(self, root: &Tree, squashfs: File) -> std::result::Result<Source, String> {
         let fail = |error: io::Error| error.to_string();
         is_precise(root)?;
@@ -366,7 +369,7 @@ impl Inventory {
 }
 
 impl Unpacked {
-    /// Calls `write` with a record of each file, which holds no zero byte.
+    /// Calls `write` with a record for each file. A record contains no zero byte.
     pub(crate) fn encode(&self, write: &mut dyn FnMut(&[u8])) {
         let mut files: Vec<_> = self.0.iter().collect();
         files.sort_unstable_by_key(|(inode, _)| **inode);
@@ -378,7 +381,7 @@ impl Unpacked {
         }
     }
 
-    /// Adds the file of a record.
+    /// Adds the file that a record describes; `None` if the record is malformed.
     pub(crate) fn add(&mut self, record: &[u8]) -> Option<()> {
         let mut fields = record.splitn(8, |byte| *byte == b' ');
         let mut number = || std::str::from_utf8(fields.next()?).ok();
@@ -401,8 +404,9 @@ impl Unpacked {
     }
 }
 
-/// Words of a record that say whether a file has extended attributes.
+/// Field of a record for a file without extended attributes.
 const BARE: &str = "-";
+/// Field of a record for a file with extended attributes.
 const ATTRIBUTED: &str = "a";
 
 impl Then {

@@ -35,8 +35,8 @@ use crate::transfer::progress::Progress;
 use crate::transfer::{TICK, Work};
 use crate::volume::mounts_below::refuse_mounts_below;
 
-/// Unpacks `archive` into the new directory `name` of `volume`, and returns that directory, since its name may be
-/// another's by then. Copies a directory; merges the layers of a saved container image.
+/// Unpacks `archive` into the new directory `name` of `volume`: copies a directory, merges the layers of a saved
+/// container image. Returns the directory opened, since its name may lead to another one by then.
 pub(crate) fn unpack(work: &Work, archive: &Opened, volume: &Tree, name: &str) -> Result<Tree> {
     confinement::refuse_to_lose_attributes()?;
     if archive.file().is_none() {
@@ -59,7 +59,7 @@ pub(crate) fn unpack(work: &Work, archive: &Opened, volume: &Tree, name: &str) -
         None => {}
         Some(Kind::Squashfs) => {
             let mut unsquashfs = Command::new("unsquashfs");
-            // Needs -force because the directory exists.
+            // unsquashfs needs -force because the directory exists.
             unsquashfs.args(["-quiet", "-no-progress", "-force", "-dest", ".", STDIN]);
             extract(work, archive, unsquashfs, archive.as_fd(), &target, look)?;
         }
@@ -93,9 +93,10 @@ fn refuse_mounts(archive: &Opened) -> Result<()> {
 fn copy(work: &Work, archive: &Opened, tree: &Tree, target: &Tree, look: impl FnMut(&Child)) -> Result<()> {
     let mut cp = Command::new("cp");
     cp.args(["-aT", "--reflink=auto"]);
-    // Later mounts do not appear in a copy of the directory's own mount. It needs CAP_SYS_ADMIN, which a pod may lack.
+    // Copy from a detached copy of the directory's own mount, in which later mounts do not appear. Making it needs
+    // CAP_SYS_ADMIN, which a pod may lack.
     let alone = Detached::copy_of_fd(tree, false, MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID);
-    // Several devices without a mount are subvolumes, whose content cp would leave out.
+    // Several device numbers without a mount mean subvolumes, whose content --one-file-system would leave out.
     if alone.is_err() && has_one_device(tree).attempt(|| format!("copy {}", archive.shown.display()))? {
         cp.arg("--one-file-system");
     }
@@ -103,7 +104,7 @@ fn copy(work: &Work, archive: &Opened, tree: &Tree, target: &Tree, look: impl Fn
     cp.arg(Path::new(STDIN).join(".")).arg(".");
     let source = alone.as_ref().map_or(tree.as_fd(), AsFd::as_fd);
     extract(work, archive, cp, source, target, look)?;
-    // A mount has hidden files.
+    // Without the detached copy, files may have been hidden by a mount that was made meanwhile.
     if alone.is_err() { refuse_mounts(archive) } else { Ok(()) }
 }
 
@@ -119,7 +120,7 @@ fn has_one_device(tree: &Tree) -> io::Result<bool> {
 }
 
 /// Runs a program that reads `input`, the content of `archive`, from its standard input and unpacks it into `target`.
-/// No copy of `input` is left open: a pipe must break when the program ends.
+/// Keeps no copy of `input` open: if it is a pipe, its writer must fail with EPIPE when the program ends.
 fn extract(
     work: &Work,
     archive: &Opened,
@@ -162,7 +163,7 @@ impl Drop for Removed<'_> {
     }
 }
 
-/// Words of tar for a hard link to a file that is missing.
+/// Start of tar's message about a hard link to a file that is missing.
 const TAR_CANNOT_LINK: &str = "Cannot hard link to";
 
 /// Merges the layers. `private` says that no other user can reach `saved`, whoever owns it.
@@ -205,7 +206,7 @@ fn unpack_layers(
             if !error.to_string().contains(TAR_CANNOT_LINK) {
                 return error;
             }
-            // Each layer is unpacked alone.
+            // Each layer is unpacked alone, so a hard link to a file of an earlier layer has no target.
             let why = "it may have a hard link to a file of an earlier layer, which is not supported";
             error.advise(format!(
                 "{why}: make one layer of all ('podman create' and 'podman export', or 'crane export')"
@@ -237,7 +238,7 @@ fn unpack_tar(
     };
     tar.args(["--file", "-"]);
     let (decompressor, decompressed) = Decompressor::start(program, archive, target)?;
-    // Decompressed once: what is checked goes on to tar.
+    // The archive is decompressed once: the check passes on to tar the bytes that it reads.
     let (input, output) = io::pipe().attempt(attempted)?;
     std::thread::scope(|scope| {
         let (report, result) = mpsc::channel();
@@ -246,10 +247,11 @@ fn unpack_tar(
             let _ = report.send(tar::check(&mut stream, || Ok(())));
         });
         let extracted = extract(work, archive, tar, input.as_fd(), target, look);
-        // If tar has failed, this ends the check, and that the decompressor.
+        // If tar has failed, closing the pipe ends the check with EPIPE, and the end of the check does the same to the
+        // decompressor.
         drop(input);
         let checked = loop {
-            // Zeros may follow the end mark for long.
+            // The check may still be reading a long run of zeros after the end mark, so heed interrupts meanwhile.
             if let Err(interrupted) = work.heed() {
                 decompressor.kill();
                 return Err(interrupted);
@@ -260,9 +262,9 @@ fn unpack_tar(
             }
         };
         match checked {
-            // Read to its end: the exit status covers the checksum there.
+            // The output was read to its end, so the exit status covers the checksum at the end of the file.
             Ok(()) | Err(Fault::Cut) => decompressor.end().attempt(attempted)?,
-            // Its pipe broke.
+            // The check stopped early, so the decompressor's pipe broke, and its exit status says nothing.
             Err(_) => drop(decompressor.end()),
         }
         match checked {
@@ -290,7 +292,7 @@ fn from_start(archive: &Opened) -> Result<File> {
     Ok(file)
 }
 
-/// Most bytes that are read of what a decompressor says.
+/// Maximum number of bytes read of a decompressor's messages.
 const MOST_SAID: u64 = 4 << 10;
 
 /// A confined program that decompresses an archive.
@@ -301,8 +303,8 @@ struct Decompressor {
 }
 
 impl Decompressor {
-    /// Starts it. It reads through the same open file description as `archive`, whose position shows its progress. It
-    /// may read `directory`.
+    /// Starts the decompressor `program`. It reads through the same open file description as `archive`, so the position
+    /// of `archive` shows its progress. It may also read `directory`.
     fn start(program: &str, archive: &Opened, directory: &Tree) -> Result<(Self, ChildStdout)> {
         let mut command = Command::new(program);
         command.arg("-dc").stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -323,13 +325,13 @@ impl Decompressor {
         let _ = self.end();
     }
 
-    /// Waits for its end. Its output must be read to the end, or closed.
+    /// Waits for the decompressor to end. Its output must have been read to the end, or closed, or it may never end.
     fn end(mut self) -> io::Result<()> {
         let status = self.child.wait()?;
         let said = self.said.join().unwrap_or_default();
         let why = match &*said {
             "" => format!("{}: {status}", self.name),
-            // Programs begin with their own name.
+            // Messages of these programs begin with the program's name.
             said => listed(&said.lines().collect::<Vec<_>>()),
         };
         status.success().then_some(()).ok_or_else(|| io::Error::other(why))
@@ -418,7 +420,7 @@ pub(crate) const LOWER: &str = "lower";
 /// Directory for the changes.
 pub(crate) const UPPER: &str = "upper";
 
-/// The kernel's work directory.
+/// Work directory of the overlay, which only the kernel uses.
 const INNER: &str = "work";
 /// Index of changed files that have several names.
 pub(crate) const INDEX_OF_LINKS: &str = "work/index";
@@ -437,9 +439,9 @@ pub(crate) struct Overlay {
 }
 
 impl Overlay {
-    /// Mounts an overlay of `source`, a squashfs or a directory, at `image_root`. `directory` holds the changes, and an
-    /// overlay that was mounted with it before continues with them. Two containers must never mount it at the same
-    /// time.
+    /// Mounts an overlay of `source`, a squashfs or a directory, at `image_root`. `directory` holds the changes; the
+    /// overlay continues with those of an earlier mount. Two containers must never mount an overlay of one `directory`
+    /// at the same time.
     pub(crate) fn mount(source: &Opened, directory: &Path, image_root: &Path) -> Result<Self> {
         let attempted = || format!("mount {} on {}", source.shown.display(), image_root.display());
         let [squashfs, upper, inner] = [LOWER, UPPER, INNER].map(|name| directory.join(name));
@@ -465,7 +467,8 @@ impl Overlay {
                     .advise("unpack it (--open unpack)"));
             }
             Content::File(file) => {
-                // A run that was killed, or somebody who unmounted the overlay alone, has left it mounted.
+                // A run that was killed, or somebody who unmounted the overlay alone, may have left the squashfs
+                // mounted.
                 unmount_all(&squashfs)?;
                 mount_squashfs(file, &squashfs, attributes)
                     .attempt(attempted)
@@ -532,7 +535,7 @@ impl Overlay {
         top.is_some_and(|line| line.split([' ', ',']).any(|word| options.iter().any(|option| word == option)))
     }
 
-    /// Unmounts it.
+    /// Unmounts the overlay, and the squashfs below it.
     pub(crate) fn unmount(mut self) -> Result<()> {
         self.take_down()
     }
@@ -556,7 +559,7 @@ impl Drop for Overlay {
     }
 }
 
-/// Unmounts what is mounted on `place`, as often as it is.
+/// Unmounts everything that is mounted on `place`, where mounts may be stacked.
 fn unmount_all(place: &Path) -> Result<()> {
     let attempted = || format!("unmount {}", place.display());
     let real = std::fs::canonicalize(place).attempt(attempted)?;
@@ -587,7 +590,7 @@ fn copy_root(root: &Tree, upper: &Path) -> io::Result<()> {
     let upper = Tree::open(upper)?;
     let [from, to] = [root, &upper].map(|directory| Node { directory, name: OsStr::new(".") });
     let mut attributes = from.attributes()?;
-    // Attributes of another overlay, whose upper layer the source was.
+    // Leave out attributes of another overlay that had the source as its upper layer: they would mislead this one.
     attributes.retain(|name, _| !name.as_bytes().starts_with(b"trusted.overlay."));
     to.take(&rustix::fs::fstat(root)?, &attributes)
 }

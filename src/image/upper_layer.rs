@@ -1,4 +1,4 @@
-//! The upper layer of an overlay: what a session changed in a directory below it.
+//! The upper layer of an overlay: the changes that a session made to a directory below the overlay.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
@@ -17,17 +17,18 @@ use crate::sys::walk::{Descent, refuse_long};
 /// Prefix of the extended attributes in which overlayfs keeps its state of a file in the upper layer.
 const STATE: &[u8] = b"trusted.overlay.";
 
-/// Prefix under which overlayfs stores an attribute that a session named like overlayfs's own, to mount an overlay.
+/// Prefix under which overlayfs stores an attribute whose name, given by a session, has the prefix of overlayfs's own:
+/// a session may mount an overlay itself.
 pub(crate) const ESCAPED: &[u8] = b"trusted.overlay.overlay.";
 
 /// A directory of the upper layer.
 #[derive(Debug)]
 pub(crate) struct UpperDirectory {
-    /// The directory of the source that it is merged with; none if it hides the source's, or is new.
+    /// The directory of the source that it is merged with; `None` if it hides the source's directory, or is new.
     pub(crate) source: Option<PathBuf>,
-    /// True if that has another path.
+    /// True if `source` is another path than that of this directory.
     pub(crate) is_renamed: bool,
-    /// Name in the stage of an application.
+    /// Name of this directory in the stage of an application of changes.
     pub(crate) aside: String,
 }
 
@@ -66,7 +67,7 @@ pub(crate) fn directories(upper: &Tree) -> io::Result<Directories> {
     Ok(directories)
 }
 
-/// Returns whether the entry hides one of the source (overlayfs marks it as device 0/0).
+/// Returns whether the entry is a whiteout, which hides an entry of the source (overlayfs marks it as device 0/0).
 pub(crate) fn is_whiteout(found: &Stat) -> bool {
     FileType::from_raw_mode(found.st_mode) == FileType::CharacterDevice && found.st_rdev == 0
 }
@@ -88,8 +89,8 @@ pub(crate) fn or_dot(path: &Path) -> &Path {
     if path.as_os_str().is_empty() { Path::new(".") } else { path }
 }
 
-/// Copies every hard link of a changed file up: a file that was changed under one name has its other names still in the
-/// source. The overlay of `lower` and `upper` must be mounted at `merged`, with its index in `index`.
+/// Copies up every hard link of a changed file: after a change under one name, the other names still lead to the
+/// source's file. The overlay of `lower` and `upper` must be mounted at `merged`, with its index in `index`.
 pub(crate) fn complete_hard_links(lower: &Tree, upper: &Tree, index: &Path, merged: &Tree) -> Result<()> {
     if std::fs::read_dir(index).map_or(true, |mut entries| entries.next().is_none()) {
         return Ok(());
@@ -106,7 +107,7 @@ pub(crate) fn complete_hard_links(lower: &Tree, upper: &Tree, index: &Path, merg
         }
         let Some(source) = source_of(&directories, path) else { return Ok(()) };
         let before = rustix::fs::fstat(lower.handle_without_links(source)?)?;
-        // The link count in the source decides: the session may have removed all names but one.
+        // Use the link count in the source: the session may have removed all names but one.
         if before.st_nlink < 2 {
             return Ok(());
         }
@@ -119,17 +120,17 @@ pub(crate) fn complete_hard_links(lower: &Tree, upper: &Tree, index: &Path, merg
     merged.walk(visit).attempt(attempted)
 }
 
-/// Path in the source of an entry that the overlay shows at `path` and the upper layer does not have.
+/// Path in the source of the entry at `path` of the overlay, which the upper layer must not have.
 pub(crate) fn source_of(directories: &Directories, path: &Path) -> Option<PathBuf> {
-    // Every directory above one of the upper layer is in it too. So the lowest one above `path` is the part that `path`
-    // shares with the one sorted before it.
+    // For every directory of the upper layer, all its parents are in that layer too. So the lowest one above `path` is
+    // the part that `path` shares with the directory sorted before it.
     let (before, _) = directories.range::<Path, _>((Unbounded, Excluded(path))).next_back()?;
     let above: PathBuf = before.iter().zip(path.iter()).take_while(|(a, b)| a == b).map(|(a, _)| a).collect();
     Some(directories.get(&above)?.source.as_ref()?.join(path.strip_prefix(&above).ok()?))
 }
 
-/// Returns whether `upper` changes nothing of `lower`. Opening a jail copies directories up, and the resolv.conf that
-/// it restores at the end.
+/// Returns whether `upper` changes nothing in `lower`. Entries that equal their originals do not count: opening a jail
+/// copies up directories, and resolv.conf, which is restored at the end.
 pub(crate) fn is_unchanged(upper: &Tree, lower: &Tree) -> io::Result<bool> {
     let (mut uppers, mut lowers) = (Descent::of(upper), Descent::of(lower));
     let here = OsStr::new(".");
@@ -160,10 +161,10 @@ pub(crate) fn is_unchanged(upper: &Tree, lower: &Tree) -> io::Result<bool> {
     Ok(true)
 }
 
-/// Larger files count as changed, in bytes.
+/// Maximum size of files that are compared, in bytes; larger ones count as changed.
 const LARGEST_COMPARED: u64 = 1 << 20;
 
-/// Returns whether `name` is the same in both, apart from the times of a directory.
+/// Returns whether `name` is the same in both directories. A directory's times do not count.
 fn is_alike(upper: &Tree, lower: &Tree, name: &OsStr) -> io::Result<bool> {
     let nodes = [upper, lower].map(|directory| Node { directory, name });
     let [a, b] = [upper, lower].map(|directory| rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW));
@@ -187,7 +188,7 @@ fn is_alike(upper: &Tree, lower: &Tree, name: &OsStr) -> io::Result<bool> {
     })
 }
 
-/// Paths of `root` that the changes alter or remove, and that `is_meant` accepts.
+/// Paths of `root` that are accepted by `is_meant` and that the changes alter or remove.
 pub(crate) fn touched(
     upper: &Tree,
     root: &Tree,
