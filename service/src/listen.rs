@@ -22,7 +22,7 @@ use crate::settings::{Auth, Listen, Settings};
 
 /// An address that the service listens on.
 pub enum Remote {
-    /// In clear.
+    /// Without TLS.
     Plain(OnAddress<TcpListener>),
     /// With TLS.
     Tls(Box<OnAddress<TlsListener<TcpListener, TlsAcceptor>>>),
@@ -31,7 +31,7 @@ pub enum Remote {
 /// File of the token in the data directory.
 const TOKEN: &str = "token";
 
-/// Shortest token that is accepted: one of fewer characters could be guessed.
+/// Minimum length of a token, in characters: a shorter one could be guessed.
 const SHORTEST_TOKEN: usize = 32;
 
 /// Listens on the socket at `path`, which only this user can connect to.
@@ -46,17 +46,17 @@ pub fn on_socket(path: &Path) -> Result<UnixListener> {
             let refused = Error::new(attempted()).because("another service listens there");
             return Err(refused.advise("stop it, or name another socket with --socket"));
         }
-        // A service that was killed has left it.
+        // Nothing listens on it: a service that was killed has left it.
         std::fs::remove_file(path).attempt(attempted)?;
     }
-    // Connecting takes the right to write. Set afterwards, the mode would leave a moment for others.
+    // Connecting requires write permission. If the mode were set after `bind`, others could connect for a moment.
     let before = rustix::process::umask(Mode::RWXG | Mode::RWXO | Mode::XUSR);
     let bound = UnixListener::bind(path);
     rustix::process::umask(before);
     bound.attempt(attempted)
 }
 
-/// Listens on the address; returns the one that the kernel has chosen if its port is 0.
+/// Listens on `address`; also returns the address that was bound, since the kernel chooses a port in place of 0.
 pub async fn on_address(address: SocketAddr, listen: &Listen) -> Result<(Remote, SocketAddr)> {
     let attempted = || format!("listen on {address}");
     let tls =
@@ -86,7 +86,7 @@ fn tls(cert: &Path, key: &Path) -> Result<TlsAcceptor> {
     Ok(TlsAcceptor::from(Arc::new(config)))
 }
 
-/// Requests that are answered on the address. The token is made if there is none.
+/// Returns the rule for requests on the address. Creates the token if there is none.
 pub fn access(settings: &Settings) -> Result<Access> {
     if settings.listen.address.is_none() || settings.listen.auth == Auth::Gateway {
         return Ok(Access::All);
@@ -117,7 +117,7 @@ fn make_token(path: &Path) -> Result<()> {
     let attempted = || format!("make the token {}", path.display());
     let directory = path.parent().expect("a file in the data directory");
     std::fs::create_dir_all(directory).attempt(attempted)?;
-    // Complete or not there, and readable by its owner alone.
+    // Write and rename a temporary file: the token is complete or absent, and only its owner can ever read it.
     let mut file = tempfile::NamedTempFile::new_in(directory).attempt(attempted)?;
     writeln!(file, "{}", Token::random()).and_then(|()| file.as_file().sync_all()).attempt(attempted)?;
     match file.persist_noclobber(path) {

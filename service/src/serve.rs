@@ -24,10 +24,10 @@ use crate::store::Store;
 /// Name of the database in the data directory.
 const FILE: &str = "ims.sqlite";
 
-/// Interval at which what jobs have left is looked for.
+/// Interval at which leftovers of jobs are searched for.
 const CLEAR_EVERY: Duration = Duration::from_mins(2);
 
-/// Time after which a job's end is recorded again, if the database was gone.
+/// Pause before a job's death is recorded again after the database has failed.
 const RECORD_AGAIN: Duration = Duration::from_secs(5);
 
 /// Runs the service until SIGTERM or SIGINT.
@@ -79,21 +79,21 @@ async fn run(settings: Settings) -> Result<()> {
         On::None => Arc::new(Nothing),
         On::Machine => {
             let program = std::env::current_exe().attempt(|| "find this program")?;
-            // The socket needs no token, and no certificate.
+            // Jobs use the socket, which needs neither a token nor a certificate.
             let url = socket.as_ref().map(|socket| format!("unix:{}", socket.display()));
             Arc::new(Machine::new(&settings, url.expect("jobs here have a socket"), program)?)
         }
         On::Kubernetes => Arc::new(Kubernetes::new(&settings, database.identity()).await?),
     };
     let service = Arc::new(Service::new(settings, database, store, runner, access));
-    // A database of one process has no start that another one might be at.
+    // If only this process uses the database, every start that it finds was interrupted.
     let age = if service.database.is_shared() { http::LONGEST_START } else { TimeDelta::zero() };
     let cut_off = service.starts(age).await;
     let sweeping = service.clone();
     let sweep = tokio::spawn(async move { sweeping.sweep().await });
     let clearing = service.clone();
     let clear = tokio::spawn(async move {
-        // A slow cluster does not delay the service.
+        // Cleared in the background, so that a slow cluster does not delay the service.
         clearing.clear_starts(cut_off).await;
         loop {
             clearing.clear_held().await;
@@ -135,7 +135,7 @@ async fn run(settings: Settings) -> Result<()> {
     Ok(())
 }
 
-/// Answers requests on `listener`, until `stopping` says so and those that have begun are answered.
+/// Answers requests on `listener` until `stopping` becomes true and all requests that have begun are answered.
 async fn answer_on<L>(listener: L, router: Router, mut stopping: watch::Receiver<bool>) -> std::io::Result<()>
 where
     L: Listener,

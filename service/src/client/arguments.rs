@@ -1,4 +1,5 @@
-//! The words of `cray ims`: groups, verbs and options, as that program derives them from the API's description.
+//! Command line of the client: the groups, verbs and options of `cray ims`, which `cray` derives from the API's
+//! description.
 
 use std::path::PathBuf;
 

@@ -14,16 +14,16 @@ use super::arguments::Place;
 use super::value::Value;
 use crate::settings;
 
-/// Limit for a connection to be made.
+/// Time limit for connecting.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 
-/// Limit of a request: the service may move the objects of a large image.
+/// Time limit of a request: the service may move the objects of a large image.
 const LIMIT: Duration = Duration::from_hours(1);
 
 /// A request.
 #[derive(Debug)]
 pub(super) struct Request {
-    /// Completes "cannot …".
+    /// Verb and object for the error message "cannot …".
     pub(super) attempted: String,
     pub(super) method: Method,
     /// Segments of the path below the version.
@@ -37,9 +37,9 @@ pub(super) struct Service {
     client: reqwest::Client,
     url: Url,
     token: Option<String>,
-    /// File of authorities.
+    /// PEM file of authorities to trust.
     ca: Option<PathBuf>,
-    /// Its URL, as it was given.
+    /// URL of the service as it was given.
     shown: String,
 }
 
@@ -73,8 +73,8 @@ impl Service {
         Ok(Self { client, url, token, ca, shown })
     }
 
-    /// Variables by which `ims-sshd` reaches the service. The token is written into `directory`, which is the caller's
-    /// alone: its file may be JSON.
+    /// Returns the variables by which `ims-sshd` reaches the service. The token is written to a file in `directory`,
+    /// which only this user can enter, because the caller's own token file may be JSON.
     pub(super) fn variables(&self, directory: &Path) -> Result<Vec<(&'static str, PathBuf)>> {
         let mut variables = vec![("IMS_URL", PathBuf::from(&self.shown))];
         if let Some(token) = &self.token {

@@ -1,5 +1,6 @@
 //! `ims images import` and `ims recipes import`: bring an image or a recipe of this machine into the service's store.
-//! The caller reads the source and writes the store, with the caller's own rights: the service opens no path for others.
+//! This process reads the source and writes the store with its own rights, so that the service opens no path on behalf
+//! of others.
 
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
@@ -21,7 +22,7 @@ use crate::records::Location;
 use crate::runner::programs;
 use crate::store::Store;
 
-/// A directory that goes away with everything in it.
+/// A directory that is removed with all its content when this value is dropped.
 struct Work(PathBuf);
 
 impl Work {
@@ -77,7 +78,7 @@ pub(super) async fn image(service: &Service, wanted: &ImportImage) -> Result<Val
     service.ask(&IMAGES.describe(&id)).await
 }
 
-/// Output of a program, whose errors go to this one's.
+/// Returns the standard output of a program; its standard error is that of this process.
 async fn output_of(command: &mut Command) -> std::io::Result<std::process::Output> {
     command.stdout(Stdio::piped()).spawn()?.wait_with_output().await
 }
@@ -129,7 +130,7 @@ pub(super) async fn recipe(service: &Service, wanted: &ImportRecipe) -> Result<V
         Err(failed) => failed,
         linked => return linked,
     };
-    // Nothing of it stays, neither here nor among what can be undeleted.
+    // Remove the object and the record, also from the deleted recipes, so that nothing of the failed import stays.
     let _ = store.remove(&at).await;
     for request in [RECIPES.delete(id), DELETED_RECIPES.delete(id)] {
         if let Err(error) = service.ask(&request).await {

@@ -15,7 +15,7 @@ use super::value::Value;
 /// Poll interval for the job's status.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
-/// Logs in to the job `id`, and runs `command` there if it has words. Only returns if that fails.
+/// Becomes ssh, which logs in to the job `id` and runs `command` unless it is empty. Returns only on failure.
 pub(super) async fn log_in(
     service: &Service,
     id: &str,
@@ -46,7 +46,7 @@ pub(super) async fn log_in(
     let (host, port) = address(&job)
         .ok_or_else(|| Error::new(attempted()).because("its record names no host and port to connect to"))?;
     let mut ssh = Command::new("ssh");
-    // Each job has a host key of its own, and addresses are used again: keys are known by the job.
+    // Each job has its own host key, and addresses are reused: known hosts are stored by job, not by address.
     ssh.args(["-l", "root", "-p", &port.to_string(), "-o", &format!("HostKeyAlias=ims-job-{id}")]);
     ssh.args(["-o", "StrictHostKeyChecking=accept-new"]);
     ssh.args(["-o", &format!("UserKnownHostsFile={}", known_hosts()?.display())]);
@@ -66,7 +66,7 @@ fn address(job: &Value) -> Option<(String, u64)> {
     Some((host.to_owned(), port.as_u64()?))
 }
 
-/// File of the host keys of jobs; of a user without a home, one that keeps nothing.
+/// File of the host keys of jobs; `/dev/null` for a user without a home directory.
 fn known_hosts() -> Result<PathBuf> {
     let cache = std::env::var_os("XDG_CACHE_HOME").filter(|path| !path.is_empty()).map(PathBuf::from);
     let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));

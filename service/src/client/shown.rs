@@ -33,7 +33,7 @@ pub(super) fn text(answer: &Value, format: Format) -> String {
         (Value::Table(record), Format::Toml) => toml(record),
         (_, Format::Toml) => toml(&vec![("results".into(), answer.clone())]),
     };
-    // A table of no records has not even a head.
+    // A table without records has no column names either.
     if text.trim_end().is_empty() { String::new() } else { format!("{}\n", text.trim_end()) }
 }
 
@@ -103,7 +103,7 @@ fn list(rows: &[Value], path: &str) -> String {
         let _ = writeln!(text, "[[{path}]]");
         let (own, mut tables) = level(table, path);
         let mut rest = "\n".to_owned();
-        // Without fields, the list that comes first is set off.
+        // If the table has no fields of its own, an empty line comes before its first list.
         if own.starts_with('[') { &mut rest } else { &mut text }.push_str(&own);
         while !tables.is_empty() {
             let mut below = Vec::new();

@@ -1,5 +1,5 @@
-//! Upstream's files: one JSON array for each table. They are imported at the first start and again when they have been
-//! replaced, and written by `ims export`, so that one can go back.
+//! Upstream's files: one JSON array for each table. They are imported at the first start, and again whenever they have
+//! been replaced. `ims export` writes them, so that one can go back to upstream's service.
 
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
@@ -62,7 +62,7 @@ async fn import_text<R: Record>(database: &Database, name: &str, state: &str, te
     change.commit().await
 }
 
-/// Makes a table what a file says. Records that the file does not have are set aside.
+/// Replaces the records of a table by those in a file. Records that the file lacks are set aside.
 async fn replace<R: Record>(change: &mut Change, name: &str, items: Vec<Value>) -> Result<()> {
     let before: Vec<R> = change.records().await?;
     change.clear(R::KIND).await?;
@@ -94,7 +94,7 @@ fn record<R: Record>(mut item: Value) -> std::result::Result<R, String> {
         fields.entry("id").or_insert_with(|| json!(new_id()));
         for time in ["created", "deleted"] {
             let time = fields.entry(time).or_insert_with(|| json!(now()));
-            // Upstream reads the zone and writes it in its own way.
+            // Upstream parses the zone `Z` and writes it as `+00:00`.
             if let Some(text) = time.as_str().and_then(|text| text.strip_suffix('Z')) {
                 *time = json!(format!("{text}+00:00"));
             }
@@ -118,13 +118,13 @@ async fn export_table<R: Record>(database: &Database, directory: &Path) -> Start
     file.write_all(wire::spaced(&records).as_bytes()).attempt(attempted)?;
     file.as_file().sync_all().attempt(attempted)?;
     file.persist(&path).map_err(|e| Error::new(attempted()).because(e.error))?;
-    // The next start must not take it for a file that somebody has replaced.
+    // Record the file's state, so that the next start does not take it for a replaced file and import it.
     let state = state(&path).ok_or_else(|| Error::new(attempted()).because("it is gone already"))?;
     change.set_imported(name, &state).await.attempt(attempted)?;
     change.commit().await.attempt(attempted)
 }
 
-/// Identity of a file, which tells it from one that has replaced it.
+/// Identity of a file, which changes when another file replaces it.
 fn state(path: &Path) -> Option<String> {
     let metadata = path.metadata().ok().filter(std::fs::Metadata::is_file)?;
     Some(format!("{}.{:09} {}", metadata.mtime(), metadata.mtime_nsec(), metadata.len()))

@@ -5,7 +5,7 @@ use sqlx::{AnyPool, Row};
 use super::Result;
 use crate::records::Kind;
 
-/// Row of `imports` with the name of this database, which no file has.
+/// Key of the row in `imports` that holds the name of this database; no file has an empty name.
 const IDENTITY: &str = "";
 
 /// Statements that lead from each version to the next.
@@ -49,7 +49,7 @@ pub(super) async fn run(pool: &AnyPool) -> Result<String> {
         let statement = "INSERT INTO kinds (kind, version) VALUES ($1, 0) ON CONFLICT (kind) DO NOTHING";
         sqlx::query(statement).bind(kind.name()).execute(&mut *transaction).await?;
     }
-    // A list's version means nothing in another database.
+    // Choose a random name once, for ETags: the version of a list means nothing in another database.
     let statement = "INSERT INTO imports (file, state) VALUES ($1, $2) ON CONFLICT (file) DO NOTHING";
     sqlx::query(statement).bind(IDENTITY).bind(crate::records::new_id()).execute(&mut *transaction).await?;
     let row = sqlx::query("SELECT state FROM imports WHERE file = $1").bind(IDENTITY);

@@ -1,8 +1,8 @@
-//! Records that outlive a kill and a power failure, in SQLite or PostgreSQL by the same statements.
+//! Records in SQLite or PostgreSQL, by the same statements. A committed change survives a kill and a power failure.
 //!
-//! A record is kept as the text that a GET answers. Each table has a number that each change of it raises: the first
-//! statement of a change raises it and so locks the table against other changes, also those of other replicas; readers
-//! take it for the version of a list.
+//! A record is stored as the text that a GET returns. Each table has a version number. The first statement of a change
+//! raises it, which also locks the table against other changes, those of other replicas included. Readers compare
+//! versions to see whether a list that they have is current.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -36,7 +36,8 @@ pub enum Place<'a> {
 /// The records.
 pub struct Database {
     pool: AnyPool,
-    /// SQLite has one writer; waiting here is fair and has no timeout.
+    /// Lock of SQLite's only writer; `None` for PostgreSQL. Waiting for this lock is fair and has no timeout, unlike
+    /// waiting for SQLite's own.
     writer: Option<Arc<tokio::sync::Mutex<()>>>,
     lists: Mutex<HashMap<Kind, List>>,
     identity: String,
@@ -49,12 +50,13 @@ pub struct List {
     pub version: i64,
     /// Records as JSON.
     pub records: Arc<Vec<String>>,
-    /// The body of an answer with all of them, once one was asked for.
+    /// Body of an answer with all records, made when one is first requested.
     whole: Arc<OnceLock<Bytes>>,
 }
 
 impl List {
-    /// Returns all records as the body of an answer. CFS asks for all images before each of its calls.
+    /// Returns all records as the body of an answer. The body is kept, since CFS requests all images before each of its
+    /// calls.
     pub fn whole(&self) -> Bytes {
         self.whole.get_or_init(|| wire::list(self.records.iter().map(String::as_str)).into()).clone()
     }
@@ -63,7 +65,7 @@ impl List {
 /// Connections to PostgreSQL, and readers of SQLite.
 const CONNECTIONS: u32 = 8;
 
-/// Time for a connection of the pool to become free or to be made.
+/// Timeout for a connection of the pool to become free or to be opened.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 impl Database {
@@ -136,7 +138,8 @@ impl Database {
         rows.fetch_all(&self.pool).await?.iter().map(|row| row.try_get(0)).collect()
     }
 
-    /// Returns all records of the table `kind`, which holds records of another one.
+    /// Returns all records of the table `kind`, whose records have the type of another table ([`Kind::Starting`] holds
+    /// jobs).
     pub async fn all_in<R: Record>(&self, kind: Kind) -> Result<Vec<R>> {
         self.list(kind).await?.records.iter().map(|text| parsed(text)).collect()
     }
@@ -151,7 +154,8 @@ impl Database {
         self.writer.is_none()
     }
 
-    /// Makes all removals due that a database of one process has left: nobody else works on them.
+    /// Makes every planned removal due if only this process uses the database: after a restart no request works on the
+    /// objects.
     pub async fn free_removals(&self) -> Result<()> {
         if !self.is_shared() {
             sqlx::query("UPDATE removals SET due = 0").execute(&self.pool).await?;
@@ -159,8 +163,8 @@ impl Database {
         Ok(())
     }
 
-    /// Returns whether a removal is due. In a shared database it is locked until the returned change ends; otherwise
-    /// the change is to be begun when the object is removed.
+    /// Returns whether the removal of an object is due. In a shared database its entry is locked until the returned
+    /// change ends. Otherwise no change is returned, and the caller begins one once it has removed the object.
     pub async fn lock_removal(&self, at: &Location, now: i64) -> Result<(bool, Option<Change>)> {
         let statement = "SELECT due FROM removals WHERE bucket = $1 AND object = $2 AND due <= $3";
         if self.is_shared() {
@@ -182,7 +186,7 @@ impl Database {
         };
         let mut change = Change { transaction: self.pool.begin().await?, _writer: writer };
         let mut kinds = kinds.to_vec();
-        // One order for all, so that two changes never wait for each other.
+        // All changes lock tables in one order, so that two changes never wait for each other.
         kinds.sort_unstable();
         for kind in kinds {
             let raise = sqlx::query("UPDATE kinds SET version = version + 1 WHERE kind = $1").bind(kind.name());
@@ -226,7 +230,7 @@ impl Change {
         rows.iter().map(|row| parsed(row.try_get(0)?)).collect()
     }
 
-    /// Adds a record as the last of its table; one with the same ID is replaced.
+    /// Adds a record as the last of its table; a record with the same ID is removed first.
     pub async fn insert<R: Record>(&mut self, record: &R) -> Result<()> {
         self.insert_into(R::KIND, record).await
     }
@@ -241,7 +245,7 @@ impl Change {
         insert.execute(&mut *self.transaction).await.map(drop)
     }
 
-    /// Changes a record in its place.
+    /// Replaces the record that has the same ID; its place in the order of the table stays.
     pub async fn update<R: Record>(&mut self, record: &R) -> Result<()> {
         let update = sqlx::query("UPDATE records SET link = $1, body = $2 WHERE kind = $3 AND id = $4");
         let update = update.bind(record.link().map_or("", |link| &link.path)).bind(text(record));
@@ -260,7 +264,7 @@ impl Change {
         delete.execute(&mut *self.transaction).await.map(drop)
     }
 
-    /// Returns whether another record of the table links to `path`.
+    /// Returns whether a record of the table, other than the one with the ID `except`, links to `path`.
     pub async fn is_linked(&mut self, kind: Kind, path: &str, except: &str) -> Result<bool> {
         let select = sqlx::query("SELECT id FROM records WHERE kind = $1 AND link = $2 AND id <> $3 LIMIT 1");
         let select = select.bind(kind.name()).bind(path).bind(except);
@@ -278,7 +282,8 @@ impl Change {
         Ok(())
     }
 
-    /// Plans the removal of an object that is about to be made; returns whether nobody else works on it.
+    /// Plans the removal of an object before it is created, so that a kill leaves no object behind. Returns false if
+    /// another request works on the object.
     pub async fn claim(&mut self, at: &Location, now: i64, due: i64) -> Result<bool> {
         let statement = "INSERT INTO removals (bucket, object, due) VALUES ($1, $2, $3) \
             ON CONFLICT (bucket, object) DO UPDATE SET due = excluded.due WHERE removals.due <= $4";
@@ -286,7 +291,7 @@ impl Change {
         Ok(insert.execute(&mut *self.transaction).await?.rows_affected() > 0)
     }
 
-    /// Cancels the removal of objects, or notes that it is done.
+    /// Takes objects off the list of removals, because they stay or because they are gone.
     pub async fn forget_removal(&mut self, objects: &[Location]) -> Result<()> {
         for object in objects {
             let delete = sqlx::query("DELETE FROM removals WHERE bucket = $1 AND object = $2");
@@ -296,27 +301,27 @@ impl Change {
         Ok(())
     }
 
-    /// Returns what is remembered of an imported file.
+    /// Returns the state that an imported file had when it was last imported or exported.
     pub async fn imported(&mut self, file: &str) -> Result<Option<String>> {
         let row = sqlx::query("SELECT state FROM imports WHERE file = $1").bind(file);
         row.fetch_optional(&mut *self.transaction).await?.map(|row| row.try_get(0)).transpose()
     }
 
-    /// Remembers an imported file.
+    /// Records the state of an imported or exported file.
     pub async fn set_imported(&mut self, file: &str, state: &str) -> Result<()> {
         let statement = "INSERT INTO imports (file, state) VALUES ($1, $2) \
             ON CONFLICT (file) DO UPDATE SET state = excluded.state";
         sqlx::query(statement).bind(file).bind(state).execute(&mut *self.transaction).await.map(drop)
     }
 
-    /// Keeps a text that is no record, with the reason, for people.
+    /// Stores a text that is not (or no longer) a record, with the reason, so that people can look it up.
     pub async fn set_aside(&mut self, kind: Kind, body: &str, reason: &str) -> Result<()> {
         let insert = sqlx::query("INSERT INTO set_aside (kind, body, reason, moved) VALUES ($1, $2, $3, $4)");
         let insert = insert.bind(kind.name()).bind(body).bind(reason).bind(crate::records::now());
         insert.execute(&mut *self.transaction).await.map(drop)
     }
 
-    /// Makes the change last.
+    /// Commits the change.
     pub async fn commit(self) -> Result<()> {
         self.transaction.commit().await
     }
@@ -330,7 +335,7 @@ fn parsed<R: Record>(text: &str) -> Result<R> {
     serde_json::from_str(text).map_err(|e| sqlx::Error::Decode(Box::new(e)))
 }
 
-/// A path as part of a URL.
+/// Percent-encodes a path for a URL.
 fn encoded(path: &Path) -> String {
     use std::fmt::Write;
     use std::os::unix::ffi::OsStrExt;

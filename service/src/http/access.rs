@@ -1,7 +1,7 @@
-//! Access: programs of the user who owns the socket may ask, and clients on an address that send the token.
+//! Access: programs of the socket's owner may send requests, and so may clients on an address that send the token.
 //!
-//! No request is answered for the address it comes from, the host that it names, or a cookie: a page in a browser, also
-//! one that has its name resolve to this machine, does not have the token.
+//! A request's source address, host name and cookies do not count. A browser sends them for any web page, even for one
+//! whose name resolves to this machine, but such a page does not have the token.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -68,20 +68,20 @@ impl<L: Listener<Addr = SocketAddr>> Connected<IncomingStream<'_, OnAddress<L>>>
 
 /// Requests that are answered.
 pub enum Access {
-    /// All: a gateway has asked who sends them.
+    /// All: a gateway has authenticated the sender.
     All,
-    /// Those of the socket, to which the kernel lets its owner only, and those with the token.
+    /// Those on the socket, to which the kernel lets only its owner connect, and those with the token.
     Token(Box<Token>),
 }
 
-/// Token, as far as it takes to recognize it.
+/// Keyed hash of the token, which is enough to recognize it.
 pub struct Token {
     key: hmac::Key,
     tag: hmac::Tag,
 }
 
 impl Token {
-    /// Keeps `token`.
+    /// Keeps the keyed hash of `token`.
     pub fn new(token: &str) -> Result<Self> {
         let mut seed = [0; 32];
         SystemRandom::new().fill(&mut seed).attempt(|| "make a key for the token")?;
@@ -96,15 +96,15 @@ impl Token {
         format!("{}{}", first.simple(), second.simple())
     }
 
-    /// Compares in a time that tells nothing of the token, not even its length.
+    /// Compares in constant time, which reveals nothing about the token, not even its length.
     fn is(&self, sent: &[u8]) -> bool {
         hmac::verify(&self.key, sent, self.tag.as_ref()).is_ok()
     }
 }
 
 impl Access {
-    /// Refuses a request that is not to be answered, before anything of its body is read. Health has no secrets, and
-    /// those who ask for it have no token. URLs of downloads are signed.
+    /// Returns the refusal of a request that must not be answered; its body has not been read. Health is exempt since
+    /// it has no secrets and probes have no token, downloads since their URLs are signed.
     pub(super) fn refusal(
         &self,
         peer: Peer,
@@ -127,7 +127,7 @@ impl Access {
     }
 }
 
-/// Token of the header `Authorization`, whose scheme has any case (RFC 9110, 11.1).
+/// Returns the token of the header `Authorization`; the case of the scheme is ignored (RFC 9110, 11.1).
 fn bearer(sent: &[u8]) -> Option<&[u8]> {
     let (scheme, token) = sent.split_at_checked(BEARER.len())?;
     scheme.eq_ignore_ascii_case(BEARER).then(|| token.trim_ascii())

@@ -34,7 +34,7 @@ impl Service {
         self.insert(&image).await
     }
 
-    /// POST of a remote build node; one that is there stays as it is.
+    /// POST of a remote build node; an existing node stays as it is.
     pub async fn create_node(&self, request: &Request) -> Result<Response<Body>, Problem> {
         let node: Node = record(checked(request, rules::NEW_NODE)?);
         if node.xname.contains('\0') {
@@ -86,7 +86,7 @@ impl Service {
         .await
     }
 
-    /// Returns a record, or says that there is none.
+    /// Returns a record; fails with 404 if there is none.
     pub async fn found<R: Record>(&self, id: &str) -> Result<R, Problem> {
         self.database.record(id).await?.ok_or_else(|| Problem::not_found(R::KIND.noun()))
     }
@@ -101,7 +101,7 @@ impl Service {
         Ok(created(record))
     }
 
-    /// Applies a checked patch to the record as it is by now.
+    /// Applies a checked patch to the current record, which may have changed since the patch was checked.
     async fn patch<R: Record>(
         &self,
         id: &str,
@@ -129,7 +129,7 @@ async fn taken(change: &mut crate::database::Change, kind: Kind, link: &Link, id
     Ok(())
 }
 
-/// The link that a patch gives a record; `None` if it gives none, or the one that it has.
+/// Returns the link that a patch adds to a record; `None` if the patch has none, or the link that the record has.
 fn new_link(record: &impl Record, patch: &Map<String, Value>) -> Result<Option<Link>, Problem> {
     let Some(link) = patch.get("link") else { return Ok(None) };
     let link: Link = serde_json::from_value(link.clone()).expect("a checked link");

@@ -1,4 +1,4 @@
-//! Deletions for good and soft ones, and undeletes.
+//! Permanent deletions, soft deletions, and undeletes.
 
 use axum::body::Body;
 use axum::http::Response;
@@ -15,7 +15,7 @@ use crate::store::Failure;
 /// Name of the manifest of a deleted image, below its ID.
 const DELETED_MANIFEST: &str = "deleted_manifest.json";
 
-/// Size from which on a manifest is not read at all.
+/// Size in bytes from which a manifest is not read at all.
 const LARGEST_MANIFEST: u64 = 64 << 20;
 
 impl Service {
@@ -25,7 +25,7 @@ impl Service {
         Ok(no_content())
     }
 
-    /// DELETE of all records of a table, each as one. What fails stays, and is listed.
+    /// DELETE of all records of a table, one after another. Records that cannot be deleted stay, and are listed.
     pub async fn delete_all(&self, kind: Kind, version: Version, query: &str) -> Result<Response<Body>, Problem> {
         let cascade = cascades(query);
         let ids = self.ids(kind).await?;
@@ -33,7 +33,7 @@ impl Service {
         for id in ids {
             match self.delete_record(kind, version, &id, cascade).await {
                 Ok(()) => {}
-                // Somebody else has deleted it meanwhile.
+                // Another request has deleted the record meanwhile.
                 Err(problem) if problem.status == axum::http::StatusCode::NOT_FOUND => {}
                 Err(problem) => failures.push(format!("{} {id}: {problem}", kind.noun())),
             }
@@ -73,7 +73,7 @@ impl Service {
                     Some(link) if !self.is_in_use(Kind::Images, &link.path).await? => {
                         match self.objects(link).await {
                             Ok(objects) => objects,
-                            // Nothing says where they are.
+                            // The manifest does not say where the objects are; the record is removed without them.
                             Err(problem) if !problem.is_outage => Vec::new(),
                             Err(problem) => return Err(problem),
                         }
@@ -86,7 +86,8 @@ impl Service {
         }
     }
 
-    /// Objects of an image: the artifacts, then the manifest. Those of a manifest that is too large stay.
+    /// Returns the objects of an image: the artifacts, then the manifest. If the manifest is too large,
+    /// returns no objects, which then stay in the store.
     async fn objects(&self, link: &Link) -> Result<Vec<Location>, Problem> {
         let at = super::links::location(link).map_err(|problem| Problem::failed(problem.detail))?;
         let text = match self.store.get(&at, self.settings.max_manifest_size).await {
@@ -101,7 +102,7 @@ impl Service {
         let artifacts = manifest::artifacts(&text).ok_or_else(|| {
             Problem::failed(format!("cannot use the manifest {at}: it lists no artifacts; see cascade=false"))
         })?;
-        // The original manifest is listed in that of a deleted image.
+        // The manifest of a deleted image lists the original manifest as an artifact.
         Ok(artifacts.into_iter().map(|artifact| artifact.location).chain([at]).collect())
     }
 
@@ -125,7 +126,7 @@ impl Service {
         Ok(change.commit().await?)
     }
 
-    /// Moves a record without objects to its deleted table.
+    /// Moves a record that has no objects to the table of deleted records.
     async fn move_record<R: Record>(&self, id: &str) -> Result<(), Problem>
     where
         Deleted<R>: Record,
@@ -222,7 +223,7 @@ impl Service {
             Ok(())
         };
         if let Err(problem) = changed.await {
-            // A commit whose answer was lost may have happened: then the copies are in use.
+            // If only the answer to the commit was lost, the record was moved and the copies are in use.
             if self.database.record::<S>(record.id()).await.is_ok_and(|moved| moved.is_none()) {
                 self.undo(copies).await;
             }
@@ -238,7 +239,8 @@ impl Service {
         Ok(no_content())
     }
 
-    /// PATCH of all deleted records of a table, each as one. What fails stays, and is listed.
+    /// PATCH of all deleted records of a table, one after another. Records that cannot be undeleted stay, and are
+    /// listed.
     pub async fn undelete_all(&self, kind: Kind) -> Result<Response<Body>, Problem> {
         let mut failures = Vec::new();
         for id in self.ids(kind).await? {
@@ -264,7 +266,7 @@ impl Service {
         }
     }
 
-    /// Moves a record without objects back.
+    /// Moves a record that has no objects back from the table of deleted records.
     async fn move_back<R: Record>(&self, id: &str) -> Result<(), Problem>
     where
         Deleted<R>: Record,
@@ -318,7 +320,7 @@ impl Service {
     }
 }
 
-/// Returns whether a deletion removes objects too, by upstream's words.
+/// Returns whether a deletion removes objects too: by default, and for the values that upstream takes for true.
 fn cascades(query: &str) -> bool {
     let cascade = super::pairs(query).into_iter().find(|(name, _)| name == "cascade");
     cascade.is_none_or(|(_, value)| matches!(value.to_ascii_lowercase().as_str(), "true" | "yes" | "t" | "1"))

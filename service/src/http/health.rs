@@ -1,4 +1,4 @@
-//! Health, version, metrics, the OpenAPI document and downloads: what needs no records.
+//! Health, version, metrics, the OpenAPI document and downloads: requests that return no records.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,7 @@ use super::problem::Problem;
 use super::{Service, json as answer, openapi};
 use crate::records::{Kind, wire};
 
-/// Release of upstream whose API this is.
+/// Release of upstream that has this API.
 const API_VERSION: &str = "3.33.0";
 
 impl Service {
@@ -73,7 +73,7 @@ impl Service {
     }
 }
 
-/// Bytes of a download that are in memory.
+/// Maximum number of bytes of a download in memory.
 const CHUNK: usize = 256 << 10;
 
 /// Start of a range without an end, by which a download is continued; other ranges are ignored, as HTTP allows.

@@ -19,7 +19,7 @@ use crate::store::Failure;
 /// Name of user metadata with the MD5 of an object.
 const MD5: &str = "md5sum";
 
-/// Age from which on a start is taken for cut off, though another replica might be at it.
+/// Age from which a start counts as interrupted; a younger start may be in progress in another replica.
 pub const LONGEST_START: TimeDelta = TimeDelta::minutes(15);
 
 /// Input that a job begins with.
@@ -76,7 +76,7 @@ impl Service {
         .await
     }
 
-    /// Starts a job. Its ID is recorded before, so that a kill leaves nothing of it.
+    /// Starts a job. The job is first recorded as starting, so that what a kill leaves of it can be found and removed.
     async fn start(&self, mut new: NewJob) -> Result<Response<Body>, Problem> {
         let is_for_node = self.runner.takes_nodes(&new.job);
         let statuses = if is_for_node { self.probe_nodes().await? } else { Vec::new() };
@@ -102,7 +102,7 @@ impl Service {
             change.commit().await
         };
         if let Err(error) = stored.await {
-            // A commit whose answer was lost may have happened: then the job stays.
+            // If only the answer to the commit was lost, the record exists and the job stays.
             if self.database.record::<Job>(&job.id).await.is_ok_and(|job| job.is_none()) {
                 self.end_start(&job).await;
             }
@@ -113,7 +113,8 @@ impl Service {
         Ok(created(&job))
     }
 
-    /// Jobs whose start was cut off by a kill, at least `age` ago: others are being started.
+    /// Returns the jobs whose start began at least `age` ago and was interrupted by a kill; younger starts may be in
+    /// progress.
     pub async fn starts(&self, age: TimeDelta) -> Vec<Job> {
         let starting = self.database.all_in::<Job>(Kind::Starting).await.unwrap_or_else(|error| {
             tracing::warn!("cannot look for jobs whose start was cut off: {error}");
@@ -123,7 +124,7 @@ impl Service {
         starting.into_iter().filter(|job| old(job) >= age).collect()
     }
 
-    /// Removes what these jobs have left, whose start was cut off.
+    /// Removes the leftovers of jobs whose start was interrupted.
     pub async fn clear_starts(&self, starts: Vec<Job>) {
         for job in starts {
             tracing::warn!("the start of job {} was cut off: removing what it has left", job.id);
@@ -133,7 +134,7 @@ impl Service {
 
     /// Removes what the runner holds of jobs without a record, and releases what it holds of jobs that have ended.
     pub async fn clear_held(&self) {
-        // Asked first: whatever is made later has a record of its start before.
+        // Ask the runner before the database: a job is recorded as starting before the runner has anything of it.
         let held = match self.runner.held().await {
             Ok(held) => held,
             Err(failures) => {
@@ -142,7 +143,7 @@ impl Service {
             }
         };
         for Held { job: id, is_for_running } in held {
-            // In this order: a job whose start ends in between is in one of the tables.
+            // Read `Starting` first: a job whose start ends between the two reads is then found among the jobs.
             let found = async {
                 let starting = self.database.ids(Kind::Starting).await?;
                 Ok::<_, sqlx::Error>((starting.contains(&id), self.database.record::<Job>(&id).await?))
@@ -236,7 +237,8 @@ impl Service {
         Ok(if url.starts_with('/') { format!("{}{url}", self.settings.url()) } else { url })
     }
 
-    /// PATCH of a job. An end releases what the job holds before it is stored; a failure may be repeated.
+    /// PATCH of a job. If the new status ends the job, what it holds is released before the status is stored. If that
+    /// fails, the client may repeat the request.
     pub async fn patch_job(&self, id: &str, request: &Request) -> Result<Response<Body>, Problem> {
         let job = self.found::<Job>(id).await?;
         let patch = checked(request, rules::PATCH_JOB)?;
@@ -267,7 +269,7 @@ impl Service {
         Ok(job)
     }
 
-    /// Records that a job died; fails if the database is gone. A job that has ended by itself stays as it is.
+    /// Records that a job died; fails if the database is gone. A job that has already ended stays as it is.
     pub async fn job_died(&self, death: &Death) -> Result<(), sqlx::Error> {
         let Death { id, reason } = death;
         let Some(job) = self.database.record::<Job>(id).await?.filter(|job| !job.has_ended()) else { return Ok(()) };
@@ -343,7 +345,7 @@ fn containers(is_create: bool, debug: bool, asked: Option<Vec<Container>>) -> Re
     Ok(Some(list))
 }
 
-/// Filter of the jobs that a deletion of all is about.
+/// Filters of a deletion of all jobs.
 #[derive(Debug, Default, PartialEq)]
 struct Filters {
     statuses: Vec<String>,
@@ -370,7 +372,7 @@ impl Filters {
                     let wrong = || format!("the age is '{value}': expected weeks, days, hours, minutes, as in 1d12h");
                     filters.age = Some(age(&value).ok_or_else(|| Problem::filter(wrong()))?);
                 }
-                // A filter that is ignored would delete everything.
+                // Refuse a known name in another spelling: if the filter were ignored, all jobs would be deleted.
                 name if ["status", "job_type", "age"].contains(&&*name.to_ascii_lowercase())
                     && !seen.iter().any(|s| s == name) =>
                 {

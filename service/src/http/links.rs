@@ -8,16 +8,16 @@ use crate::records::manifest::{self, Refusal};
 use crate::records::{Link, Location};
 use crate::store::{Failure, Object};
 
-/// Requests to the store at the same time for one image.
+/// Maximum number of concurrent requests to the store for one image.
 pub const AT_ONCE: usize = 8;
 
-/// Where a link points.
+/// Returns the location to which a link points; fails with 422 if the link has none.
 pub fn location(link: &Link) -> Result<Location, Problem> {
     let why = || format!("cannot use the link {}: its path names no bucket and key", link.path);
     link.location().ok_or_else(|| Problem::unprocessable(why()))
 }
 
-/// Turns a store's failure to show the object at `at`.
+/// Converts a store's failure to read the object at `at` into a problem.
 pub fn problem(at: &Location, failure: &Failure) -> Problem {
     let detail = format!("cannot read the object {at}: {failure}");
     match failure {
@@ -37,7 +37,7 @@ impl From<Refusal> for Problem {
 }
 
 impl Service {
-    /// Asks for the object of a link.
+    /// Asks the store for the object of a link.
     pub async fn object(&self, link: &Link) -> Result<(Location, Object), Problem> {
         let at = location(link)?;
         let object = self.store.head(&at).await.map_err(|failure| self.told(problem(&at, &failure)))?;
@@ -54,7 +54,7 @@ impl Service {
         text.map_err(|failure| self.told(problem(&at, &failure)))
     }
 
-    /// Checks the link of a new image, or the new link of one.
+    /// Checks the link of a new image, or a link that is added to an image.
     pub async fn check_image(&self, link: &Link) -> Result<(), Problem> {
         let checked = manifest::check(&self.manifest(link).await?)?;
         for group in checked.artifacts.chunks(AT_ONCE) {
@@ -66,7 +66,7 @@ impl Service {
         checked.refusal.map_or(Ok(()), |refusal| Err(refusal.into()))
     }
 
-    /// Counts a failure of the store.
+    /// Counts `problem` in the metrics if the store has failed, and returns it unchanged.
     pub fn told(&self, problem: Problem) -> Problem {
         if problem.status.is_server_error() {
             self.metrics.store_failed();

@@ -95,7 +95,7 @@ fn wanted(query: &str) -> Result<Wanted, Problem> {
     Ok(wanted)
 }
 
-/// The records of one page, and the ID that the next one begins after.
+/// Returns the records of one page as JSON, and the ID after which the next page begins.
 fn page(records: &[String], wanted: &Wanted) -> (String, Option<String>) {
     let parsed = records.iter().filter_map(|text| Some((text.as_str(), serde_json::from_str::<Value>(text).ok()?)));
     let mut fitting = parsed.filter(|(_, record)| {
@@ -107,7 +107,7 @@ fn page(records: &[String], wanted: &Wanted) -> (String, Option<String>) {
         id.unwrap_or_default().to_owned()
     };
     if let Some(after) = &wanted.after {
-        // An ID that has gone meanwhile ends the list.
+        // If the record with this ID was deleted meanwhile, nothing is left and the list ends.
         let _ = fitting.by_ref().find(|(_, record)| id(record) == *after);
     }
     let mut rest = fitting.peekable();

@@ -1,4 +1,4 @@
-//! Output of the programs of a job: upstream's clients do not ask for it.
+//! Output of the programs of a job: a request that upstream does not have.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use super::{Service, pairs};
 use crate::records::Job;
 use crate::runner;
 
-/// Bytes of a log that are in memory.
+/// Maximum number of bytes of a log in memory.
 const CHUNK: usize = 64 << 10;
 
 /// Poll interval for new lines, which other programs write.
@@ -57,7 +57,7 @@ impl Log {
     /// The next part, once there is one; `None` at the end.
     async fn next(&mut self) -> std::io::Result<Option<Vec<u8>>> {
         loop {
-            // Looked at first: what was written before the end is read after it.
+            // Check the status before reading: then the last read comes after the job's end and misses nothing.
             let goes_on =
                 self.is_followed && self.service.found::<Job>(&self.id).await.is_ok_and(|job| !job.has_ended());
             if self.file.is_none() {

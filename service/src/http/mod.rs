@@ -1,4 +1,4 @@
-//! The API over HTTP: what each request does, and what it is answered.
+//! The API over HTTP: what each request does, and how it is answered.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -38,10 +38,10 @@ pub mod routes;
 
 pub use jobs::LONGEST_START;
 
-/// Size from which on a body is refused.
+/// Maximum size of a request's body, in bytes.
 const LONGEST_BODY: usize = 16 << 20;
 
-/// Most bytes that are read of a body that is refused.
+/// Maximum number of bytes that are read of a body that is too large.
 const MOST_DISCARDED: usize = 256 << 20;
 
 /// Everything that requests need.
@@ -54,12 +54,13 @@ pub struct Service {
     pub store: Store,
     /// Runner of jobs.
     pub runner: Arc<dyn Runner>,
-    /// Requests that are answered.
+    /// Decides which requests are answered.
     pub access: Access,
     metrics: Metrics,
-    /// Held while a node is chosen, until the job's start is recorded with it.
+    /// Held from the choice of a node until the job's start is recorded with that node: the next choice counts the job.
     choosing: tokio::sync::Mutex<()>,
-    /// Held while an object is removed whose removal was left over.
+    /// Held while objects are claimed and while a due object is removed, so that no object is claimed during its
+    /// removal.
     sweeping: tokio::sync::Mutex<()>,
 }
 
@@ -78,7 +79,8 @@ pub struct Request {
 }
 
 impl Request {
-    /// The body as JSON: 415, 400 for what cannot be parsed, 400 for what Python takes for false.
+    /// Parses the body as JSON. Answers 415 to another media type, and 400 to a body that cannot be parsed or that
+    /// Python takes for false.
     fn json(&self) -> Result<Value, Problem> {
         let kind = self.kind.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
         if kind != "application/json" && !(kind.starts_with("application/") && kind.ends_with("+json")) {
@@ -112,7 +114,7 @@ async fn answer(
         Some(refusal) => refusal,
         None => {
             let shared = service.clone();
-            // A client that goes away must not stop half-way what it began.
+            // A task of its own, so that a client that disconnects does not stop its request half-way.
             let answer = tokio::spawn(async move { handle(&shared, request).await }).await;
             answer.unwrap_or_else(|error| {
                 tracing::error!("a request has failed: {error}; this is a bug of ims: report it with this line");
@@ -121,10 +123,10 @@ async fn answer(
         }
     };
     let (status, took) = (answer.status().as_u16(), began.elapsed());
-    // The query of a download is its signature.
+    // The query of a download URL is its signature, which is a secret.
     let shown = if name == "downloads" { uri.path() } else { uri.path_and_query().map_or("", |shown| shown.as_str()) };
     tracing::info!("{peer} \"{method} {shown} {version:?}\" {status} {} ms", took.as_millis());
-    // A label that clients choose would fill the memory.
+    // Count only known methods: a label with values that clients choose would fill the memory.
     let known = [Method::GET, Method::HEAD, Method::POST, Method::PATCH, Method::DELETE, Method::OPTIONS];
     let counted = known.iter().find(|known| **known == method).map_or("other", Method::as_str);
     service.metrics.answered(name, counted, status, took);
@@ -161,8 +163,8 @@ async fn handle(service: &Arc<Service>, request: axum::extract::Request) -> Resp
     })
 }
 
-/// Reads a body, unless it is too long. The rest of one is read, too: a connection that is closed with data on its way
-/// is reset, and the client never sees the answer.
+/// Reads a body; returns `None` if it is too long. The rest of a long body is read, too: closing a connection with
+/// unread data resets it, and the client would never see the answer.
 async fn read(body: Body) -> Option<Bytes> {
     let (mut chunks, mut kept, mut length) = (body.into_data_stream(), Vec::new(), 0);
     while let Some(chunk) = chunks.next().await {
@@ -226,7 +228,7 @@ async fn dispatch(
 
 impl From<sqlx::Error> for Problem {
     fn from(error: sqlx::Error) -> Self {
-        // 503 is what clients try again.
+        // Clients retry after a 503.
         Self::new(StatusCode::SERVICE_UNAVAILABLE, format!("cannot use the database: {error}"))
     }
 }
@@ -259,7 +261,7 @@ fn pairs(query: &str) -> Vec<(String, String)> {
     url.query_pairs().filter(|(name, _)| !name.is_empty()).map(|(name, value)| (name.into(), value.into())).collect()
 }
 
-/// Decodes a segment of a path; what is not UTF-8 then names nothing.
+/// Decodes a percent-encoded segment of a path. A result that is not UTF-8 becomes empty, which names nothing.
 fn decoded(segment: &str) -> String {
     let mut bytes = Vec::with_capacity(segment.len());
     let mut rest = segment.as_bytes();

@@ -1,9 +1,9 @@
-//! Objects that are moved and removed with records, so that a kill at any moment leaves neither an object without a
-//! record nor a record without its objects.
+//! Moves and removes the objects of records so that a kill at any moment leaves neither an object without a record nor
+//! a record without its objects.
 //!
-//! The database lists objects that are to be removed. Copies are listed before they are made, and the change that lets
-//! a record point to them takes them off the list and puts the originals on it. What a kill leaves on the list is
-//! removed at the next start, or by another replica when the entry's time has come.
+//! The database lists objects that are to be removed. Copies are listed before they are made. The change that lets a
+//! record point to the copies takes them off the list and puts the originals on it. Objects that a kill leaves on the
+//! list are removed at the next start, or by another replica once their entries are due.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -20,7 +20,7 @@ use crate::store::Failure;
 /// Time for which a replica that works on an object keeps others from removing it.
 const LEASE: Duration = Duration::from_mins(2);
 
-/// Pause between two looks for removals that are due.
+/// Pause between two searches for removals that are due.
 const SWEEP: Duration = Duration::from_secs(20);
 
 /// A copy that is to be made.
@@ -34,15 +34,15 @@ pub struct Copy {
 
 /// Copies that are being made. They are removed unless [`Service::keep`] is called.
 pub struct Copies {
-    /// Objects that were not there before.
+    /// Objects that this request creates, which did not exist before.
     new: Vec<Location>,
     /// ETags of all copies, in order; `None` for an original that is missing.
     pub etags: Vec<Option<String>>,
 }
 
 impl Service {
-    /// Makes copies. A missing original is an error unless `may_miss`. An object that is in a copy's place already is
-    /// replaced if `replace`; otherwise it is taken for the copy if it has the same size, and is an error if not.
+    /// Makes copies. A missing original is an error unless `may_miss`. An object that already exists in a copy's place
+    /// is overwritten if `replace`. Otherwise it is used as the copy if it has the same size, and is an error if not.
     pub async fn copy(&self, copies: &[Copy], may_miss: bool, replace: bool) -> Result<Copies, Problem> {
         let mut new = Vec::new();
         let mut there = Vec::new();
@@ -104,7 +104,7 @@ impl Service {
         }
     }
 
-    /// Writes a further object beside the copies.
+    /// Writes one more object and adds it to the copies, so that it is kept or removed with them.
     pub async fn put_beside(&self, copies: &mut Copies, at: &Location, content: Vec<u8>) -> Result<String, Problem> {
         self.claim(std::slice::from_ref(at)).await?;
         copies.new.push(at.clone());
@@ -126,7 +126,7 @@ impl Service {
         Ok(change.plan_removal(objects, now() + lease()).await?)
     }
 
-    /// Removes objects that are on the list. What cannot be removed stays on it.
+    /// Removes objects that are on the list. Objects that cannot be removed stay on it.
     pub async fn remove_planned(&self, objects: &[Location]) {
         for group in objects.chunks(AT_ONCE) {
             let removed = join_all(group.iter().map(|at| self.store.remove(at))).await;
@@ -154,7 +154,7 @@ impl Service {
         }
     }
 
-    /// Removes what is due, and what starts of jobs have left, until the service stops.
+    /// Removes what is due and what interrupted job starts have left, over and over until the service stops.
     pub async fn sweep(&self) {
         loop {
             if let Err(error) = self.sweep_once().await {
@@ -168,7 +168,7 @@ impl Service {
     /// Removes what is due now.
     pub async fn sweep_once(&self) -> crate::database::Result<()> {
         for at in self.database.removals(now()).await? {
-            // The lock is kept during the removal: nobody can begin to make the object anew.
+            // Keep the lock during the removal, so that nobody can begin to write the object again meanwhile.
             let _one = self.sweeping.lock().await;
             let (is_due, locked) = self.database.lock_removal(&at, now()).await?;
             if !is_due {
@@ -195,7 +195,8 @@ impl Service {
         Ok(())
     }
 
-    /// Puts objects that do not exist yet on the list of removals.
+    /// Puts objects that are about to be created on the list of removals; fails if another request works on one of
+    /// them.
     async fn claim(&self, objects: &[Location]) -> Result<(), Problem> {
         let _one = self.sweeping.lock().await;
         let mut change = self.database.change(&[]).await?;
@@ -209,7 +210,7 @@ impl Service {
         Ok(())
     }
 
-    /// Does `work` and keeps the claim of `objects` meanwhile.
+    /// Runs `work`, and renews the claim of `objects` until it ends.
     async fn renewing<T>(&self, objects: &[Location], work: impl Future<Output = T>) -> T {
         let mut work = std::pin::pin!(work);
         loop {
@@ -229,7 +230,7 @@ impl Service {
         }
     }
 
-    /// Whether another live record of the table links to `path`.
+    /// Returns whether a live record of the table links to `path`.
     pub async fn is_in_use(&self, kind: Kind, path: &str) -> Result<bool, Problem> {
         let mut change = self.database.change(&[]).await?;
         Ok(change.is_linked(kind, path, "").await?)

@@ -13,7 +13,7 @@ struct Table {
     schema: &'static str,
     new: &'static [Field],
     patch: Option<&'static [Field]>,
-    /// Parameters of the deletion of all.
+    /// Query parameters of the deletion of all records.
     filters: &'static [&'static str],
 }
 
@@ -122,7 +122,7 @@ fn value() -> Value {
             "version": env!("CARGO_PKG_VERSION"),
             "description": "Records of images, recipes, public keys and jobs.",
         },
-        // A socket and a gateway need none.
+        // The empty object: on the socket and behind a gateway, no token is needed.
         "security": [{}, { "token": [] }],
         "paths": paths,
         "components": {
@@ -238,7 +238,7 @@ fn responses(status: &str, schema: Option<&Value>, problems: &[u16]) -> Value {
     Value::Object(responses)
 }
 
-/// Reference to the answer of all requests that fail.
+/// Reference to the answer to every failed request.
 fn problem() -> Value {
     json!({ "$ref": "#/components/responses/Problem" })
 }
@@ -270,7 +270,7 @@ fn query_parameter(name: &str, kind: &str) -> Value {
     json!({ "name": name, "in": "query", "required": false, "schema": { "type": kind } })
 }
 
-/// A parameter of the deletion of all.
+/// A query parameter of the deletion of all records.
 fn filter(name: &str) -> Value {
     let mut parameter = query_parameter(name, "string");
     match name {
@@ -285,7 +285,7 @@ fn time() -> Value {
     json!({ "type": "string", "description": "Local time without a zone." })
 }
 
-/// The record that a table answers: the fields of its POST, and those that the service adds.
+/// Schema of a table's records: the fields of POST, and those that the service adds.
 fn record(table: &Table) -> Value {
     let mut schema = object(table.new);
     schema["additionalProperties"] = json!(true);

@@ -1,4 +1,4 @@
-//! Answers of requests that fail.
+//! Answers to requests that fail.
 
 use std::fmt;
 
@@ -14,7 +14,7 @@ use crate::records::wire;
 pub struct Problem {
     /// Status of the answer.
     pub status: StatusCode,
-    /// Why, for people.
+    /// Reason, for people.
     pub detail: String,
     /// Complaints by field, or a list of failed steps.
     pub errors: Option<Value>,
@@ -27,9 +27,9 @@ pub struct Problem {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Shape {
     Problem,
-    /// The sentence is the title, and there is no detail: a bad filter.
+    /// The reason is the title, and there is no detail; used for a bad filter.
     Title,
-    /// `{"message": …}` alone: a body that cannot be read.
+    /// `{"message": …}` alone; used for a body that cannot be read.
     Message,
 }
 
@@ -59,7 +59,7 @@ impl Problem {
         Self::new(StatusCode::UNAUTHORIZED, detail)
     }
 
-    /// The record says something else.
+    /// The request conflicts with the current state of a record or object.
     pub fn conflict(detail: impl Into<String>) -> Self {
         Self::new(StatusCode::CONFLICT, detail)
     }
@@ -86,7 +86,7 @@ impl Problem {
         Self { errors: Some(json!(errors)), ..Self::unprocessable(detail) }
     }
 
-    /// Says whether a part that the service relies on does not answer.
+    /// Sets whether a part that the service relies on does not answer.
     #[must_use]
     pub fn outage(mut self, outage: bool) -> Self {
         self.is_outage = outage;
@@ -135,7 +135,7 @@ fn message(status: StatusCode, message: &str) -> Response<Body> {
     answer(status, "application/json", wire::in_order(&json!({ "message": message })))
 }
 
-/// The answer to a method that the URL does not have. `short` ones only have a message.
+/// The answer to a method that the URL does not have; with `short`, it holds only the message.
 pub fn no_such_method(allowed: &str, short: bool) -> Response<Body> {
     #[derive(serde::Serialize)]
     struct Fields<'a> {

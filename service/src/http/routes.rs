@@ -2,7 +2,7 @@
 
 use crate::records::Kind;
 
-/// Version of the API, by which a deletion is for good or not.
+/// Version of the API: a deletion is permanent in v2 and soft in v3.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Version {
     /// At the root and at `/v2`.
@@ -24,9 +24,9 @@ pub enum Target<'a> {
     AllDeleted(Kind),
     /// One deleted record.
     OneDeleted(Kind, &'a str),
-    /// Whether each remote build node can run jobs.
+    /// Status of all remote build nodes.
     NodeStatuses,
-    /// Whether one of them can.
+    /// Status of one remote build node.
     NodeStatus(&'a str),
     /// Health.
     Health,
@@ -42,7 +42,7 @@ pub enum Target<'a> {
 
 /// Reads the path of a URL.
 pub fn target(path: &str) -> Option<Target<'_>> {
-    // One slash too many at the beginning is taken, none at the end.
+    // Accept one extra slash at the beginning, and none at the end.
     let path = path.strip_prefix("//").or_else(|| path.strip_prefix('/'))?;
     let segments: Vec<_> = path.split('/').collect();
     match *segments {

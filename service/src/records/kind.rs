@@ -65,7 +65,7 @@ impl Kind {
         }
     }
 
-    /// Upstream's file of this table.
+    /// Name of upstream's file for this table.
     pub fn file(self) -> Option<&'static str> {
         Some(match self {
             Self::PublicKeys => "v2_public_keys.json",

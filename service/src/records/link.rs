@@ -5,9 +5,9 @@ use serde::{Deserialize, Serialize};
 /// Link to an object.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Link {
-    /// URL; its scheme is not looked at.
+    /// URL; its scheme is ignored.
     pub path: String,
-    /// ETag without quotes, or nothing.
+    /// ETag without quotes; may be empty.
     #[serde(default)]
     pub etag: String,
     /// `s3`.
@@ -30,14 +30,14 @@ impl Link {
         Self { path: location.to_string(), etag: etag.into(), kind: "s3".into() }
     }
 
-    /// Where the object is; `None` without a bucket or a key.
+    /// Location of the object; `None` if the URL has no bucket or no key.
     pub fn location(&self) -> Option<Location> {
         Location::parse(&self.path)
     }
 }
 
 impl Location {
-    /// Reads a URL: the host is the bucket, the rest is the key, with its query.
+    /// Parses a URL: the host is the bucket, and the rest is the key, including a query.
     pub fn parse(url: &str) -> Option<Self> {
         let (_, rest) = url.split_once("://")?;
         let (bucket, key) = rest.split_once('/')?;
@@ -46,13 +46,13 @@ impl Location {
         fits.then(|| Self { bucket: bucket.to_owned(), key: key.to_owned() })
     }
 
-    /// Where a soft delete moves the object.
+    /// Location to which a soft delete moves the object.
     #[must_use]
     pub fn when_deleted(&self) -> Self {
         Self { bucket: self.bucket.clone(), key: format!("{DELETED}{}", self.key) }
     }
 
-    /// Where an undelete moves the object back; `None` if no soft delete has moved it.
+    /// Location to which an undelete moves the object; `None` if no soft delete has moved it.
     pub fn when_undeleted(&self) -> Option<Self> {
         let key = self.key.strip_prefix(DELETED).filter(|key| !key.is_empty())?;
         Some(Self { bucket: self.bucket.clone(), key: key.to_owned() })

@@ -1,4 +1,4 @@
-//! Manifests of images: what a record may link to, and what is moved and removed with it.
+//! Manifests of images: which ones a record may link to, and which objects are moved and removed with a record.
 
 use serde_json::{Map, Value, json};
 
@@ -7,24 +7,24 @@ use super::{Link, Location};
 /// Start of the type of an image's rootfs.
 const ROOTFS: &str = "application/vnd.cray.image.rootfs.squashfs";
 
-/// Type by which a deleted manifest lists the manifest itself.
+/// Type of the entry by which a deleted image's manifest lists the original manifest.
 pub const MANIFEST: &str = "application/vnd.cray.image.manifest";
 
-/// Why a manifest cannot be linked to, or no job can be made from it.
+/// Reason why a record cannot link to a manifest, or why no job can start from it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Refusal {
-    /// It is not what a manifest has to be.
+    /// The manifest is malformed.
     Malformed(String),
-    /// It has no rootfs, or several.
+    /// The manifest lists no rootfs, or several.
     Rootfs(String),
 }
 
 /// A file of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Artifact {
-    /// Where it is.
+    /// Location of the file.
     pub location: Location,
-    /// Media type, or nothing.
+    /// Media type; may be empty.
     pub kind: String,
     /// MD5, if the manifest has it.
     pub md5: Option<String>,
@@ -33,13 +33,13 @@ pub struct Artifact {
 /// A manifest that a record is to link to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Checked {
-    /// Objects that have to be there.
+    /// Objects that must exist.
     pub artifacts: Vec<Location>,
-    /// What is wrong even if they are.
+    /// Reason to refuse the manifest even if these objects exist.
     pub refusal: Option<Refusal>,
 }
 
-/// Checks a manifest by the rules for a new link. One that is empty JSON passes.
+/// Checks a manifest by the rules for a new link. A manifest that is empty JSON passes.
 pub fn check(text: &[u8]) -> Result<Checked, Refusal> {
     let malformed = |why: &str| Refusal::Malformed(format!("the manifest {why}"));
     let manifest: Value = serde_json::from_slice(text).map_err(|e| malformed(&format!("is no JSON: {e}")))?;
@@ -93,7 +93,7 @@ pub fn artifacts(text: &[u8]) -> Option<Vec<Artifact>> {
     Some(listed.iter().filter_map(artifact).collect())
 }
 
-/// The manifest of a deleted image, from which an undelete finds everything.
+/// Returns the manifest of a deleted image, which lists everything that an undelete moves back.
 pub fn of_deleted(artifacts: &[(Artifact, String)], manifest: &Link, created: &str) -> Vec<u8> {
     let link = |link: &Link| json!({ "etag": link.etag, "path": link.path, "type": link.kind });
     let listed = artifacts.iter().map(|(artifact, etag)| {

@@ -1,4 +1,5 @@
-//! Records as the API answers them, with fields in the order of its 201 answers; and the rules for requests.
+//! Records as the API returns them, with their fields in the order of the answers to POST (status 201), and the rules
+//! for requests.
 
 use std::collections::BTreeMap;
 
@@ -15,7 +16,7 @@ pub mod wire;
 pub use kind::Kind;
 pub use link::{Link, Location};
 
-/// A record of a table: what it is called by, and where it points.
+/// A record of a table: its ID and the link to its object.
 pub trait Record: Serialize + DeserializeOwned + Clone + Send + Sync {
     /// Table of the records.
     const KIND: Kind;
@@ -63,7 +64,7 @@ pub struct Recipe {
     pub recipe_type: String,
     /// `sles12`, `sles15` or `centos7`.
     pub linux_distribution: String,
-    /// Values for its templates.
+    /// Values for the recipe's templates.
     #[serde(default = "no_pairs")]
     pub template_dictionary: Option<Vec<Pair>>,
     /// Whether kernel modules are built.
@@ -118,13 +119,13 @@ pub struct Node {
 /// A build environment that people log in to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Container {
-    /// Name, by which CFS finds its own.
+    /// Name, by which CFS finds the container that it asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
     /// Whether sessions land in the image root.
     #[serde(default)]
     pub jail: bool,
-    /// `pending`, for ever.
+    /// Always `pending`: nothing updates it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub status: Option<String>,
     /// Addresses by the network they are reached from: `customer_access`, `cluster.local`.
@@ -198,7 +199,7 @@ pub struct Job {
     /// ID of the published image.
     #[serde(default)]
     pub resultant_image_id: Option<String>,
-    /// `x86_64` or `aarch64`, that of the recipe or image.
+    /// `x86_64` or `aarch64`: the architecture of the recipe or image.
     #[serde(default = "x86_64")]
     pub arch: String,
     /// Name of the volume's claim.
@@ -226,7 +227,7 @@ pub const STATUSES: &[&str] = &[
 ];
 
 impl Job {
-    /// A job that nothing is known of but its ID.
+    /// A job of which only the ID is known.
     pub fn without_record(id: &str) -> Self {
         let known = serde_json::json!({
             "id": id, "artifact_id": "", "public_key_id": "", "job_type": "", "image_root_archive_name": "", "created": "",
@@ -287,7 +288,7 @@ pub fn new_id() -> String {
     uuid::Uuid::new_v4().to_string()
 }
 
-/// The time of now as upstream writes it: local, without a zone, without a fraction where that is zero.
+/// The current time as upstream writes it: local, without a zone, and without a fraction if the fraction is zero.
 pub fn now() -> String {
     written(Local::now().naive_local())
 }

@@ -1,5 +1,5 @@
-//! Rules for the fields of a request, as tables; what is checked, converted and complained about is read from them, and
-//! so is the OpenAPI document.
+//! Rules for the fields of a request, as tables, from which requests are checked and converted and the OpenAPI document
+//! is made.
 
 use std::collections::BTreeMap;
 
@@ -18,9 +18,9 @@ pub enum Rule {
         /// Whether `""` passes.
         empty: bool,
     },
-    /// A truth value, or one of the words that Python's marshmallow takes for one.
+    /// A boolean, or one of the words and numbers that Python's marshmallow accepts as a boolean.
     Flag,
-    /// A whole number from 1 on, or text or a fraction that becomes one.
+    /// A whole number of at least 1; texts are parsed and fractions truncated.
     Count,
     /// Any spelling of a UUID.
     Uuid,
@@ -32,7 +32,7 @@ pub enum Rule {
     List(&'static [Field]),
     /// An object of texts.
     Texts,
-    /// As [`Rule::Texts`], or one pair as `{"key": …, "value": …}`.
+    /// An object of texts, or one pair as `{"key": …, "value": …}`.
     TextsOrPair,
 }
 
@@ -179,7 +179,7 @@ pub fn check(body: &Value, fields: &[Field]) -> Result<Map<String, Value>, Error
     if errors.is_empty() { Ok(checked) } else { Err(errors) }
 }
 
-/// Checks and converts one value; the error is what stands below its field.
+/// Checks and converts one value. The error is what [`Errors`] lists for the value's field.
 fn convert(value: &Value, rule: Rule) -> Result<Value, Value> {
     let nested = |errors: Errors| json!(errors);
     match rule {
@@ -240,7 +240,7 @@ fn texts(value: &Value) -> Result<Value, Value> {
     if errors.is_empty() { Ok(value.clone()) } else { Err(json!(errors)) }
 }
 
-/// The words of marshmallow's Boolean field.
+/// Converts what marshmallow's Boolean field accepts.
 fn flag(value: &Value) -> Option<bool> {
     match value {
         Value::Bool(flag) => Some(*flag),
@@ -262,7 +262,7 @@ fn flag(value: &Value) -> Option<bool> {
     }
 }
 
-/// A number as Python's `int()` makes it; 0 stands for all that are less than 1.
+/// Converts a number as Python's `int()` does; 0 stands for all numbers below 1.
 fn count(value: &Value) -> Option<u32> {
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // within the bounds that are checked
     fn whole(number: &Number) -> Option<u32> {
@@ -279,7 +279,7 @@ fn count(value: &Value) -> Option<u32> {
     }
 }
 
-/// A UUID in any spelling that Python takes, in the usual one.
+/// Converts a UUID from any spelling that Python accepts to the usual spelling.
 pub fn uuid(text: &str) -> Option<String> {
     let digits = text.replace("urn:", "").replace("uuid:", "");
     let digits = digits.trim_matches(['{', '}']).replace('-', "");

@@ -1,4 +1,4 @@
-//! JSON as upstream's answers write it. Clients compare some of them byte by byte.
+//! JSON formatted as in upstream's answers, some of which clients compare byte by byte.
 
 use std::io::{self, Write};
 
@@ -18,7 +18,7 @@ pub fn sorted(value: &impl Serialize) -> String {
 
 /// [`sorted`] without the newline, as the database keeps records.
 pub fn compact(value: &impl Serialize) -> String {
-    // A value of serde_json sorts its keys.
+    // Objects of a `Value` are sorted by key.
     let value: Value = serde_json::to_value(value).expect("records have text keys");
     written(&value, false)
 }

@@ -1,7 +1,7 @@
 //! Runs jobs on this machine: the programs of a pod, each job in a directory of its own and with a port of its own.
 //!
-//! Sessions always begin inside the image, in a jail without kernel modules: outside it they would be root on this
-//! machine.
+//! Sessions always begin inside the image, in a jail without kernel modules: outside the jail, users would be root on
+//! this machine.
 
 use std::collections::BTreeMap;
 use std::fs::DirBuilder;
@@ -33,9 +33,9 @@ pub struct Machine {
 struct Shared {
     settings: MachineSettings,
     nodes: Nodes,
-    /// Private key that is root on the nodes.
+    /// Private key that logs in as root on the nodes.
     key: PathBuf,
-    /// `ims`, which runs the programs of a job.
+    /// Path of `ims`, which runs the programs of a job.
     program: PathBuf,
     /// URL at which the programs reach the service.
     url: String,
@@ -48,13 +48,15 @@ struct Shared {
     deaths: Mutex<Option<mpsc::Sender<Death>>>,
 }
 
-/// Files in a job's directory, besides those of its pod.
+/// Directory of the job's image root and signal files, in the job's directory.
 const VOLUME: &str = "volume";
+/// Public key that may log in, in the job's directory.
 const AUTHORIZED_KEYS: &str = "authorized_keys";
+/// Values for the recipe's templates as JSON, in the job's directory.
 const VALUES: &str = "values.json";
-/// Directory that the environment's sshd reads.
+/// Directory in the job's directory that the build environment's sshd reads.
 const SSHD: &str = "sshd";
-/// Exists once the job is to be removed.
+/// File in the job's directory that exists once the job is to be removed.
 const REMOVED: &str = "removed";
 
 /// Time that the programs of a job get to end by themselves once its record says that it has ended.
@@ -63,15 +65,16 @@ const LAST_STEPS: Duration = Duration::from_mins(1);
 /// Poll interval for the end of a job's programs, which raises no event in this process.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 
-/// Programs of a machine, if this process has no `PATH`.
+/// Value of `PATH` for programs if this process has none.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Variables besides those of `ims-sshd` that its steps may need: where things are, and the way to servers.
+/// Variables that a step may need in addition to those of `ims-sshd`: search path, home, time zone, proxies.
 const KEPT: [&str; 9] =
     ["PATH", "HOME", "TZ", "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"];
 
 impl Machine {
-    /// A runner whose programs reach the service at `url`, and the store of these settings. `program` is `ims`.
+    /// A runner whose programs use the service at `url` and the store of these settings. `program` is the path of
+    /// `ims`.
     pub fn new(settings: &Settings, url: String, program: PathBuf) -> Result<Self> {
         let store = programs::store_variables(settings).into_iter().collect();
         let objects = settings.directory().map(Path::to_owned);
@@ -82,7 +85,7 @@ impl Machine {
             return Err(Error::new("run jobs on this machine").because("they need root").advise(advice));
         }
         let jobs = std::path::absolute(&settings.jobs).attempt(|| format!("find {}", settings.jobs.display()))?;
-        // sshd's options and configuration are words separated by blanks.
+        // The path appears in sshd's options and configuration, where blanks separate words.
         let is_word = |path: &str| path.chars().all(|c| c.is_alphanumeric() || "/._-+".contains(c));
         if !jobs.to_str().is_some_and(is_word) {
             let complaint =
@@ -101,7 +104,7 @@ impl Machine {
     }
 }
 
-/// Creates a directory that others cannot reach: image roots have setuid programs.
+/// Creates a directory that other users cannot enter: image roots contain setuid programs.
 fn make(path: &Path, may_exist: bool) -> Result<()> {
     DirBuilder::new().recursive(may_exist).mode(0o700).create(path).attempt(|| format!("create {}", path.display()))
 }
@@ -132,7 +135,7 @@ impl Shared {
         self.ports.lock().unwrap_or_else(PoisonError::into_inner).remove(job);
     }
 
-    /// Lays out the directory of a job, whose programs are not started yet.
+    /// Creates the directory of a job with everything that its programs need; does not start them.
     fn lay_out(&self, new: &NewJob) -> Result<Job> {
         let job = &new.job;
         let directory = self.directory(&job.id);
@@ -185,7 +188,7 @@ impl Shared {
         let mut variables: BTreeMap<_, _> =
             names.filter_map(|name| Some((name.to_owned(), std::env::var(name).ok()?))).collect();
         variables.entry("PATH".into()).or_insert_with(|| PATH.into());
-        // These name another service and its store, or another job's log in the formats of this service.
+        // Do not pass on variables that name another service or store, format this service's own log, or name a script.
         for other in ["OAUTH_CONFIG_DIR", "IMAGE_STORE", "LOG_FORMAT", "LOG_LEVEL", "CUSTOMIZATION_SCRIPT"] {
             variables.remove(other);
         }
@@ -216,7 +219,8 @@ impl Shared {
         Program { arguments: words(&[&"prepare", &volume.display(), &self.source(new)]), variables }
     }
 
-    /// Source of an image or a recipe. A presigned URL would be a secret that `ps` shows to each user of the machine.
+    /// Source of an image or recipe for a command line. It is not the presigned URL: that is a secret, and `ps` would
+    /// show it to every user of the machine.
     fn source(&self, new: &NewJob) -> String {
         match &self.objects {
             Some(objects) => objects.join(&new.object.bucket).join(&new.object.key).display().to_string(),
@@ -271,7 +275,7 @@ impl Shared {
         }
     }
 
-    /// Reports the death of the job's programs, once they have ended.
+    /// Waits in the background until the job's programs have ended; reports a death if they failed or were killed.
     fn follow(self: &Arc<Self>, job: &str) {
         let (shared, job) = (self.clone(), job.to_owned());
         tokio::spawn(async move {
@@ -342,7 +346,7 @@ impl Shared {
         Ok(())
     }
 
-    /// Clears jobs that an earlier run of the service could not.
+    /// Clears jobs that an earlier run of the service could not clear.
     fn clear_left_over(self: &Arc<Self>, running: &[Job]) -> Result<()> {
         let attempted = || format!("look for jobs in {}", self.settings.jobs.display());
         for entry in std::fs::read_dir(&self.settings.jobs).attempt(attempted)? {
@@ -386,7 +390,7 @@ impl Runner for Machine {
     }
 
     async fn release(&self, job: &Job) -> std::result::Result<(), Failures> {
-        // The sidecar that reports the end of its job waits for the answer.
+        // Clear in the background: the sidecar that reports the end of its job waits for this answer before it ends.
         self.shared.clear(&job.id);
         Ok(())
     }
@@ -408,7 +412,7 @@ impl Runner for Machine {
     }
 
     fn takes_nodes(&self, job: &Job) -> bool {
-        // A recipe is built here.
+        // Recipes are built on this machine.
         job.job_type == "customize" && self.shared.nodes.has_key()
     }
 
@@ -423,7 +427,7 @@ impl Runner for Machine {
             match (Pod::read(&directory), pod::state(&directory)) {
                 (Ok(pod), Ok(state)) => {
                     self.shared.ports.lock().unwrap_or_else(PoisonError::into_inner).insert(job.id.clone(), pod.port);
-                    // The service was killed before it started the programs.
+                    // In state `New` the service was killed before it started the programs.
                     if state == State::New { self.shared.run(&job.id) } else { self.shared.follow(&job.id) }
                 }
                 (Err(error), _) | (_, Err(error)) => self.shared.report(&job.id, error.to_string()),

@@ -21,16 +21,16 @@ pub use kubernetes::Kubernetes;
 pub use machine::Machine;
 pub use nothing::Nothing;
 
-/// A new job, for a runner. Texts come from users: they are data, whatever characters they hold.
+/// A new job, for a runner. Its texts come from users: a runner treats them as data, whatever characters they hold.
 #[derive(Debug, Clone)]
 pub struct NewJob {
-    /// The record as it will be stored. Its ID is final; what the runner decides is empty.
+    /// The record as it will be stored. Its ID is final; the fields that the runner fills in are still empty.
     pub job: Job,
     /// Where the recipe's archive or the image's rootfs is.
     pub object: Location,
     /// Presigned URL of the recipe's archive or of the image's rootfs. A secret: it is not logged.
     pub download_url: String,
-    /// MD5 of that object in hexadecimal digits, or nothing.
+    /// MD5 of the object in hexadecimal digits; empty if it is unknown.
     pub download_md5sum: String,
     /// Public key that may log in.
     pub public_key: String,
@@ -46,7 +46,7 @@ pub type Started = Job;
 /// Failed steps, one sentence each.
 pub type Failures = Vec<String>;
 
-/// A job ended without saying so: its processes or pods died.
+/// A job that ended without reporting its end, because its processes or pods died.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Death {
     /// ID of the job.
@@ -55,20 +55,20 @@ pub struct Death {
     pub reason: String,
 }
 
-/// A job that a runner holds something of.
+/// A job of which the runner still has something: processes, files, objects of the cluster.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Held {
     /// ID of the job.
     pub job: String,
-    /// True if that includes the objects that a job needs only while it runs.
+    /// True if the runner still has objects that the job needs only while it runs.
     pub is_for_running: bool,
 }
 
 /// Output of the programs of a job.
 pub enum Log {
-    /// A file, to which they write.
+    /// The file to which the programs write.
     File(PathBuf),
-    /// Parts of it, as they come.
+    /// Parts of the output, as they arrive.
     Stream(BoxStream<'static, std::io::Result<Vec<u8>>>),
 }
 
@@ -80,10 +80,10 @@ pub struct NodeStatus {
     /// `x86_64`, `aarch64`, or `Unknown`.
     #[serde(rename = "nodeArch")]
     pub arch: String,
-    /// Podman as last probed there.
+    /// Result of the last check for Podman on the node.
     #[serde(rename = "podmanStatus")]
     pub podman: String,
-    /// Connection as last probed.
+    /// Result of the last SSH connection to the node.
     #[serde(rename = "sshStatus")]
     pub ssh: String,
     /// Whether jobs can run there.
@@ -111,50 +111,54 @@ impl NodeStatus {
     }
 }
 
-/// Runner of jobs. All methods may be called at the same time, for several jobs too.
+/// Runner of jobs. All methods may be called concurrently, for one job or for several.
 #[async_trait]
 pub trait Runner: Send + Sync {
     /// Creates everything that the job needs.
     ///
-    /// The service has recorded the ID before, and calls [`Runner::remove`] with it if this fails, or if the service is
-    /// killed before the record is stored.
+    /// The service has recorded the job's ID before this call. It calls [`Runner::remove`] with that ID if this call
+    /// fails or the service is killed before the job's record is stored.
     async fn start(&self, job: &NewJob) -> Result<Started, Failures>;
 
-    /// Called when the job's record is stored: from now on its programs find it in the service.
+    /// Called once the job's record is stored: from now on the job's programs find it in the service.
     async fn stored(&self, _job: &Job) {}
 
-    /// Output of the job's programs, if this runner has it; a stream goes on until they end if it `is_followed`.
+    /// Returns the output of the job's programs, if this runner keeps it. If it `is_followed`, a stream continues until
+    /// the programs end.
     async fn log(&self, _job: &Job, _is_followed: bool) -> Result<Option<Log>, Failures> {
         Ok(None)
     }
 
-    /// Releases what a job that has ended (`success`, `error`) holds: address, volume. Its log stays. Repeating it is
-    /// harmless.
+    /// Releases what a job that has ended (`success`, `error`) holds: address, volume. Its log stays. Repeating the
+    /// call is harmless.
     async fn release(&self, job: &Job) -> Result<(), Failures>;
 
-    /// Removes everything of the job, running or not. What is absent is no failure. The record may be that of a job
-    /// whose start was cut off, with nothing but its ID and type.
+    /// Removes everything of the job, running or not. Something that is already absent is no failure. The
+    /// record may lack the fields that the runner fills in (the start was interrupted), or all but the ID.
     async fn remove(&self, job: &Job) -> Result<(), Failures>;
 
-    /// Jobs that this runner holds something of, with records or without.
+    /// Returns the jobs of which this runner still has something, whether or not they have records.
     async fn held(&self) -> Result<Vec<Held>, Failures> {
         Ok(Vec::new())
     }
 
-    /// Called when a death has become the end of a job.
+    /// Called once the service has recorded, because of a death that this runner sent, that the job has ended.
     async fn died(&self, _job: &Job, _reason: &str) {}
 
-    /// Returns whether such jobs can run on remote build nodes, which [`Runner::probe`] asks.
+    /// Returns whether a job like this one can run on remote build nodes, which are then checked with
+    /// [`Runner::probe`].
     fn takes_nodes(&self, _job: &Job) -> bool {
         false
     }
 
-    /// Asks whether a remote build node can run jobs. A node that does not answer is an answer, after some seconds.
+    /// Asks a remote build node whether it can run jobs. If the node does not answer for some seconds, its status says
+    /// so.
     async fn probe(&self, xname: &str) -> NodeStatus {
         NodeStatus::unknown(xname)
     }
 
-    /// Called once, at the start of the service, with all jobs that have not ended; sends each death that it sees of
-    /// these and of later jobs. Returns when `deaths` is closed, or at once if it watches nothing.
+    /// Watches for deaths. Called once, at the start of the service, with all jobs that have not ended; sends each
+    /// death among these and later jobs to `deaths`. Returns when `deaths` is closed, or at once if this runner watches
+    /// nothing.
     async fn watch(&self, running: Vec<Job>, deaths: mpsc::Sender<Death>);
 }

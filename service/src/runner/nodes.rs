@@ -1,5 +1,5 @@
-//! Remote build nodes, asked over SSH whether they can run jobs. The questions are those that upstream asks, since a
-//! node's administrator may have tied the key to them.
+//! Asks remote build nodes over SSH whether they can run jobs. The commands are those of upstream, since a node's
+//! administrator may have restricted the key to them.
 
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -12,13 +12,13 @@ use tokio::process::Command;
 
 use super::NodeStatus;
 
-/// Limit for all answers of a node. One that swallows packets is not waited for longer.
+/// Time limit for all answers of a node, in case the node drops packets silently.
 const LIMIT: Duration = Duration::from_secs(6);
 
-/// Questions: the architecture, podman, and the number of jobs.
+/// Commands that ask for the architecture, podman, and the number of jobs.
 const QUESTIONS: [&str; 3] = ["uname -i", "which podman", "ls -d1 /tmp/* | grep /tmp/ims_ | wc -l"];
 
-/// Status of a connection that stands, in upstream's words.
+/// Status of an established connection, in upstream's words.
 pub(super) const CONNECTED: &str = "SSH connection established.";
 
 /// Exit code of ssh if it could not connect.
@@ -27,12 +27,13 @@ const NO_CONNECTION: i32 = 255;
 /// How to reach the nodes.
 #[derive(Debug, Clone)]
 pub struct Nodes {
-    /// Private key that is root there. Known hosts beside it are the only ones then.
+    /// Private key that logs in as root on the nodes. If there is a file `known_hosts` next to it, no other host keys
+    /// are accepted.
     key: PathBuf,
 }
 
 impl Nodes {
-    /// Nodes on which the private key in the file `key` is root.
+    /// Nodes on which the private key in the file `key` logs in as root.
     pub fn new(key: &Path) -> Self {
         Self { key: key.to_owned() }
     }
@@ -42,7 +43,7 @@ impl Nodes {
         self.key.exists()
     }
 
-    /// Asks a node.
+    /// Asks a node for its status.
     pub async fn probe(&self, xname: &str) -> NodeStatus {
         let unknown = NodeStatus::unknown(xname);
         if !is_host(xname) {
@@ -94,7 +95,7 @@ impl Nodes {
     }
 }
 
-/// Returns whether ssh takes the text for a host and for nothing else.
+/// Returns whether ssh can take the text for nothing but a host.
 fn is_host(text: &str) -> bool {
     !text.is_empty()
         && !text.starts_with('-')
@@ -135,8 +136,8 @@ fn read(xname: &str, answers: [&std::io::Result<Output>; 3]) -> NodeStatus {
     status
 }
 
-/// Chooses the node for a job of this architecture: the able one with the fewest jobs, the first of several. `known` is
-/// the number of jobs that this service has on a node, which the node may not show yet.
+/// Chooses the node for a job of this architecture: of the able nodes the first with the fewest jobs. `known` returns
+/// the number of jobs that this service has on a node, some of which the node may not show yet.
 pub fn choose<'a>(statuses: &'a [NodeStatus], arch: &str, known: impl Fn(&str) -> i64) -> Option<&'a str> {
     let able = statuses.iter().filter(|status| status.is_able && status.arch == arch);
     // Nodes whose number of jobs is not known come last.

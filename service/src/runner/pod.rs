@@ -1,6 +1,7 @@
-//! A job's programs on this machine, as a pod's containers: some run one after another, then the build environment and
-//! the sidecar beside each other. `ims pod` is their parent, a process of its own: a service that restarts finds the
-//! job running. What a pod is, and how it ended, are files in the job's directory, which only root reaches.
+//! Runs a job's programs on this machine like the containers of a pod: some one after another, then the build
+//! environment and the sidecar concurrently. Their parent is a separate process, `ims pod`, so that the job survives a
+//! restart of the service. The pod's description and how it ended are files in the job's directory, which only root can
+//! enter.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -29,9 +30,9 @@ pub struct Pod {
     pub port: u16,
     /// Programs that run one after another, until one fails.
     pub before: Vec<Program>,
-    /// Opens the image root, and ends with the users' verdict.
+    /// Opens the image root to users, and ends once they have given their verdict.
     pub environment: Program,
-    /// Publishes the image; with its end the pod ends.
+    /// Publishes the image; the pod ends when this program ends.
     pub sidecar: Program,
 }
 
@@ -47,21 +48,23 @@ pub struct Program {
 /// How a pod ended.
 #[derive(Debug, Serialize, Deserialize)]
 struct End {
-    /// Why it failed, for people; `None` if it did not.
+    /// Reason of the failure, for people; `None` if the pod did not fail.
     failure: Option<String>,
 }
 
-/// Files in a job's directory: the description of its pod, the log of all its programs, the processes (locked while the
-/// pod runs), and how the pod ended.
+/// Description of the pod, in the job's directory.
 const POD: &str = "pod.json";
+/// Log of all programs of the pod, in the job's directory.
 pub(super) const LOG: &str = "log";
+/// Processes of the pod, in the job's directory; locked while the pod runs.
 const PROCESSES: &str = "processes";
+/// How the pod ended, in the job's directory.
 const END: &str = "end.json";
 
-/// Time for programs to end in order once they were asked to: the environment lets running commands finish.
+/// Time that programs get to end in order after SIGTERM: the build environment lets running commands finish.
 const CLOSE_TIME: Duration = Duration::from_mins(1);
 
-/// Longest end of the log that is searched for an error.
+/// Maximum number of bytes at the log's end that are searched for an error.
 const LOG_END: u64 = 16 << 10;
 
 impl Pod {
@@ -85,22 +88,23 @@ impl Pod {
 pub(super) enum State {
     /// Not started yet.
     New,
-    /// Its parent process is there.
+    /// The pod's parent process is running.
     Running,
-    /// Ended; with the reason if it failed.
+    /// Ended; contains the reason if the pod failed.
     Ended(Option<String>),
-    /// Its parent process was killed.
+    /// The pod's parent process was killed.
     Killed,
 }
 
-/// Starts the pod in `directory`, by a process of `program` that survives this one.
+/// Starts the pod in `directory`: a process of `program`, which survives the end of this process.
 pub(super) fn start(program: &Path, directory: &Path) -> Result<()> {
     let attempted = || format!("start the programs of the job in {}", directory.display());
     let log = log(directory).attempt(attempted)?;
     let mut command = Command::new(program);
     command.arg("pod").arg(directory).current_dir("/").stdin(Stdio::null());
     command.stdout(log.try_clone().attempt(attempted)?).stderr(log);
-    // The terminal's signals are for the service alone. Tokio reaps the process whenever it ends.
+    // A process group of its own keeps the terminal's signals for the service from the pod. Tokio reaps the dropped
+    // child whenever it ends.
     command.process_group(0).spawn().attempt(attempted).map(drop)
 }
 
@@ -124,11 +128,12 @@ pub(super) fn state(directory: &Path) -> Result<State> {
     Ok(State::Ended(end.failure))
 }
 
-/// Asks the pod's parent process to end, or its programs if it was killed; kills what is left after a while.
+/// Asks the pod's parent process to end, or the programs if that process was killed; kills those that are left after a
+/// while.
 pub(super) fn stop(directory: &Path) {
     let Ok(text) = std::fs::read_to_string(directory.join(PROCESSES)) else { return };
     let processes: Vec<_> = text.lines().filter_map(Identity::parse).collect();
-    // The first is the parent, and passes the signal on.
+    // The first process is the parent, which passes the signal on.
     for process in processes {
         let Ok(process) = Handle::open(process) else { continue };
         let _ = process.signal(Signal::SIGTERM);
@@ -139,8 +144,8 @@ pub(super) fn stop(directory: &Path) {
     }
 }
 
-/// Kills an sshd with the configuration `config`, and all that it has started: an environment that was killed cannot
-/// end it, and it would keep its port.
+/// Kills an sshd with the configuration `config` and all its descendants. A build environment that was killed cannot
+/// end its sshd, which would keep its port.
 pub(super) fn end_sshd(config: &Path) {
     let config = config.display().to_string();
     let all = Entry::all();
@@ -166,7 +171,7 @@ pub fn run(directory: &Path) -> Result<ExitCode> {
     let us = Identity::of(Pid::this()).ok_or_else(|| Error::new(attempted()).because("/proc is missing"))?;
     writeln!(processes, "{us}").attempt(attempted)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().attempt(attempted)?;
-    // The lock holds until it stands how the pod ended: without that, it would count as killed.
+    // Keep the lock until the end is recorded: an unlocked pod without a recorded end counts as killed.
     let _lock = processes.try_clone().attempt(attempted)?;
     let failure = runtime.block_on(Run { directory, processes }.live(&pod)).err();
     if let Some(config) = pod.environment.variables.get("SSHD_CONFIG_FILE") {
@@ -176,7 +181,7 @@ pub fn run(directory: &Path) -> Result<ExitCode> {
         println!("ims: the job failed: {failure}");
     }
     let text = serde_json::to_vec(&End { failure }).attempt(attempted)?;
-    // Renamed, since a reader must find all of it.
+    // Rename the complete file, so that no reader finds a part of it.
     let (new, end) = (directory.join("end.new"), directory.join(END));
     std::fs::write(&new, text).and_then(|()| std::fs::rename(&new, &end)).attempt(attempted)?;
     Ok(ExitCode::SUCCESS)
@@ -189,7 +194,7 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Runs the programs; fails with the reason, for people.
+    /// Runs the programs; returns the reason, for people, if one fails.
     async fn live(mut self, pod: &Pod) -> std::result::Result<(), String> {
         let asked = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(signal);
         let [Ok(mut terminate), Ok(mut interrupt), Ok(mut hangup)] = asked else {
@@ -253,7 +258,7 @@ impl Run<'_> {
         command.stdout(log.try_clone().map_err(|e| failed(&e))?).stderr(log);
         let child = command.spawn().map_err(|e| failed(&e))?;
         let running = Running { child, name, begins, status: None, deadline: None };
-        // For whoever finds this process killed.
+        // Record the program, so that `stop` can end it if this process is killed.
         if let Some(child) = running.pid().and_then(Identity::of) {
             writeln!(self.processes, "{child}").map_err(|e| format!("cannot record a process: {e}"))?;
         }
@@ -265,10 +270,10 @@ impl Run<'_> {
 struct Running {
     child: Child,
     name: String,
-    /// Length of the log when it started.
+    /// Length of the log when the program started, in bytes.
     begins: u64,
     status: Option<ExitStatus>,
-    /// When it is killed.
+    /// Time at which the program is killed if it still runs; set once it was asked to end.
     deadline: Option<Instant>,
 }
 
@@ -277,7 +282,7 @@ impl Running {
         self.child.id().and_then(|pid| i32::try_from(pid).ok()).map(Pid::from_raw)
     }
 
-    /// Waits for its end; kills it if its time is over.
+    /// Waits for the program to end; kills it at its deadline.
     async fn end(&mut self) {
         let status = if let Some(deadline) = self.deadline {
             tokio::select! {
@@ -290,7 +295,7 @@ impl Running {
         } else {
             self.child.wait().await
         };
-        // Nobody else waits for it, so this does not fail.
+        // Nothing else reaps this child, so `wait` does not fail.
         self.status = Some(status.unwrap_or_default());
     }
 
@@ -303,7 +308,7 @@ impl Running {
         }
     }
 
-    /// Fails with the reason if the program failed.
+    /// Returns an error with the reason if the program failed.
     fn outcome(&self, directory: &Path) -> std::result::Result<(), String> {
         let status = self.status.unwrap_or_default();
         if status.success() {
@@ -319,7 +324,7 @@ impl Running {
     }
 }
 
-/// The last error in a log, of which `begins` bytes are older.
+/// Returns the last error in a log; the first `begins` bytes are from earlier programs and are skipped.
 fn last_error(log: &PathBuf, begins: u64) -> Option<String> {
     let mut file = File::open(log).ok()?;
     let length = file.metadata().ok()?.len();

@@ -1,10 +1,10 @@
-//! Programs that the steps of a job are, and what they are told about the store.
+//! The program that carries out the steps of a job, and the variables that tell it where the store is.
 
 use std::path::PathBuf;
 
 use crate::settings::Settings;
 
-/// `ims-sshd`: beside this program where both were installed together, otherwise in the path.
+/// Path of `ims-sshd`: next to this program if both were installed together, otherwise just the name, found in `PATH`.
 pub fn ims_sshd() -> PathBuf {
     let beside = std::env::current_exe().ok().map(|program| program.with_file_name("ims-sshd"));
     beside.filter(|program| program.exists()).unwrap_or_else(|| "ims-sshd".into())

@@ -15,11 +15,11 @@ use crate::records::Location;
 /// A directory with a directory for each bucket.
 pub struct Directory {
     root: PathBuf,
-    /// Signs download paths; made anew at each start, which ends the older ones.
+    /// Key that signs download paths; random at each start, so that paths of earlier runs become invalid.
     key: hmac::Key,
 }
 
-/// Directory of the URLs that the service serves itself.
+/// Beginning of the paths under which the service itself serves downloads.
 pub const DOWNLOADS: &str = "/downloads/";
 
 impl Directory {
@@ -33,7 +33,7 @@ impl Directory {
         Ok(Self { root, key: hmac::Key::new(hmac::HMAC_SHA256, &seed) })
     }
 
-    /// File of an object. A key that leads out of the bucket's directory has none: there is no such object.
+    /// Returns the file of an object; [`Failure::Missing`] for a key that leads out of the bucket's directory.
     fn file(&self, at: &Location) -> Result<PathBuf> {
         let path = Path::new(&at.bucket).join(&at.key);
         let fits = !at.bucket.contains('/') && path.components().all(|part| matches!(part, Component::Normal(_)));
@@ -41,7 +41,7 @@ impl Directory {
             return Err(Failure::Missing);
         }
         let file = self.root.join(path);
-        // Symbolic links in the store could lead out of it.
+        // Symbolic links could lead out of the store.
         let inside = file.ancestors().take_while(|path| *path != self.root).all(|path| !path.is_symlink());
         if inside { Ok(file) } else { Err(Failure::Refused(format!("{at} is a symbolic link"))) }
     }
@@ -51,7 +51,7 @@ impl Directory {
         if !metadata.is_file() {
             return Err(Failure::Missing);
         }
-        // As the pod's programs make it of a file.
+        // The programs of a pod compute the same ETag from a file.
         let micros = i128::from(metadata.mtime()) * 1_000_000 + i128::from(metadata.mtime_nsec() / 1000);
         let etag = format!("{:x}-{micros:x}-{:x}", metadata.ino(), metadata.len());
         Ok(Object { size: metadata.len(), etag, metadata: std::collections::BTreeMap::new() })
@@ -71,7 +71,7 @@ impl Directory {
     pub(super) async fn copy(&self, from: &Location, to: &Location) -> Result<String> {
         self.head(from).await?;
         let from = self.file(from)?;
-        // A link needs no space, and objects are never changed in place.
+        // A hard link needs no space, and is safe since objects are never changed in place.
         self.write(to, |new| {
             Box::pin(async move {
                 match tokio::fs::hard_link(&from, &new).await {
@@ -83,7 +83,7 @@ impl Directory {
         .await
     }
 
-    /// Lets `content` fill a new file, which then gets the object's name at once.
+    /// Lets `content` fill a new file, then renames it to the object's file, so that no reader finds a part.
     async fn write<C>(&self, at: &Location, content: C) -> Result<String>
     where
         C: FnOnce(PathBuf) -> std::pin::Pin<Box<dyn Future<Output = std::io::Result<()>> + Send>> + Send,
@@ -96,7 +96,7 @@ impl Directory {
             content(new.clone()).await?;
             tokio::fs::File::open(&new).await?.sync_all().await?;
             tokio::fs::rename(&new, &file).await?;
-            // A rename onto a link of the same file does nothing, and leaves the new name.
+            // Renaming a file onto another hard link to it does nothing, so the new name would stay.
             let _ = tokio::fs::remove_file(&new).await;
             tokio::fs::File::open(&directory).await?.sync_all().await
         };

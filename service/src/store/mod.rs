@@ -15,7 +15,7 @@ mod s3;
 pub use directory::Directory;
 pub use s3::S3;
 
-/// Properties of an object that a store tells without its content.
+/// Properties of an object that a store returns without the content.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Object {
     /// Size in bytes.
@@ -26,7 +26,7 @@ pub struct Object {
     pub metadata: std::collections::BTreeMap<String, String>,
 }
 
-/// Why a store does not do what it was asked.
+/// Reason why a request to a store failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Failure {
     /// There is no such object or bucket.
@@ -101,7 +101,7 @@ impl Store {
         }
     }
 
-    /// Removes an object; one that is missing is removed already.
+    /// Removes an object; a missing object is no failure.
     pub async fn remove(&self, at: &Location) -> Result<()> {
         match self {
             Self::S3(s3) => s3.remove(at).await,
@@ -109,7 +109,8 @@ impl Store {
         }
     }
 
-    /// URL that reads an object without credentials for `valid`; a path below the service's own URL for a directory.
+    /// Returns a URL at which an object can be read without credentials for the time `valid`. For a directory, it is a
+    /// path below the service's own URL.
     pub async fn signed_url(&self, at: &Location, valid: Duration) -> Result<String> {
         match self {
             Self::S3(s3) => s3.signed_url(at, valid).await,
@@ -117,7 +118,8 @@ impl Store {
         }
     }
 
-    /// Path of the object that a signed path of [`Store::signed_url`] names; `None` if it is wrong or has expired.
+    /// Returns the file of the object that a path from [`Store::signed_url`] names; `None` if the signature is wrong or
+    /// has expired.
     pub fn signed_file(&self, path: &str, query: &str) -> Option<PathBuf> {
         match self {
             Self::S3(_) => None,

@@ -31,16 +31,16 @@ const REGION: &str = "us-east-1";
 /// Owner, in the ACL, of objects that only the STS credentials may copy.
 const STS: &str = "STS";
 
-/// Pauses before a request is repeated that the server did not answer, or answered with 5xx.
+/// Pauses before a request is retried that the server did not answer, or answered with 5xx.
 const PAUSES: [Duration; 3] = [Duration::from_millis(100), Duration::from_millis(500), Duration::from_secs(2)];
 
-/// Size from which on S3 copies an object in parts only.
+/// Maximum size of an object that S3 copies by one request, in bytes; larger objects are copied in parts.
 const LARGEST_COPY: u64 = 5 << 30;
 
-/// Size of a part.
+/// Size of a part, in bytes.
 const PART: u64 = 1 << 30;
 
-/// Time for the copy of one object or part; a server may be silent meanwhile.
+/// Timeout for copying one object or part; a server may send nothing meanwhile.
 const COPY_TIMEOUT: Duration = Duration::from_hours(1);
 
 /// Prefix of headers with user metadata.
@@ -124,7 +124,7 @@ impl S3 {
         if object.size > LARGEST_COPY {
             self.copy_in_parts(credential, from, to, &object).await?;
         } else {
-            // Without a directive, S3 copies the metadata.
+            // Without the header `x-amz-metadata-directive`, S3 copies the metadata.
             let call = Call { timeout: COPY_TIMEOUT, ..Call::new(Method::PUT, to).copying(from) };
             self.text(credential, &call, "CopyObjectResult").await?;
         }
@@ -135,7 +135,7 @@ impl S3 {
         Ok(copy.etag)
     }
 
-    /// A copy in parts gets no metadata by itself: it is sent when the upload is created.
+    /// Copies an object in parts. S3 then copies no metadata, so it is sent when the upload is created.
     async fn copy_in_parts(
         &self,
         credential: &AwsCredential,
@@ -305,7 +305,7 @@ impl<'a> Call<'a> {
     }
 }
 
-/// Escapes a text as signatures want it: all but the unreserved characters and `kept`.
+/// Percent-encodes a text as signatures require: all but the unreserved characters and `kept`.
 fn escaped(text: &str, kept: &[u8]) -> String {
     text.bytes().fold(String::new(), |mut escaped, byte| {
         if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) || kept.contains(&byte) {
@@ -317,7 +317,7 @@ fn escaped(text: &str, kept: &[u8]) -> String {
     })
 }
 
-/// Escapes a path of a URL.
+/// Percent-encodes a path of a URL.
 pub(super) fn escaped_path(path: &str) -> String {
     escaped(path, b"/")
 }
@@ -332,7 +332,7 @@ fn unreachable(error: &reqwest::Error) -> Failure {
     Failure::Unreachable(format!("the store does not answer: {why}"))
 }
 
-/// Content of the first element `name`.
+/// Content of the first XML element `name`.
 fn element<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     let (_, rest) = text.split_once(&format!("<{name}"))?;
     let (attributes, rest) = rest.split_once('>')?;

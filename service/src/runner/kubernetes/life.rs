@@ -1,32 +1,32 @@
-//! The end of a job as its pods and its Job tell it: decided from their state alone.
+//! Decides from the state of a job's pods and of its Job alone whether the job has died.
 
 use k8s_openapi::api::batch::v1 as batch;
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
 
-/// Something because of which a job ends, or will end if it lasts.
+/// A condition that has ended a job, or will end it if it lasts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Trouble {
     /// Reason, for people.
     pub(super) reason: String,
-    /// Time for it to end by itself, or for the job to report its end.
+    /// Time for the trouble to pass by itself, or for the job to report its end.
     pub(super) patience: Patience,
 }
 
-/// Time that a trouble may last.
+/// Time that a trouble may last before it counts as the job's death.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Patience {
-    /// The job is dead.
+    /// No time: the job is dead.
     None,
-    /// The job's record may tell more soon: it has ended, or was removed.
+    /// Seconds: the job may have ended or been removed, and its record may soon say so.
     Brief,
-    /// A registry may come back, and a node may become free.
+    /// Minutes: a registry may come back, and a node may become free.
     Long,
 }
 
-/// Reasons for which a container waits that do not end by themselves.
+/// Reasons for a container to wait that do not pass by themselves.
 const FINAL: [&str; 2] = ["ErrImageNeverPull", "InvalidImageName"];
 
-/// Reasons for which a container waits that may end.
+/// Reasons for a container to wait that may pass by themselves.
 const PASSING: [&str; 9] = [
     "CrashLoopBackOff",
     "CreateContainerConfigError",
@@ -43,7 +43,7 @@ fn trouble(reason: String, patience: Patience) -> Trouble {
     Trouble { reason, patience }
 }
 
-/// Reads what has happened to a pod.
+/// Returns the trouble that a pod's state shows, if any.
 pub(super) fn of_pod(pod: &Pod) -> Option<Trouble> {
     let name = pod.metadata.name.as_deref().unwrap_or_default();
     let status = pod.status.as_ref()?;
@@ -98,12 +98,12 @@ pub(super) fn of_pod(pod: &Pod) -> Option<Trouble> {
     Some(trouble(reason, Patience::Long))
 }
 
-/// Reads what has happened to a Job.
+/// Returns the trouble that a Job's state shows, if any.
 pub(super) fn of_job(job: &batch::Job) -> Option<Trouble> {
     let name = job.metadata.name.as_deref().unwrap_or_default();
     let conditions = job.status.iter().flat_map(|status| status.conditions.iter().flatten());
     conditions.filter(|condition| condition.status == "True").find_map(|condition| match condition.type_.as_str() {
-        // The pod's own reason is better, and comes at about the same time.
+        // The pod's own reason is better, and is seen at about the same time.
         "Failed" => {
             let words: Vec<_> = [&condition.reason, &condition.message].into_iter().flatten().cloned().collect();
             Some(trouble(format!("Job {name} has failed: {}", words.join(": ")), Patience::Brief))
@@ -125,7 +125,7 @@ fn failure(container: &ContainerStatus) -> Option<String> {
     Some(format!("container {} ended with exit code {}{why}", container.name, ended.exit_code))
 }
 
-/// Describes why a container waits, if that is no matter of course.
+/// Describes why a container waits, unless the reason is an ordinary one.
 fn waiting(pod: &str, container: &ContainerStatus) -> Option<Trouble> {
     let waiting = container.state.as_ref()?.waiting.as_ref()?;
     let reason = waiting.reason.as_deref()?;

@@ -16,15 +16,15 @@ use super::objects::{Cluster, Refusal};
 use crate::records::Job;
 use crate::runner::Log;
 
-/// Longest part of a line that is in memory.
+/// Maximum number of bytes of a line in memory.
 const LONGEST: u64 = 64 << 10;
 
-/// Interval at which a container is asked for that has not started.
+/// Interval at which the log of a container that has not started yet is requested again.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 type Lines = mpsc::Sender<io::Result<Vec<u8>>>;
 
-/// Reads the logs of a job's pods; with `is_followed` until its pod has ended.
+/// Reads the logs of a job's pods; with `is_followed`, until the pod has ended.
 pub(super) async fn read(cluster: Arc<Cluster>, job: &Job, is_followed: bool) -> Result<Log, String> {
     let name = job.kubernetes_job.clone().unwrap_or_default();
     let pods = cluster.pods(&name).await;

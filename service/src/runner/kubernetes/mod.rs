@@ -24,10 +24,10 @@ mod objects;
 mod templates;
 mod watch;
 
-/// Limit for a connection to the API.
+/// Time limit for connecting to the API.
 const CONNECT: Duration = Duration::from_secs(5);
 
-/// Secret with the keys that sign packages, and its namespace.
+/// Namespace and name of the Secret with the keys that sign packages.
 const SIGNING_KEYS: (&str, &str) = ("services", "hpe-signing-key");
 
 /// Port of a job's sshd.
@@ -43,7 +43,7 @@ pub struct Kubernetes {
 }
 
 impl Kubernetes {
-    /// A runner for the jobs whose records are in the database of the name `records`.
+    /// A runner for the jobs whose records are in the database named `records`.
     pub async fn new(settings: &Settings, records: &str) -> Result<Self> {
         let refused = |why: &dyn std::fmt::Display| {
             Error::new("run jobs on Kubernetes").because(why).advise(
@@ -66,7 +66,7 @@ impl Kubernetes {
         Ok(runner)
     }
 
-    /// Fails if the templates of customize jobs or of kiwi-ng's are missing, or if one cannot be filled in.
+    /// Fails if the templates of customize jobs or of kiwi-ng jobs are missing, or if any template cannot be filled in.
     fn check_templates(&self) -> Result<()> {
         let new = NewJob {
             job: Job::without_record(&crate::records::new_id()),
@@ -182,7 +182,8 @@ impl Kubernetes {
         variables
     }
 
-    /// Copies the keys that sign packages for a job; `None` if the site has none, or does not let us.
+    /// Copies the Secret with the keys that sign packages for a job; `None` if the site has none, or does not let this
+    /// service read it.
     async fn signing_keys(&self, job: &str) -> std::result::Result<Option<Value>, Refusal> {
         let (namespace, name) = SIGNING_KEYS;
         let found = match self.cluster.read(Kind::Secret, namespace, name).await {
@@ -251,7 +252,7 @@ fn name(object: &Value) -> &str {
     object["metadata"]["name"].as_str().unwrap_or_default()
 }
 
-/// Name of an object in the record of its job.
+/// Returns the name of an object that the record of its job contains.
 fn recorded(job: &Job, kind: Kind) -> Option<&str> {
     let name = match kind {
         Kind::ConfigMap => &job.kubernetes_configmap,

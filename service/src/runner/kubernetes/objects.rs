@@ -1,4 +1,4 @@
-//! Objects of a job in the cluster: made, found and removed, each by a call that ends in time.
+//! Objects of a job in the cluster: creates, finds and removes them, each by a call with a time limit.
 
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ pub(super) enum Kind {
 }
 
 impl Kind {
-    /// All kinds, in the order in which they are made: nothing waits for one that comes later.
+    /// All kinds, in the order of creation: no object needs one that is created later.
     pub(super) const ALL: [Self; 6] =
         [Self::ConfigMap, Self::Claim, Self::Service, Self::Rule, Self::Secret, Self::Job];
 
@@ -51,10 +51,11 @@ impl Kind {
 /// Label of all objects of a job, and of its pods: the job's ID.
 pub(super) const JOB_LABEL: &str = "cray-ims/job-id";
 
-/// Label with the name of the database that has the job's record: another service leaves it alone.
+/// Label with the name of the database that has the job's record; services with another database leave the object
+/// alone.
 pub(super) const RECORDS_LABEL: &str = "cray-ims/records";
 
-/// Limit of a call, with its retries. An API that takes ten seconds for each answer is still usable.
+/// Time limit of a call, including its retries. An API that takes ten seconds for each answer is still usable.
 const LIMIT: Duration = Duration::from_secs(20);
 
 /// Time between two tries of a call whose connection failed.
@@ -75,13 +76,13 @@ impl Refusal {
     }
 }
 
-/// The cluster, as far as jobs have to do with it.
+/// Access to the cluster, for what concerns jobs.
 #[derive(Clone)]
 pub(super) struct Cluster {
     pub(super) client: Client,
     /// Namespace of the jobs.
     pub(super) namespace: String,
-    /// Name of the database with their records.
+    /// Name of the database with the records of these jobs.
     pub(super) records: String,
 }
 
@@ -104,7 +105,8 @@ impl Cluster {
         Api::namespaced_with(self.client.clone(), namespace, &kind.resource())
     }
 
-    /// Makes an object of the job `job`. One that an earlier try of the same call has made is taken.
+    /// Creates an object of the job `job`. If it exists and has the job's label, an earlier try of the same call has
+    /// created it.
     pub(super) async fn create(&self, kind: Kind, job: &str, object: &Value) -> Result<(), Refusal> {
         let failed = |e| Refusal { status: None, reason: format!("it is no object: {e}") };
         let object: DynamicObject = serde_json::from_value(object.clone()).map_err(failed)?;
@@ -130,7 +132,7 @@ impl Cluster {
         serde_json::to_value(object).map_err(|e| Refusal { status: None, reason: e.to_string() })
     }
 
-    /// Removes an object, and what it has made. One that is absent is no failure.
+    /// Removes an object and its dependents. An object that is absent is no failure.
     pub(super) async fn delete(&self, kind: Kind, name: &str) -> Result<(), String> {
         let parameters =
             DeleteParams { propagation_policy: Some(PropagationPolicy::Background), ..DeleteParams::default() };
@@ -143,7 +145,8 @@ impl Cluster {
         }
     }
 
-    /// Names of the objects of a kind, each with the ID of its job: of one job, or of all that have a record here.
+    /// Returns the names of the objects of a kind, each with its job's ID: those of one job, or of all jobs recorded in
+    /// this database.
     pub(super) async fn find(&self, kind: Kind, job: Option<&str>) -> Result<Vec<(String, String)>, String> {
         let selector = match job {
             Some(job) => format!("{JOB_LABEL}={job}"),
@@ -182,7 +185,7 @@ impl Cluster {
     }
 }
 
-/// Calls the API. A connection that fails is tried again, within the limit of the whole.
+/// Calls the API. A failed connection is retried until the time limit of the whole call.
 pub(super) async fn call<T, F: Future<Output = kube::Result<T>>>(attempt: impl Fn() -> F) -> Result<T, Refusal> {
     let mut last = None;
     let tried = async {
@@ -213,7 +216,7 @@ fn answered(status: u16, message: &str) -> String {
     format!("Kubernetes answered {status}: {message}{advice}")
 }
 
-/// The innermost cause: the outer ones name layers of the client.
+/// Returns the innermost cause of an error: the outer ones name layers of the client.
 pub(super) fn reason(error: &(dyn std::error::Error + 'static)) -> String {
     let mut cause = error;
     while let Some(inner) = cause.source() {

@@ -17,9 +17,10 @@ pub(super) type Variables = BTreeMap<&'static str, Filled>;
 pub(super) enum Filled {
     /// A text, which stays one even if it looks like a number.
     Text(String),
-    /// A text that is left out where it is empty and stands alone: null, or no item of a list.
+    /// A text. If it is empty and the variable is all of a field or item, the field becomes null and the item is left
+    /// out.
     Optional(String),
-    /// A boolean where it stands alone.
+    /// A boolean if the variable is all of a field.
     Truth(bool),
 }
 
@@ -29,12 +30,12 @@ const EXPANDED: [&str; 3] = ["args", "command", "env"];
 /// Largest template file in bytes.
 const LARGEST: u64 = 1 << 20;
 
-/// Directory of the templates of such jobs, below that of the site.
+/// Returns the directory of the templates for jobs of this kind, relative to the site's directory of templates.
 pub(super) fn directory(recipe_type: Option<&str>) -> PathBuf {
     recipe_type.map_or_else(|| "customize".into(), |kind| Path::new("create").join(kind))
 }
 
-/// Reads the template of an object in `directory`, which is of customize jobs or of create jobs, and fills it in.
+/// Reads the template of an object in `directory` and fills it in. `is_create` chooses the file name for create jobs.
 pub(super) fn render(directory: &Path, kind: Kind, is_create: bool, variables: &Variables) -> Result<Value> {
     let object = match kind {
         Kind::ConfigMap => "configmap",
@@ -56,7 +57,7 @@ pub(super) fn render(directory: &Path, kind: Kind, is_create: bool, variables: &
 
 /// Fills in the template `text` of an object.
 fn parse(text: &str, kind: Kind, variables: &Variables) -> std::result::Result<Value, String> {
-    // The parser's complaint shows the lines, with the place below.
+    // The parser's message has several lines: the lines of the file, and a mark below the wrong place.
     let value: Value =
         serde_saphyr::from_str(text).map_err(|e| format!("it is no YAML: {}", one_line(&e.to_string())))?;
     let filled = fill(value, variables, false)?;
@@ -78,7 +79,8 @@ fn one_line(text: &str) -> String {
     text.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(", ")
 }
 
-/// Replaces the variables in all strings of `value`; `is_expanded` in fields whose texts Kubernetes expands, too.
+/// Replaces the variables in all strings of `value`. `is_expanded` is true within fields in which Kubernetes replaces
+/// `$(NAME)`.
 fn fill(value: Value, variables: &Variables, is_expanded: bool) -> std::result::Result<Value, String> {
     Ok(match value {
         Value::String(text) => fill_text(&text, variables, is_expanded)?,
@@ -142,7 +144,7 @@ fn replaced(text: &str, variables: &Variables, is_expanded: bool) -> std::result
             Filled::Truth(true) => "true",
             Filled::Truth(false) => "false",
         };
-        // Otherwise a name like '$(S3_SECRET_KEY)' would become the secret.
+        // Escape `$`: otherwise Kubernetes would replace a user's text like '$(S3_SECRET_KEY)' by the secret.
         out.push_str(&if is_expanded { value.replace('$', "$$") } else { value.to_owned() });
         rest = after;
     }

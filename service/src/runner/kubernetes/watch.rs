@@ -19,22 +19,24 @@ use super::objects::{Cluster, JOB_LABEL, RECORDS_LABEL, call, reason};
 use crate::records::Job;
 use crate::runner::Death;
 
-/// Labels of a pod with the name of its Job, the newer one first.
+/// Labels of a pod with the name of its Job, the newer label first.
 const JOB_NAMES: [&str; 2] = ["batch.kubernetes.io/job-name", "job-name"];
 
-/// Seconds after which the API ends a watch, which then goes on: a connection that was cut silently is noticed by that.
+/// Seconds after which the API ends a watch request and the next one begins, so that a silently cut connection is
+/// noticed.
 const WATCH_TIME: u32 = 60;
 
-/// Interval at which troubles are looked at that last.
+/// Interval at which lasting troubles are checked.
 const TICK: Duration = Duration::from_secs(1);
 
-/// Time for a job's record to tell more than its pod.
+/// Time to wait before a death is reported, so that a reason in the job's record takes precedence.
 const BRIEF: Duration = Duration::from_secs(5);
 
-/// Longest note of an event, in characters: Kubernetes takes 1024 bytes.
+/// Maximum length of an event's note, in characters: Kubernetes accepts 1024 bytes, and a character has up to four.
 const LONGEST_NOTE: usize = 250;
 
-/// Watches until `deaths` is closed. A trouble that may pass lasts for `limit` at most.
+/// Watches until `deaths` is closed. A trouble that may pass by itself counts as a death once it has lasted for
+/// `limit`.
 pub(super) async fn run(cluster: &Cluster, limit: Duration, running: &[Job], deaths: mpsc::Sender<Death>) {
     let config = Config::default().timeout(WATCH_TIME);
     let jobs: Api<batch::Job> = Api::namespaced(cluster.client.clone(), &cluster.namespace);
@@ -88,21 +90,21 @@ pub(super) async fn record_event(cluster: &Cluster, job: &Job, why: &str) -> Res
     recorded.map_err(|refusal| refusal.reason)
 }
 
-/// Kind of object that tells about a job.
+/// Kind of an object whose state shows how a job is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Source {
     Job,
     Pod,
 }
 
-/// An object that tells about a job: its kind and name.
+/// Kind and name of an object whose state shows how a job is doing.
 type Teller = (Source, String);
 
-/// An event, as far as jobs have to do with it.
+/// An event of the watch, reduced to what concerns jobs.
 enum Seen {
     /// All objects of a kind are listed from here on.
     Begin(Source),
-    /// An object is there, and may tell of a trouble.
+    /// An object exists, possibly with a trouble.
     There { teller: Teller, labels: BTreeMap<String, String>, is_listed: bool, trouble: Option<Trouble> },
     /// An object is gone.
     Gone(Teller),
@@ -132,11 +134,11 @@ impl Seen {
 /// Everything that was seen of the jobs.
 struct Sight {
     records: String,
-    /// Objects that were there, each with the ID of its job.
+    /// Objects that exist as far as events have shown, each with the ID of its job.
     known: BTreeMap<Teller, String>,
-    /// Objects of the list that has begun.
+    /// Objects named since the current listing began; known objects that it does not name are gone.
     listed: BTreeSet<Teller>,
-    /// Troubles that last, each with its job and its beginning.
+    /// Troubles that have not been reported yet, each with its job's ID and its beginning.
     troubles: BTreeMap<Teller, (String, Trouble, Instant)>,
     /// Jobs that were reported.
     reported: BTreeSet<String>,
@@ -158,7 +160,8 @@ impl Sight {
         }
     }
 
-    /// ID of the job of an object: by our labels, or by its Job, which upstream's service may have made.
+    /// Returns the ID of the job of an object, by our labels or, for objects that upstream's service made, by the name
+    /// of its Job.
     fn job(&self, teller: &Teller, labels: &BTreeMap<String, String>) -> Option<String> {
         if let Some(job) = labels.get(JOB_LABEL) {
             return (labels.get(RECORDS_LABEL) == Some(&self.records)).then(|| job.clone());
@@ -204,12 +207,12 @@ impl Sight {
     fn gone(&mut self, teller: &Teller, now: Instant) {
         let Some(job) = self.known.remove(teller) else { return };
         match teller.0 {
-            // A job that is removed in order has no record soon.
+            // If the service deletes a job, its record is gone when the brief wait ends, and the report has no effect.
             Source::Job => {
                 let reason = format!("its Job {} was deleted", teller.1);
                 self.set(teller.clone(), job, Some(Trouble { reason, patience: Patience::Brief }), now);
             }
-            // The reason for which a pod was removed is still worth telling.
+            // Keep troubles other than long ones: the reason for which a pod was removed is still worth reporting.
             Source::Pod => {
                 self.troubles.retain(|other, (_, trouble, _)| other != teller || trouble.patience != Patience::Long);
             }
@@ -230,7 +233,7 @@ impl Sight {
                 deaths.push(Death { id, reason: trouble.reason });
             }
         }
-        // A job that is gone is not heard of again.
+        // No further events come for a job that is gone, so it need not be remembered.
         self.reported
             .retain(|id| deaths.iter().any(|death| death.id == *id) || self.known.values().any(|job| job == id));
         deaths
@@ -253,7 +256,7 @@ mod tests {
         Seen::There { teller: (source, name.into()), labels, is_listed: true, trouble }
     }
 
-    /// Reasons that are told `seconds` after `began`.
+    /// Returns the reasons that are reported `seconds` after `began`.
     fn told(sight: &mut Sight, began: Instant, seconds: u64) -> Vec<(String, String)> {
         let deaths = sight.due(began + Duration::from_secs(seconds), Duration::from_mins(1));
         deaths.into_iter().map(|death| (death.id, death.reason)).collect()
