@@ -1,9 +1,9 @@
 //! Applies the changes in the upper layer of an overlay to the directory below it.
 //!
-//! A step reads only the upper layer, which stays as it is, and does nothing where the directory is as wanted already;
-//! so an application that was killed can be started again at any time. Two steps cannot be repeated: moving the renamed
-//! directories into the stage, since other entries may take their old names, and removing the stage. A record says
-//! which steps are done.
+//! A step reads only the upper layer, which it leaves as it is, and does nothing where the directory is already as
+//! wanted; so an application that was killed can be started again at any time. Two steps cannot be repeated: moving the
+//! renamed directories into the stage, since other entries may take their old names, and removing the stage. Therefore
+//! a record says which steps are done.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
@@ -24,8 +24,9 @@ use crate::sys::signals::Pending;
 use crate::sys::tree::Tree;
 use crate::sys::walk::Descent;
 
-/// Changes `root` to the content of the overlay of `root` and `upper`, or resumes that. The overlay must be unmounted,
-/// and nobody else may write to either. Once begun, it must be resumed until everything is applied.
+/// Changes `root` to the content of the overlay of `root` and `upper`, or resumes such an application. The overlay must
+/// be unmounted, and nobody else may write to `root` or `upper`. Once begun, an application must be resumed until
+/// everything is applied.
 pub(crate) fn apply(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
     let attempted = || format!("apply the changes to {}", root.shown().display());
     let directories = directories(upper).attempt(attempted)?;
@@ -35,7 +36,7 @@ pub(crate) fn apply(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
             if Pending::new().check().is_err() {
                 return Err(refusal);
             }
-            // Nothing is applied, and the changes can be resumed as they are.
+            // Nothing is applied yet, so drop the record; the changes can then be resumed as they are.
             work.remove(RECORD).attempt(|| format!("remove {}", work.shown().join(RECORD).display()))?;
             return Err(refusal);
         }
@@ -61,14 +62,14 @@ pub(crate) fn apply(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
     begun.write(work)
 }
 
-/// Aborts an interrupted application: renamed directories in the stage return to their old places. Changes that are
-/// applied stay.
+/// Aborts an interrupted application: renamed directories that are in the stage return to their old places. Changes
+/// that were applied already stay.
 pub(crate) fn abort(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
     let attempted = || format!("abort the changes to {}", root.shown().display());
     let Some(begun) = Progress::read(work).unwrap_or(None) else { return Ok(()) };
     let Some(stage) = begun.stage_to_abort(root).attempt(attempted)? else { return Ok(()) };
     let put_back = || {
-        // Sorted, so that a directory comes before those in it.
+        // The order matters: a directory must return before those inside it.
         let directories = directories(upper)?;
         for (source, aside) in renamed(&directories) {
             let above = root.directory_without_links(or_dot(source.parent().unwrap_or(Path::new(""))));
@@ -96,10 +97,10 @@ fn renamed(directories: &Directories) -> BTreeMap<&Path, &str> {
     renamed.filter_map(|directory| Some((directory.source.as_deref()?, directory.aside.as_str()))).collect()
 }
 
-/// Name in the stage of a new file until it is complete.
+/// Name in the stage of a new file that is not complete yet.
 const NEW: &str = "new";
 
-/// First letter of the name in the stage of a copied file with hard links.
+/// First letter of the name in the stage of a copy of a file with several hard links.
 const COPY: char = 'c';
 
 fn remove_copies(stage: &Tree) -> io::Result<()> {
@@ -113,8 +114,8 @@ fn copy_attributes(from: &Tree, to: &Tree) -> io::Result<()> {
     copy_attributes_of(Node { directory: from, name }, &rustix::fs::fstat(from)?, Node { directory: to, name })
 }
 
-/// Restricts access to `to` before it is filled: nobody may reach the new entries who cannot reach them in the end. The
-/// attributes of `from` are copied last.
+/// Restricts access to `to` before it is filled, so that nobody can reach the new entries in the meantime who could not
+/// reach them afterwards. The attributes of `from` are copied last.
 fn restrict(from: &Tree, to: &Tree) -> io::Result<()> {
     let (wanted, found) = (rustix::fs::fstat(from)?, rustix::fs::fstat(to)?);
     let name = OsStr::new(".");
@@ -136,7 +137,8 @@ fn restrict(from: &Tree, to: &Tree) -> io::Result<()> {
 
 fn copy_attributes_of(from: Node, found: &Stat, to: Node) -> io::Result<()> {
     match to.take(found, &shown(from.attributes()?)) {
-        // The file system has no such attributes; a change in place would have failed in the session.
+        // The target's file system lacks such attributes. Only warn: if the directory had been changed in place, the
+        // session would have seen the error.
         Err(e) if Errno::from_io_error(&e) == Some(Errno::OPNOTSUPP) => {
             let path = to.directory.shown().join(to.name);
             tracing::warn!(
@@ -154,7 +156,7 @@ fn naming(path: &Path, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
-/// An application under way.
+/// An application in progress.
 struct Application<'a> {
     upper: &'a Tree,
     root: &'a Tree,
@@ -164,7 +166,8 @@ struct Application<'a> {
 }
 
 impl Application<'_> {
-    /// Moves renamed directories into the stage, the deepest first, while their paths in the source still hold.
+    /// Moves renamed directories into the stage, the deepest first, because moving a directory invalidates the paths
+    /// below it.
     fn move_renamed(&self) -> io::Result<()> {
         for (source, aside) in renamed(self.directories).into_iter().rev() {
             self.pending.check()?;
@@ -179,7 +182,7 @@ impl Application<'_> {
 
     /// Puts everything in its place.
     fn place(&self) -> io::Result<()> {
-        // Copies of a killed run may not have reached the disk.
+        // Copies that a killed run made may not have reached the disk, so make them again.
         remove_copies(&self.stage)?;
         let (mut uppers, mut roots) = (Descent::of(self.upper), Descent::of(self.root));
         for (path, directory) in self.directories {
@@ -188,7 +191,7 @@ impl Application<'_> {
             let at = |e| naming(&self.root.shown().join(path), &e);
             both.map_err(at).and_then(|(from, to)| self.fill(path, from, to, directory.source.is_none()))?;
         }
-        // Last, because placing entries changes the times of their directories.
+        // Attributes come last, because placing entries changes the times of their directories.
         let (mut uppers, mut roots) = (Descent::of(self.upper), Descent::of(self.root));
         self.directories.keys().try_for_each(|path| {
             copy_attributes(uppers.directory_without_links(path)?, roots.directory_without_links(path)?)
@@ -252,10 +255,11 @@ impl Application<'_> {
         Ok(rustix::fs::renameat(&self.stage, NEW, to, name)?)
     }
 
-    /// Links the file itself if both are on one file system: that is cheap, and hard links stay hard links. Returns
-    /// whether it could.
+    /// Links the file itself into the stage if both are on one file system: linking is cheap, and hard links stay hard
+    /// links. Returns whether that was possible.
     fn link(&self, from: &Tree, name: &OsStr) -> io::Result<bool> {
-        // Unescaping would change the shared inode, and its next name would take the attributes for overlayfs's state.
+        // Attributes must be unescaped. On a linked file this would change the inode that the upper layer shares, and
+        // at its next name they would be taken for overlayfs's own state.
         let is_escaped = |name: &OsString| name.as_bytes().starts_with(ESCAPED);
         if (Node { directory: from, name }).attributes()?.keys().any(is_escaped) {
             return Ok(false);
@@ -269,7 +273,7 @@ impl Application<'_> {
         file.set_attributes(&shown(file.attributes()?)).map(|()| true)
     }
 
-    /// Copies the file; one with hard links is copied once.
+    /// Copies the file into the stage. If it has hard links, it is copied once and then linked.
     fn copy(&self, from: &Tree, name: &OsStr, found: &Stat) -> io::Result<()> {
         let copy = format!("{COPY}{}", found.st_ino);
         let linked = || rustix::fs::linkat(&self.stage, &copy, &self.stage, NEW, AtFlags::empty());
@@ -297,16 +301,16 @@ impl Application<'_> {
     }
 }
 
-/// Bytes of a file that are copied between two looks for a signal.
+/// Maximum number of bytes of a file that are copied between two checks for a signal.
 const PIECE: u64 = 64 << 20;
 
-/// Copies `size` bytes and keeps holes.
+/// Copies a file of `size` bytes, keeping its holes.
 fn copy_content(mut from: File, mut to: File, size: u64) -> io::Result<()> {
     let mut at = 0;
     while at < size {
         at = match rustix::fs::seek(&from, rustix::fs::SeekFrom::Data(at)) {
             Ok(at) => at,
-            // Only a hole is left.
+            // The rest of the file is a hole.
             Err(Errno::NXIO) => break,
             Err(e) => return Err(e.into()),
         };
@@ -343,7 +347,7 @@ mod tests {
         Append(PathBuf),
         MakeDirectory(PathBuf),
         Remove(PathBuf),
-        /// Shows through another hard link what became of the file.
+        /// Keeps a further hard link through which the fate of the file shows.
         WriteAndRemove(PathBuf),
         Rename(PathBuf, PathBuf),
         Link(PathBuf, PathBuf),
@@ -395,7 +399,7 @@ mod tests {
     impl Change {
         fn make(&self, root: &Path) {
             let at = |path: &Path| root.join(path);
-            // Opening a fifo waits.
+            // Skip these: opening a fifo would block.
             let is_node = |path: &Path| std::fs::metadata(at(path)).is_ok_and(|found| !found.is_file());
             let _ = match self {
                 Self::Write(path, _) | Self::Append(path) | Self::WriteAndRemove(path) | Self::Sparse(path)
@@ -480,8 +484,8 @@ mod tests {
         mount.attach(Tree::open(at).unwrap()).unwrap();
     }
 
-    /// Changes `root` in an overlay, applies the changes, and compares. The application is killed after each number of
-    /// system calls in `limits`, and started again.
+    /// Changes `root` in an overlay, applies the changes, and compares the results. For each number in `limits`, the
+    /// application is killed after so many system calls, and started again.
     fn compare(
         before: &[Change],
         changes: &[Change],
@@ -499,7 +503,7 @@ mod tests {
         for name in ["root", "upper", "work", "record"] {
             std::fs::create_dir_all(place.join(name)).unwrap();
         }
-        // In the source, overlayfs would take these for its own state.
+        // In the source, overlayfs would take attributes of this name for its own state.
         let is_state = |change: &&Change| matches!(change, Change::Attribute(_, "trusted.overlay.opaque", _));
         for change in before.iter().filter(|change| !is_state(change)) {
             change.make(&root);
@@ -520,7 +524,7 @@ mod tests {
         let wanted = tree(&merged);
         mounts::unmount(&merged).unwrap();
         for limit in limits.iter().map(Some).chain([None]) {
-            // A process of its own, which can be killed; it inherits this thread's mounts.
+            // Runs in a process of its own, which can be killed; it inherits this thread's mounts.
             let program = std::env::current_exe().unwrap();
             let mut child = match limit {
                 None => Command::new(program),
@@ -540,7 +544,7 @@ mod tests {
                 other => return Err(format!("{other}")),
             }
         }
-        // The upper layer's hard links must not count.
+        // Remove the upper layer, whose hard links would be counted.
         std::fs::remove_dir_all(place.join("upper")).unwrap();
         std::fs::remove_dir_all(place.join("work")).unwrap();
         let found = tree(&root);
@@ -572,7 +576,7 @@ mod tests {
         apply(&record, &upper, &root).unwrap();
     }
 
-    /// Checks that the result of `before` and `changes` is applied, on one disk and across two.
+    /// Checks that the changes are applied correctly to a tree made by `before`, on one disk and across two.
     fn applied(before: &[Change], changes: &[Change]) {
         for another_disk in [false, true] {
             let (before, changes) = (before.to_vec(), changes.to_vec());
@@ -659,7 +663,7 @@ mod tests {
         }
         let fixed = dir.path().join("root/fixed");
         let chattr = |flag: &str| Command::new("chattr").arg(flag).arg(&fixed).status().unwrap().success();
-        // Not every file system supports it.
+        // Not every file system supports the immutable flag.
         if !chattr("+i") {
             return;
         }
@@ -718,7 +722,7 @@ mod tests {
             before in vec(change(), 0..30), changes in vec(change(), 0..30), another_disk: bool,
             limits in vec(1_u32..40, 0..4)
         ) {
-            // A thread, because a mount namespace belongs to one.
+            // A thread is needed because a mount namespace belongs to one.
             let compared = std::thread::spawn(move || compare(&before, &changes, another_disk, &limits)).join();
             prop_assert_eq!(compared.unwrap(), Ok(()));
         }

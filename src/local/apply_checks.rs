@@ -1,4 +1,4 @@
-//! Checks before changes are applied to a directory.
+//! Checks that precede the application of changes to a directory.
 
 use std::ffi::OsStr;
 use std::io;
@@ -30,7 +30,8 @@ pub(crate) fn refuse_edited(work: &Tree, upper: &Tree, root: &Tree) -> Result<()
     let Some(opened) = work.look(SOURCE).attempt(attempted)? else { return Ok(()) };
     let is_newer = |path: &Path, directory: &Tree, name: &OsStr| {
         let found = rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW)?;
-        // The ctime, because nobody can set it; but for the image root itself, whose ctime a rename changes.
+        // Compare the ctime, because nobody can set it. For the image root itself compare the mtime, since a rename
+        // changes its ctime.
         let changed = if path == Path::new("") {
             (found.st_mtime, found.st_mtime_nsec)
         } else {
@@ -55,7 +56,7 @@ pub(crate) fn refuse_edited(work: &Tree, upper: &Tree, root: &Tree) -> Result<()
         )))
 }
 
-/// Records that the source was checked now: later edits of it conflict with the changes kept in `work`.
+/// Records that the source was checked now: edits after this time conflict with the changes kept in `work`.
 pub(crate) fn record_check(work: &Tree) -> Result<()> {
     let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
     let times = Timestamps { last_access: now, last_modification: now };
@@ -63,7 +64,7 @@ pub(crate) fn record_check(work: &Tree) -> Result<()> {
     touched.attempt(|| format!("touch {}", work.shown().join(SOURCE).display()))
 }
 
-/// Returns whether an attribute of the file system (chattr(1)) forbids to change the file.
+/// Returns whether a flag of the file system (chattr(1)) forbids changes to the file.
 fn is_fixed(directory: &Tree, name: &OsStr) -> io::Result<bool> {
     let found = rustix::fs::statx(directory, name, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::BASIC_STATS)?;
     Ok(found.stx_attributes.intersects(StatxAttributes::IMMUTABLE | StatxAttributes::APPEND))

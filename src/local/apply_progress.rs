@@ -1,4 +1,4 @@
-//! The record of an application: how far the changes to a directory are applied to it.
+//! The record of an application: how far the changes to a directory have been applied to it.
 
 use std::ffi::OsString;
 use std::io;
@@ -10,14 +10,15 @@ use rustix::fs::{FileType, Stat};
 use crate::error::{Attempt, Error, Result};
 use crate::sys::tree::{Tree, inode_and_birth};
 
-/// Prefix of the stage's name: a directory in the one that is changed, for renamed directories until they have their
-/// place and for new files until they are complete. A random number follows, so that neither source nor session has it.
+/// Prefix of the stage's name. The stage is a directory inside the one that is changed; it holds renamed directories
+/// until they get their new places, and new files until they are complete. A random number follows the prefix, so that
+/// neither the source nor a session can have the name.
 const STAGE: &str = ".ims-sshd.applying.";
 
-/// File in the work directory that records how far the application is.
+/// File in the work directory that records the progress of the application.
 pub(crate) const RECORD: &str = ".ims-sshd.applying";
 
-/// Steps of an application, at which it is resumed.
+/// Steps of an application. An interrupted one is resumed at the recorded step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd)]
 pub(crate) enum Step {
     /// The image is complete, and nothing is applied yet.
@@ -49,7 +50,7 @@ pub(crate) const DROP: &str =
 pub(crate) struct Progress {
     /// The current step.
     pub(crate) step: Step,
-    /// Identity of the directory that is changed.
+    /// Identity of the directory that is changed, from [`identity`].
     root: String,
     /// Name of the stage.
     pub(crate) stage: String,
@@ -57,13 +58,14 @@ pub(crate) struct Progress {
     number: u64,
 }
 
-/// Records that the changes kept in `work` are to be applied to `root`, on disk, so that no later command forgets it.
+/// Records on disk that the changes kept in `work` are to be applied to `root`, so that later commands know it.
 pub(crate) fn decide(work: &Tree, root: &Tree) -> Result<()> {
     let root_is = identity(root).attempt(|| format!("apply the changes to {}", root.shown().display()))?;
     Progress { step: Step::Decided, root: root_is, stage: STAGE.into(), number: 0 }.write(work)
 }
 
-/// Returns whether nothing is applied yet: the overlay must be mounted again to complete hard links.
+/// Returns whether nothing is applied yet, though the decision is recorded. If so, the overlay must be mounted again to
+/// complete hard links.
 pub(crate) fn is_only_decided(work: &Tree) -> Result<bool> {
     Ok(Progress::read(work)?.is_some_and(|progress| progress.step == Step::Decided))
 }
@@ -74,7 +76,8 @@ pub(crate) fn has_begun(work: &Tree) -> Result<bool> {
     Ok(work.look(RECORD).attempt(attempted)?.is_some())
 }
 
-/// Returns whether everything is applied. The changes kept in `work` may then be incomplete.
+/// Returns whether everything is applied. The changes kept in `work` may then be incomplete, because they are removed
+/// next.
 pub(crate) fn has_ended(work: &Tree) -> Result<bool> {
     Progress::read(work).map(|progress| progress.is_some_and(|progress| progress.step == Step::Applied))
 }
@@ -86,7 +89,7 @@ pub(crate) fn is_of(work: &Tree, root: &Tree) -> Result<bool> {
 }
 
 impl Progress {
-    /// Reads the record in `work`; none if nothing was decided.
+    /// Reads the record in `work`; `None` if there is none.
     pub(crate) fn read(work: &Tree) -> Result<Option<Self>> {
         if !has_begun(work)? {
             return Ok(None);
@@ -114,7 +117,7 @@ impl Progress {
         work.replace(RECORD, &[step, rest.as_bytes()].concat()).and_then(|()| work.sync()).attempt(attempted)
     }
 
-    /// The stage; none if it does not exist.
+    /// Opens the stage; `None` if it does not exist.
     pub(crate) fn open_stage(&self, root: &Tree) -> io::Result<Option<Tree>> {
         let stage = match root.directory_of_same_mount(&self.stage) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -130,8 +133,8 @@ impl Progress {
         Ok(Some(stage))
     }
 
-    /// Begins the application of `upper` to `root`, or finds the one that has begun. Returns the stage too, unless it
-    /// was removed already.
+    /// Begins the application of `upper` to `root`, or continues one that has begun. Returns the stage too, unless it
+    /// has been removed already.
     pub(crate) fn begin(work: &Tree, upper: &Tree, root: &Tree) -> Result<(Self, Option<Tree>)> {
         let attempted = || format!("apply the changes to {}", root.shown().display());
         let root_is = identity(root).attempt(attempted)?;
@@ -148,7 +151,8 @@ impl Progress {
                 }
                 return Ok((begun, stage));
             }
-            // The run was killed before it recorded the stage, which is still empty; an entry of others is left alone.
+            // The run was killed before it recorded the stage, which is still empty. If the entry is another one that
+            // is not empty, the removal fails.
             let _ = root.remove_directory(&begun.stage);
         }
         let stage = loop {
@@ -172,8 +176,8 @@ impl Progress {
         Ok((begun, Some(stage)))
     }
 
-    /// The stage of an application that is to be aborted; none if there is nothing to undo. Removes a stage that is not
-    /// recorded yet.
+    /// The stage of an application that is to be aborted; `None` if there is nothing to undo. Removes a stage that is
+    /// not recorded yet.
     pub(crate) fn stage_to_abort(&self, root: &Tree) -> io::Result<Option<Tree>> {
         if self.step == Step::Applied || self.root != identity(root)? {
             return Ok(None);
@@ -186,7 +190,8 @@ impl Progress {
     }
 }
 
-/// Identifies a directory, also after a reboot, which may change the number of its device.
+/// Identifies a directory even after a reboot, which may change its device number: by its birth time, if the file
+/// system has one.
 fn identity(root: &Tree) -> io::Result<String> {
     let (inode, made) = inode_and_birth(root)?;
     let device = rustix::fs::fstat(root)?.st_dev;

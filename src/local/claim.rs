@@ -1,6 +1,6 @@
 //! Claims of image roots by device and inode, since a bind mount is another path to the same directory. They do not
-//! replace the locked directory of a run ([`RunDirectory`]): leftovers of a killed run are found by path, because an
-//! overlay has a new device each time it is mounted, and no other mount namespace sees it.
+//! replace the locked directory of a run ([`RunDirectory`]): leftovers of a killed run have to be found by path,
+//! because an overlay gets a new device number each time it is mounted, and is not visible from other mount namespaces.
 
 use std::ffi::OsString;
 use std::fs::Metadata;
@@ -20,7 +20,7 @@ const CLAIMS: &str = ".claims";
 /// File in a claim that holds the image root's path.
 const PATH: &str = "path";
 
-/// Longest path that the kernel accepts (PATH_MAX).
+/// Maximum length of a path, in bytes (PATH_MAX).
 const LIMIT: u64 = 4096;
 
 /// An image root that is claimed for one command.
@@ -29,8 +29,8 @@ pub(crate) struct Claim {
 }
 
 impl Claim {
-    /// Claims the image root for `command` as long as the value lives. Refuses an image root inside an open one, or
-    /// around one: each would be changed and packed with the other.
+    /// Claims the image root for `command` as long as the value lives. Refuses an image root that contains an open one
+    /// or is inside one, because each would be changed and packed with the other.
     pub(crate) fn take(command: &str, image_root: &Path) -> Result<Self> {
         let path = place(command, &look(image_root)?);
         let make = || {
@@ -42,13 +42,13 @@ impl Claim {
         let mut retries = 0..10;
         let claim = loop {
             match claim(make) {
-                // Another run may be removing it, as abandoned.
+                // Another run may be removing this claim, since it was abandoned.
                 Err(_) if retries.next().is_some() => std::thread::sleep(Duration::from_millis(5)),
                 Err(_) if is_claimed(&path)? => return Err(claimed(image_root)),
                 taken => break Self { files: taken? },
             }
         };
-        // Written before looking for others: of two runs that start at once, at least one sees the other.
+        // Write the path before looking for others: if two runs start at once, at least one sees the other.
         let written = claim.files.parent().replace(PATH, image_root.as_os_str().as_bytes());
         written.attempt(|| format!("write {}/{PATH}", path.display()))?;
         refuse_nested(image_root).map(|()| claim)
@@ -67,11 +67,11 @@ impl Drop for Claim {
     }
 }
 
-/// Removes claims of killed runs, which no later run reuses: an overlay has a new device each time.
+/// Removes claims of killed runs. No later run would reuse them, because an overlay gets a new device number each time.
 fn remove_abandoned() {
     for entry in std::fs::read_dir(Path::new(RUN).join(CLAIMS)).into_iter().flatten().flatten() {
         let path = entry.path();
-        // Locked first, so that a run that claims it now notices the removal.
+        // Lock the claim first, so that a run that takes it at the same time notices the removal.
         if let Ok(Some(mut files)) = SignalFiles::open(&path)
             && files.claim().is_ok()
         {
@@ -80,7 +80,7 @@ fn remove_abandoned() {
     }
 }
 
-/// Refuses a directory inside an open image root, or around one.
+/// Refuses a directory that contains an open image root or is inside one.
 pub(crate) fn refuse_nested(directory: &Path) -> Result<()> {
     let here = look(directory)?;
     let real = std::fs::canonicalize(directory).attempt(|| format!("open {}", directory.display()))?;
@@ -92,7 +92,7 @@ pub(crate) fn refuse_nested(directory: &Path) -> Result<()> {
         if claimed == identity(&here) || !is_claimed(&entry.path())? {
             continue;
         }
-        // A claim without a path is just being made; its owner will find this one.
+        // A claim without a path is still being made; its owner will find the claim of this run.
         let path = SignalFiles::open(&entry.path())?.and_then(|files| files.parent().read(PATH, LIMIT).ok());
         let path = path.map(|path| PathBuf::from(OsString::from_vec(path)));
         let shown = path.as_deref().map_or_else(|| "a directory above it".into(), |path| path.display().to_string());
@@ -122,13 +122,13 @@ fn look(image_root: &Path) -> Result<Metadata> {
     std::fs::metadata(image_root).attempt(|| format!("open {}", image_root.display()))
 }
 
-/// Removes a directory with the files in it. Never descends: an image root may be mounted below.
+/// Removes a directory with the files in it. Never descends into subdirectories: an image root may be mounted on one.
 pub(crate) fn remove_directory(path: &Path) -> Result<()> {
     remove_files(path, |_| true)?;
     std::fs::remove_dir(path).attempt(|| format!("remove {}", path.display()))
 }
 
-/// Removes the entries of a directory that `which` accepts, by name; directories only if they are empty.
+/// Removes the entries of a directory whose names `which` accepts; subdirectories only if they are empty.
 pub(crate) fn remove_files(path: &Path, which: impl Fn(&str) -> bool) -> Result<()> {
     let attempted = || format!("clear {}", path.display());
     for entry in std::fs::read_dir(path).attempt(attempted)? {
@@ -142,7 +142,7 @@ pub(crate) fn remove_files(path: &Path, which: impl Fn(&str) -> bool) -> Result<
     Ok(())
 }
 
-/// Claims the directory that `make` creates or finds. Tries again if its previous owner removed it meanwhile.
+/// Claims the directory that `make` creates or finds. Tries again if its previous owner has removed it meanwhile.
 pub(crate) fn claim(make: impl Fn() -> Result<PathBuf>) -> Result<SignalFiles> {
     loop {
         let path = make()?;

@@ -7,7 +7,7 @@ use crate::log::redaction::without_secrets;
 use crate::printable::Printable;
 use crate::transfer::without_query;
 
-/// Options that drop the changes that an earlier run kept.
+/// Options that drop the changes kept by an earlier run.
 const DROPPING: [&str; 2] = ["--fresh", "--discard"];
 
 /// Options that change nothing but what is printed.
@@ -20,9 +20,9 @@ pub struct CommandLine {
     pub(crate) command: &'static str,
     /// The line that resumes kept changes. Secrets are masked, and URLs have no signature.
     pub(crate) line: String,
-    /// The end of the line: the command that runs in the image.
+    /// The end of `line`: the command that runs in the image.
     inside: String,
-    /// The directory to which relative paths in it refer.
+    /// The directory to which relative paths in `line` refer.
     pub(crate) directory: PathBuf,
 }
 
@@ -40,8 +40,8 @@ impl CommandLine {
         Self { command, line, inside, directory }
     }
 
-    /// Returns `other`, a line of an earlier run, if it differs in more than the path of the program and in what is
-    /// printed.
+    /// Returns `other`, the line of an earlier run, unless the two lines differ at most in the path of the program and
+    /// in options that affect only the output.
     pub(crate) fn differs<'a>(&self, other: &'a str) -> Option<&'a str> {
         let arguments = |line: &str| {
             let (own, inside) = line.strip_suffix(&self.inside).map_or((line, ""), |own| (own, self.inside.as_str()));
@@ -52,7 +52,7 @@ impl CommandLine {
     }
 }
 
-/// Returns `line`, which was typed in `directory`, so that it can be pasted here.
+/// Returns `line`, which was typed in `directory`, in a form that can be pasted in the current directory.
 pub(crate) fn from_here(line: &str, directory: &Path) -> String {
     if std::env::current_dir().is_ok_and(|here| here == directory) {
         return line.to_owned();

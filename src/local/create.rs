@@ -23,35 +23,35 @@ use crate::volume::layout::{BUILD, CREATED_IMAGE_ROOT, RECIPE};
 use crate::volume::open_tree;
 use crate::volume::signal_files::SignalFiles;
 
-/// Directory in which recipes are built, below that for changes.
+/// Directory in which recipes are built, below the directory for changes.
 pub const DIRECTORY: &str = "ims-sshd.create";
 
-/// Name of the directory of the image root, kiwi-ng's layout.
+/// Name of the directory in which kiwi-ng builds; its layout puts the image root there.
 const BUILT: &str = "build";
 
-/// Shells of an image root without which no session can begin.
+/// Shells, of which the image root must have one, or no session can begin.
 const SHELLS: [&str; 2] = ["bin/sh", "usr/bin/sh"];
 
 /// Arguments of the command line.
 #[derive(Debug)]
 pub struct Creation {
-    /// Where the recipe comes from.
+    /// Location of the recipe.
     pub source: String,
-    /// File of values for its templates, and further values.
+    /// File with values for the recipe's templates, and further values.
     pub values: (Option<PathBuf>, Vec<(String, String)>),
-    /// Profiles to build.
+    /// Profiles of the recipe to build.
     pub profiles: Vec<String>,
-    /// How long its repositories are waited for.
+    /// Time for which to wait for the recipe's repositories.
     pub limit: Duration,
-    /// The certificate of the site's authority.
+    /// The certificate of the site's certificate authority.
     pub authority: Option<PathBuf>,
-    /// Keys of repositories.
+    /// Files with the public signing keys of repositories.
     pub signing_keys: Vec<PathBuf>,
     /// Patterns of paths that are not packed.
     pub exclude: Vec<Pattern>,
     /// True if the image root of a build that failed is opened over SSH.
     pub has_debug_shell: bool,
-    /// The host that builds, if it is another one.
+    /// The host that builds the image; `None` for this machine.
     pub node: Option<Node>,
     /// The command line.
     pub command_line: CommandLine,
@@ -59,11 +59,12 @@ pub struct Creation {
     pub settings: Settings,
 }
 
-/// Fetches, builds, packs and publishes. What was built stays if that fails, and goes when it is published.
+/// Fetches the recipe, then builds, packs and publishes the image. The build's files stay if a step fails, and are
+/// removed after publication.
 pub fn run(mut creation: Creation) -> Result<u8> {
     need_root()?;
     if let Some(node) = &mut creation.node {
-        // Its repositories are those that it can reach.
+        // The node waits for the repositories, since it may not reach the same ones as this machine.
         node.wait = Some(creation.limit);
         node.returns_tree = creation.has_debug_shell;
         node.exclude = creation.exclude.iter().map(ToString::to_string).collect();
@@ -81,7 +82,7 @@ pub fn run(mut creation: Creation) -> Result<u8> {
             .because("another 'ims-sshd create' of this recipe is at work")
             .advise("wait for its end")
     })?;
-    // A run that failed has left them, for whoever looks for the reason.
+    // A failed run has left these so that its failure can be examined.
     let clear =
         |names: &[&str]| names.iter().try_for_each(|name| volume.remove_whole(name.as_ref())).attempt(attempted);
     clear(&[RECIPE, BUILT, BUILD])?;
@@ -133,7 +134,8 @@ fn publish(settings: &Settings, place: &Path) -> Result<()> {
     })
 }
 
-/// Opens what a build that `failed` has left, and returns 0 if it was marked complete.
+/// If the image root of a failed build is there, opens it over SSH; returns 0 if it was marked complete. `failed` is
+/// the error of the build.
 fn mend(creation: &Creation, place: &Path, failed: Error) -> Result<u8> {
     let image_root = place.join(CREATED_IMAGE_ROOT);
     if !creation.has_debug_shell || failed.is_interruption() || !image_root.is_dir() {

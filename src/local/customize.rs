@@ -33,10 +33,10 @@ use crate::volume::layout::{IMAGE_ROOT, READY};
 use crate::volume::open_tree;
 use crate::volume::state_directory::RUN;
 
-/// File in the run's directory that holds the source, for `status` after a kill.
+/// File in the run's directory that holds the source, for `status` after the run was killed.
 pub(crate) const SOURCE: &str = "source";
 
-/// How the environment is opened.
+/// Options for opening the environment.
 #[derive(Debug)]
 pub struct Customization {
     /// The port that sshd listens on; a free one by default.
@@ -61,7 +61,7 @@ pub fn run(mut run: Run, wanted: &Customization) -> Result<u8> {
     source::need_root()?;
     if let Some(file) = &wanted.host_script {
         let refuse = |why: String| Error::bad_input(format!("--host-script is '{}': {why}", file.display()));
-        // The type comes first: opening a fifo waits for a writer.
+        // Check the type first: opening a fifo would wait for a writer.
         let real = named::resolve(file).map_err(|e| refuse(e.to_string()))?;
         if !std::fs::metadata(&real).map_err(|e| refuse(e.to_string()))?.is_file() {
             return Err(refuse("expected a regular file".into()));
@@ -73,7 +73,7 @@ pub fn run(mut run: Run, wanted: &Customization) -> Result<u8> {
     }
     refuse_unusable_key(wanted)?;
     let mut settings = read_variables(wanted)?;
-    // Before anything is opened: an earlier descriptor belongs to the machine's mount namespace.
+    // Must precede opening anything: a descriptor opened earlier belongs to the machine's mount namespace.
     own_mounts()?;
     let entry = run.register()?;
     let label = entry.name();
@@ -96,7 +96,7 @@ pub(super) fn refuse_unusable_key(wanted: &Customization) -> Result<()> {
     wanted.authorized_key.as_ref().map_or(Ok(()), |file| check_public_keys("--authorized-key", file))
 }
 
-/// Reads the environment's settings, except those about the run's directory, which does not exist yet.
+/// Reads the environment's settings, except those that depend on the run's directory, which does not exist yet.
 pub(super) fn read_variables(wanted: &Customization) -> Result<Settings> {
     let script = wanted.host_script.as_ref().map(std::path::absolute).transpose().attempt(|| "find the script")?;
     let variables = [
@@ -133,7 +133,7 @@ pub(super) struct Opened<'a> {
     pub(super) in_place: bool,
 }
 
-/// Fills the run's directory with keys and configuration. Returns the command that logs in, and the port for sshd.
+/// Creates keys and configuration in the run's directory. Returns the command that logs in, and the port for sshd.
 fn furnish(
     wanted: &Customization,
     settings: &mut Settings,
@@ -157,7 +157,7 @@ fn furnish(
     Ok((configure_client(run, address, keys.identity.as_deref(), &key)?, held))
 }
 
-/// Opens the environment on an image root.
+/// Opens the environment on an image root, and returns when it has closed.
 fn open(
     wanted: &Customization,
     mut settings: Settings,
@@ -178,7 +178,7 @@ fn open(
     }
 
     let parent = run.path().to_owned();
-    // Claimed until the directory is removed, so that no other run starts in it before.
+    // The claim lasts until the directory is removed, so that no other run starts in it meanwhile.
     let (files, _claim) = run.into_signal_files()?;
     files.touch(READY)?;
     entry.set(&[("image_root_parent", &parent.display().to_string()), ("login", &login)]);
@@ -187,7 +187,8 @@ fn open(
         announce(opened, &parent, &login, &entry.name(), wanted.jailed);
     };
     let outcome = supervisor::run(settings, Some(files), listening)?;
-    // The supervisor may have left its own mark in the image; kept with the changes, it would end the next run.
+    // Remove the marks: the supervisor may have left its own in the image, and one that is kept with the changes would
+    // end the next run.
     let root = open_tree(opened.image_root)?;
     for verdict in Verdict::ALL {
         image_root::remove_mark(&root, verdict)?;
@@ -203,13 +204,13 @@ fn open(
     })
 }
 
-/// Mounts the image root where a build environment expects it, in this run's mount namespace only.
+/// Mounts the image root at the path where a build environment expects it, in this run's mount namespace only.
 fn show_image_root(image_root: &Path, parent: &Path) -> Result<()> {
     let place = parent.join(IMAGE_ROOT);
     let attempted = || format!("mount {} on {}", image_root.display(), place.display());
     std::fs::create_dir_all(&place).attempt(attempted)?;
     let target = Tree::open(&place).attempt(attempted)?;
-    // The overlay itself is `nosuid`. Sudo and su must work on this mount, which only this run sees.
+    // The overlay itself is `nosuid`, but sudo and su must work on this mount, which only this run sees.
     Detached::copy_of(image_root, true, MountAttrFlags::empty())
         .and_then(Detached::honouring_setuid)
         .and_then(|mount| mount.attach(target))
@@ -217,27 +218,27 @@ fn show_image_root(image_root: &Path, parent: &Path) -> Result<()> {
         .map(|_| ())
 }
 
-/// File of the run that holds the keys.
+/// File in the run's directory with the public keys that may log in.
 const AUTHORIZED_KEYS: &str = "authorized_keys";
 
-/// Comment of the keys.
+/// Comment in a created key pair.
 const KEY_COMMENT: &str = "ims-sshd customize";
 
 /// Keys for logging in.
 pub(super) struct Keys {
     /// File of the public keys that may log in.
     pub(super) authorized: PathBuf,
-    /// A private key among them, if this machine has it.
+    /// The private key of one of them, if this machine has it.
     pub(super) identity: Option<PathBuf>,
 }
 
-/// Copies or creates the keys that may log in.
+/// Copies the public keys `given`, or creates a key pair.
 pub(super) fn authorized_keys(given: Option<&Path>, run: &Path) -> Result<Keys> {
     let authorized = run.join(AUTHORIZED_KEYS);
     if let Some(given) = given {
         let attempted = || format!("copy {}", given.display());
         let real = named::resolve(given).attempt(attempted)?;
-        // Its mode is not copied: a user who can write to the copy could log in.
+        // Copy the content but not the mode: a user who can write to the copy could log in.
         let mut text = Vec::new();
         let copied = named::open_file(&real).and_then(|mut file| file.read_to_end(&mut text));
         copied.and_then(|_| Tree::open(run)?.replace(AUTHORIZED_KEYS, &text)).attempt(attempted)?;
@@ -251,16 +252,16 @@ pub(super) fn authorized_keys(given: Option<&Path>, run: &Path) -> Result<Keys> 
     Ok(Keys { authorized, identity: Some(private) })
 }
 
-/// Name of the environment in ssh's configuration.
+/// Host name of the environment in ssh's configuration.
 const HOST_ALIAS: &str = "image";
 
-/// Writes a configuration for ssh, scp, sftp and Ansible. It keeps the command line short and pins sshd's public host
-/// key. Returns the command that logs in.
+/// Writes a configuration for ssh, scp, sftp and Ansible, which keeps the command line short and pins sshd's public
+/// host key. Returns the command that logs in.
 pub(super) fn configure_client(run: &Path, address: SocketAddr, identity: Option<&Path>, key: &str) -> Result<String> {
     let known_hosts = run.join("known_hosts");
     std::fs::write(&known_hosts, format!("{HOST_ALIAS} {}\n", key.trim_end()))
         .attempt(|| format!("write {}", known_hosts.display()))?;
-    // ssh_config(5): % begins a token, and ${ a variable.
+    // In ssh_config(5), % begins a token, and ${ a variable.
     let identity = identity.map(|key| key.display().to_string()).filter(|key| !key.contains(['"', '\\', '$', '\n']));
     let key_option = if identity.is_none() { " -i YOUR_KEY" } else { "" };
     let identity = identity.map_or(String::new(), |key| {
@@ -279,7 +280,7 @@ pub(super) fn configure_client(run: &Path, address: SocketAddr, identity: Option
     Ok(format!("ssh -F {}{key_option} {HOST_ALIAS}", config.display()))
 }
 
-/// Tells the person how to log in and how to finish.
+/// Tells the person how to log in, and how to end the environment.
 pub(super) fn announce(opened: &Opened, parent: &Path, login: &str, name: &str, jailed: bool) {
     let shown = opened.shown.display();
     let open = if jailed {

@@ -30,14 +30,14 @@ use crate::volume::signal_files::{SignalFiles, claimed};
 /// Commands that change an image root in place.
 pub(crate) const COMMANDS: [&str; 2] = ["customize", "enter"];
 
-/// A directory below an overlay. As long as this value lives, no run changes the directory in place: the kernel leaves
-/// undefined what the overlay would show.
+/// A claim of a directory that lies below an overlay. As long as it lives, no run changes the directory in place, since
+/// the kernel leaves undefined what the overlay would then show.
 pub(crate) struct Held {
     directories: Vec<RunDirectory>,
 }
 
 impl Held {
-    /// Claims `directory`, whose changes are kept below `work`.
+    /// Claims `directory`; changes to it are kept below `work`.
     pub(crate) fn take(directory: &Path, work: &Path) -> Result<Self> {
         let refuse = |why: String| Error::new(format!("mount an overlay above {}", directory.display())).because(why);
         if holds(directory, work)? {
@@ -67,8 +67,8 @@ impl Drop for Held {
     }
 }
 
-/// Refuses a directory to which changes are kept, under any path, except those in `own`. A run that discards its
-/// changes (`looks`) gets a warning instead.
+/// Refuses a directory for which there are kept changes, made under any path, except those in `own`. A run that
+/// discards its changes (`looks`) gets a warning instead.
 pub(crate) fn refuse_kept(directory: &Path, works: &Path, own: Option<&Path>, looks: bool) -> Result<()> {
     let attempted = || format!("open {}", directory.display());
     let root = open_tree(directory)?;
@@ -104,9 +104,9 @@ pub(crate) fn refuse_kept(directory: &Path, works: &Path, own: Option<&Path>, lo
     Ok(())
 }
 
-/// Refuses to read a directory that is open, to which changes are kept, or to which some were applied.
+/// Refuses to read a directory that is open, for which there are kept changes, or to which some changes were applied.
 pub(crate) fn refuse_open(directory: &Path) -> Result<()> {
-    // First, because it prints the command line that resumes them.
+    // This check comes first, because its error has the command line that resumes the changes.
     refuse_kept(directory, Path::new(work_directory::DEFAULT), None, false)?;
     refuse_half_applied(directory)?;
     refuse_running(directory)?;
@@ -131,7 +131,7 @@ pub(crate) fn refuse_running(directory: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The image root parents of a directory that is an image root by its name; they are at most two directories above it.
+/// The image root parents of a directory whose name is that of an image root; they are at most two levels above it.
 pub(crate) fn parents_of(image_root: &Path) -> Result<Vec<SignalFiles>> {
     let is_parent =
         |parent: &&Path| [IMAGE_ROOT, CREATED_IMAGE_ROOT].iter().any(|name| parent.join(name) == image_root);
@@ -139,8 +139,8 @@ pub(crate) fn parents_of(image_root: &Path) -> Result<Vec<SignalFiles>> {
     parents.filter_map(|parent| SignalFiles::open(parent).transpose()).collect()
 }
 
-/// Refuses to open an image root while `prepare` replaces it, or while it is packed. Called once it is claimed, since
-/// those look for a claim once they have theirs.
+/// Refuses to open an image root while `prepare` replaces it, or while it is being packed. Call this after claiming the
+/// image root: those steps look for a claim once they have their own, so at least one side sees the other.
 pub(crate) fn refuse_while_used(image_root: &Path) -> Result<()> {
     let real = named::resolve(image_root).attempt(|| format!("open {}", image_root.display()))?;
     parents_of(&real)?.iter().try_for_each(SignalFiles::refuse_while_used)
@@ -190,11 +190,11 @@ pub(crate) fn open(directory: &Path) -> Result<Tree> {
     opened.attempt(|| format!("open {}", directory.display()))
 }
 
-/// Extended attribute of an ACL.
+/// Extended attribute that holds an ACL.
 const ACL: &str = "system.posix_acl_access";
 
-/// Returns whether other users of the machine reach `directory`, a path without symbolic links. They do if each
-/// directory on the way, and it itself, lets some user other than root search it.
+/// Returns whether other users of the machine can reach `directory`, a path without symbolic links: whether this
+/// directory and each one above it let some user other than root search them.
 fn is_reachable(directory: &Path) -> Result<bool> {
     let attempted = || format!("open {}", directory.display());
     let mut at = open_tree(Path::new("/"))?;
@@ -206,17 +206,17 @@ fn is_reachable(directory: &Path) -> Result<bool> {
     Ok(is_reachable)
 }
 
-/// Returns whether a user other than root may search the directory. An ACL counts as if it let one.
+/// Returns whether a user other than root may search the directory. If there is an ACL, assumes that it lets one.
 fn is_searched_by_others(directory: &Tree) -> io::Result<bool> {
     let found = rustix::fs::fstat(directory)?;
     let by_all = found.st_mode & 0o001 != 0;
     let by_group = found.st_mode & 0o010 != 0 && found.st_gid != 0;
     let here = Node { directory, name: OsStr::new(".") };
-    // An owner may change the mode.
+    // An owner other than root counts as well, since an owner may change the mode.
     Ok(by_all || by_group || !is_trusted(found.st_uid) || here.attributes()?.contains_key(OsStr::new(ACL)))
 }
 
-/// Warns if other users of the machine reach the image root `directory`. Returns whether they do.
+/// Warns if other users of the machine can reach the image root `directory`. Returns whether they can.
 pub(crate) fn warn_if_reachable(directory: &Path) -> Result<bool> {
     let is_reachable = is_reachable(directory)?;
     if is_reachable {
@@ -234,8 +234,8 @@ pub(crate) fn warn_if_reachable(directory: &Path) -> Result<bool> {
     Ok(is_reachable)
 }
 
-/// Users whose marks count in the image root `directory`, or in an overlay above it. Where other users of the machine
-/// reach it, which is warned of, they can create files in its /tmp, which has mode 1777.
+/// Users whose marks count in the image root `directory`, or in an overlay above it. If other users of the machine can
+/// reach it (this is warned of), they can create files in its /tmp, which has mode 1777, so only root's marks count.
 pub(crate) fn markers(directory: &Path) -> Result<Markers> {
     Ok(if warn_if_reachable(directory)? { Markers::Root } else { Markers::Everyone })
 }
@@ -251,7 +251,7 @@ pub(crate) fn is_same(a: &Tree, b: &Tree) -> bool {
     found(a).is_ok_and(|a| found(b) == Ok(a))
 }
 
-/// Aborts an application that an earlier run began.
+/// Aborts an application of changes that an earlier run began.
 pub(crate) fn abort_changes(directory: &Path, root: &Tree, place: &Tree) -> Result<()> {
     tracing::warn!(
         "applying changes to {} was interrupted; it keeps those that were applied, and the others are dropped",
@@ -263,8 +263,8 @@ pub(crate) fn abort_changes(directory: &Path, root: &Tree, place: &Tree) -> Resu
     apply::abort(place, &open_tree(&place.shown().join(OVERLAY).join(UPPER))?, root)
 }
 
-/// Applies the changes kept in `place` to `root`, which had the path `directory` when it was opened. Without an
-/// `overlay` an earlier run has begun to apply them.
+/// Applies the changes kept in `place` to `root`, which had the path `directory` when it was opened. `overlay` is
+/// `None` if an earlier run has begun the application.
 pub(crate) fn apply_changes(directory: &Path, root: &Tree, place: &Tree, overlay: Option<Overlay>) -> Result<()> {
     if apply_progress::has_ended(place)? {
         return Ok(());
@@ -287,7 +287,7 @@ pub(crate) fn apply_changes(directory: &Path, root: &Tree, place: &Tree, overlay
     Ok(())
 }
 
-/// Refuses a source of `prepare` that is a directory which a run has open, or below which something is mounted.
+/// Refuses, as a source of `prepare`, a directory that a run has open or below which something is mounted.
 pub fn refuse_open_source(source: &str) -> Result<()> {
     match Source::parse(source)? {
         Source::Here(path) if path.is_dir() => {

@@ -1,4 +1,4 @@
-//! Drops what an ended run left: `ims-sshd fail` of its name.
+//! Drops what an ended run left, for `ims-sshd fail` with the name of that run.
 
 use std::path::Path;
 
@@ -14,15 +14,15 @@ use crate::publish::journal;
 use crate::sys::named;
 use crate::volume::layout::IMAGE_ROOT;
 
-/// Drops what an ended run left: kept changes, its sshd, and its mount points in the image. Returns a verb phrase that
-/// says what the source is now.
+/// Drops what an ended run left: its kept changes, its sshd, and its mount points in the image. Returns a verb phrase
+/// that describes the state of the source.
 pub(crate) fn drop_left(entry: &Value) -> Result<&'static str> {
     source::need_root()?;
     let (name, source) = (entry["name"].as_str().unwrap_or_default(), entry["source"].as_str().unwrap_or_default());
     let path = Path::new(source);
     let is_gone = !has_source(entry);
     let work = entry["work"].as_str().map(Path::new).filter(|work| work.is_dir());
-    // Without a work directory the source was changed in place.
+    // A run without a work directory changed the source in place.
     let mut source_is = if work.is_some() { "is as it was" } else { "stays as it is now" };
     if let Some((all, own)) = work.and_then(|work| Some((work.parent()?, work.file_name()?.to_str()?))) {
         let place = WorkDirectory::claim(all, own)?;

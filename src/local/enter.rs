@@ -46,7 +46,7 @@ use crate::verdict::{Markers, Verdict};
 use crate::volume::image_root;
 use crate::volume::state_directory::StateDirectory;
 
-/// The command to run, and its surroundings.
+/// The command to run, and its environment.
 #[derive(Debug)]
 pub struct Entry {
     /// A program of the image with its arguments; the login shell if empty.
@@ -57,14 +57,14 @@ pub struct Entry {
     pub variables: Vec<(String, String)>,
     /// Files and directories of this machine to show in the jail.
     pub binds: Vec<Bind>,
-    /// The answer about the changes, if the command line gives one.
+    /// The answer to the question about the changes, if the command line gives one.
     pub answer: Option<Answer>,
-    /// True if `JOB_ENABLE_DKMS` counts.
+    /// True if the variable `JOB_ENABLE_DKMS` has an effect.
     pub heeds_dkms: bool,
 }
 
 impl Entry {
-    /// The command or script, unless a person is at a shell.
+    /// The command or script; `None` for a shell that a person uses.
     fn unattended(&self) -> Option<Unattended> {
         let of = |what, content| Unattended::of(what, &self.command, content, &self.variables, &self.binds);
         match &self.script {
@@ -91,7 +91,7 @@ pub fn run(mut run: Run, entry: &Entry) -> Result<u8> {
     let (tiers, hostname, dkms, grace) = of_jail(std::env::vars_os().filter(heeded))?;
     let (decides, end, in_place) = (run.decides(), run.end, run.in_place);
     if !run.is_in_place() {
-        // Before anything is opened: an earlier descriptor belongs to the machine's mount namespace.
+        // Must precede opening anything: a descriptor opened earlier belongs to the machine's mount namespace.
         mounts::own_mounts()?;
     }
     run.unattended = entry.unattended();
@@ -118,7 +118,7 @@ pub fn run(mut run: Run, entry: &Entry) -> Result<u8> {
         if is_given_up {
             (mark, stopped) = (Some(Verdict::Failed), None);
         }
-        // A person at the shell was told when it was hung up.
+        // For a person at the shell, this message was printed when the shell was hung up.
         if let Some(mark) = mark.filter(|_| !at_terminal) {
             tracing::info!("the image was marked {}", mark.signal_file());
         }
@@ -131,7 +131,8 @@ pub fn run(mut run: Run, entry: &Entry) -> Result<u8> {
                 tracing::warn!("interrupted by {signal}");
             }
             let marked_to_discard = mark == Some(Verdict::Failed) || mark.is_some() && is_discarded;
-            // The command of `customize --in-place`; `enter` is like chroot, and its shell may end with any code.
+            // This matters for the command of `customize --in-place`; `enter` is like chroot, and its shell may end
+            // with any code.
             let has_failed = stopped.is_some() || has_failed(status, at_terminal, mark.is_some());
             let fate = if marked_to_discard {
                 Fate::Discard
@@ -166,7 +167,7 @@ pub fn run(mut run: Run, entry: &Entry) -> Result<u8> {
             },
         })
     })?;
-    // A signal ends this process without dropping anything, and the register would show the run as killed.
+    // Drop the entry first: dying of a signal drops nothing, and the register would show the run as killed.
     drop(registered);
     Ok(end_like(ended))
 }
@@ -182,13 +183,13 @@ fn exited(code: i32) -> WaitStatus {
     WaitStatus::Exited(Pid::from_raw(1), code)
 }
 
-/// Exit status that `customize` ends with.
+/// Exit status with which `customize` would end for the verdict.
 fn exited_as(verdict: Verdict) -> WaitStatus {
     exited(i32::from(verdict == Verdict::Failed))
 }
 
-/// Returns whether the command failed. The exit code of a shell at a terminal is its last command's and does not count.
-/// Nor does a signal once the image is `marked`, because the shell is hung up then.
+/// Returns whether the command failed. The exit code of a shell at a terminal is that of its last command and does not
+/// count. Neither does death by a signal once the image is `marked`, because the shell is then hung up.
 fn has_failed(status: WaitStatus, at_terminal: bool, marked: bool) -> bool {
     match status {
         WaitStatus::Exited(_, code) => code != 0 && !at_terminal,
@@ -196,10 +197,11 @@ fn has_failed(status: WaitStatus, at_terminal: bool, marked: bool) -> bool {
     }
 }
 
-/// Decides the fate of the changes; none if the person has to be asked. The caller drops a mark `complete` of a failed
-/// command.
+/// Decides the fate of the changes; `None` if the person has to be asked. The caller must pass no mark `complete` for a
+/// failed command.
 ///
-/// In order of precedence: `--discard`, a signal to this program, a mark in the image, failure of the command, `--yes`.
+/// The first that applies decides: `--discard`, a signal to this program, a mark in the image, failure of the command,
+/// `--yes`.
 fn decide(
     status: WaitStatus,
     verdict: Option<Verdict>,
@@ -222,7 +224,7 @@ fn tell(text: &str) {
     let _ = std::io::stderr().write_all(text.as_bytes());
 }
 
-/// The question to the person at the end.
+/// The question at the end about the changes.
 struct Question {
     source: String,
     /// True for a directory that is changed in place.
@@ -239,8 +241,8 @@ impl Question {
         }
     }
 
-    /// Asks the person at the terminal; none if there is no terminal. A signal, end of input or an empty line keeps the
-    /// changes.
+    /// Asks the person at the terminal; `None` if there is no terminal. A signal, end of input or an empty line keeps
+    /// the changes.
     fn ask(&self) -> Result<Option<Fate>> {
         let stdin = std::io::stdin();
         if !stdin.is_terminal() || !std::io::stderr().is_terminal() {
@@ -249,7 +251,7 @@ impl Question {
         let attempted = || "read the answer";
         let signals = Signals::block(&[Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]).attempt(attempted)?;
         let drain = || while let Ok(Some(_)) = signals.next() {};
-        // Signals that were meant for the session.
+        // Ignore signals that were meant for the session.
         drain();
         loop {
             tell(&format!("Publish the changed image of {}? {}: ", Printable(&self.source), self.choices()));
@@ -258,7 +260,7 @@ impl Question {
                 Err(rustix::io::Errno::INTR) => continue,
                 other => other.attempt(attempted)?,
             };
-            // Read directly: the standard library would buffer further lines, which poll does not see.
+            // Read without the standard library, which would buffer further lines where poll does not see them.
             let mut line = [0; 64];
             let is_read = sources[1].revents().is_empty();
             let length = if is_read { rustix::io::read(&stdin, &mut line).unwrap_or(0) } else { 0 };
@@ -277,38 +279,38 @@ impl Question {
     }
 }
 
-/// Time for a shell to write its history after it was hung up.
+/// Time for a shell to write its history after it has been hung up.
 const HANG_UP_TIME: Duration = Duration::from_secs(2);
 
-/// A signal that follows within this time is no second one.
+/// A signal that follows another within this time counts as the same one.
 const SAME_SIGNAL: Duration = Duration::from_millis(500);
 
 /// Result of a session.
 struct Ended {
     status: WaitStatus,
-    /// Mark in the image.
+    /// The mark found in the image.
     mark: Option<Verdict>,
-    /// Signal that this program received to end.
+    /// Signal to this program that asks it to end.
     stopped: Option<Signal>,
-    /// True if `ims-sshd fail` has ended it.
+    /// True if `ims-sshd fail` has ended the session.
     is_given_up: bool,
 }
 
 /// The session that runs in the jail.
 struct Session {
-    /// True for the login shell.
+    /// True if the login shell runs, and no command.
     is_shell: bool,
-    /// Time for the command to end after a signal. None if the command handles signals itself.
+    /// Time for the command to end after a signal; `None` if the command handles signals itself.
     grace: Option<Duration>,
-    /// The answer about the changes, if the command line gives one.
+    /// The answer to the question about the changes, if the command line gives one.
     answer: Option<Answer>,
-    /// Use of the changes if a mark or an answer decides about them.
+    /// Use of the changes, if a mark or an answer decides their fate.
     end: Option<End>,
     in_place: bool,
     /// Users whose marks count.
     markers: Markers,
     tiers: Vec<Tier>,
-    /// True if the jail gets everything that this process has.
+    /// True if the jail gets all privileges of this process, as DKMS needs.
     dkms: bool,
     hostname: Option<String>,
     /// Name of the image.
@@ -316,12 +318,12 @@ struct Session {
 }
 
 impl Session {
-    /// Returns whether a person is at the shell, which is hung up when the image is marked, as over SSH.
+    /// Returns whether a person is at the shell. The shell is then hung up when the image is marked, as over SSH.
     fn is_at_terminal(&self) -> bool {
         self.is_shell && std::io::stdin().is_terminal()
     }
 
-    /// The verdict, if the message is a mark that counts.
+    /// The verdict that `message` gives, if it is a mark that counts.
     fn mark(&self, message: Message) -> Option<Verdict> {
         let (verdict, owner) = message.mark()?;
         image_root::counts(self.markers, verdict, owner).then_some(verdict)
@@ -332,7 +334,7 @@ impl Session {
         clear_left_over(&["customize"], image_root)?;
         let run = RunDirectory::claim("enter", image_root)?;
         refuse_while_used(image_root).inspect_err(|_| drop(remove_directory(run.path())))?;
-        // The command runs in the foreground and handles these itself.
+        // The command runs in the foreground and handles these signals itself.
         let blocked = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGCHLD];
         let signals = Signals::block(&blocked).attempt(|| "block signals")?;
         nix::sys::prctl::set_child_subreaper(true).attempt(|| "become the parent of orphaned processes")?;
@@ -343,7 +345,7 @@ impl Session {
         open::clear_image_root(&tree, &record_directory)?;
         let cleared = |e: Error| {
             let _ = state.remove();
-            // Kept if it still has the record of a mount point that could not be removed.
+            // The directory stays if it still has the record of a mount point that could not be removed.
             let _ = std::fs::remove_dir(run.path());
             e
         };
@@ -354,7 +356,7 @@ impl Session {
             if tree.directory("tmp").is_ok() {
                 return Err(cleared(error));
             }
-            // An image whose /tmp is not a directory can be opened all the same.
+            // Such an image, whose /tmp is not a directory, can be opened all the same.
             tracing::warn!("{error}; /tmp/complete and /tmp/failed do not count");
             is_ours = false;
         }
@@ -392,7 +394,7 @@ impl Session {
         });
 
         let all_ended = processes::end_all(Some(&jail));
-        // The init looked for marks once more before it ended.
+        // The init looked for marks once more before it ended, so read its last messages.
         let last_mark = match all_ended {
             Ok(()) if is_ours => std::iter::from_fn(|| jail.receive()).filter_map(|message| self.mark(message)).max(),
             _ => None,
@@ -409,16 +411,16 @@ impl Session {
         all_ended?;
         let (helper, mut ended) = ended?;
         let found = if is_ours { take_marks(&tree, self.markers)? } else { None };
-        // Signals that arrived after the command ended count too.
+        // Signals that arrived after the command's end count too.
         while let Ok(Some((signal, sender))) = signals.next_with_sender() {
             ended.stopped = ended.stopped.or(self.stops(signal, sender == Some(helper)));
         }
         Ok(Ended { mark: ended.mark.max(last_mark).max(found), is_given_up, ..ended })
     }
 
-    /// Returns the signal if it is to end this program. `is_typed` says that it was typed at the command's terminal: it
-    /// ends an unattended command, whatever that makes of it. From a person at a shell, SIGINT and SIGQUIT are only
-    /// typed.
+    /// Returns `signal` if it is to end this program. `is_typed` is true for a signal that was typed at the command's
+    /// terminal: with `--yes` it counts whatever the command makes of it, otherwise the command alone handles it. If a
+    /// person is at a shell, SIGINT and SIGQUIT never end this program.
     fn stops(&self, signal: Signal, is_typed: bool) -> Option<Signal> {
         let stops = match signal {
             Signal::SIGTERM | Signal::SIGHUP => true,
@@ -430,7 +432,8 @@ impl Session {
         stops.then_some(signal)
     }
 
-    /// Waits until the command ends. If it `listens` for marks, hangs up a person's shell when the image is marked.
+    /// Waits until the command ends. If `listens` is true, hangs up a person's shell when the image is
+    /// marked.
     fn attend(&self, mut helper: Child, jail: &OpenJail, signals: &Signals, mut listens: bool) -> Result<Ended> {
         let attempted = || "wait for ims-jail-shell";
         let pid = Pid::from_raw(helper.id().cast_signed());
@@ -440,7 +443,8 @@ impl Session {
         loop {
             if let Some(status) = helper.try_wait().attempt(attempted)? {
                 let status = WaitStatus::from_raw(pid, status.into_raw()).attempt(attempted)?;
-                // What it has reported at its end must not interrupt the cleanup of a shell.
+                // Take the signals that ims-jail-shell reported at its end, which must not interrupt the cleanup of a
+                // shell.
                 while let Ok(Some((signal, sender))) = signals.next_with_sender() {
                     stopped = stopped.or(self.stops(signal, sender == Some(pid)));
                 }
@@ -463,7 +467,8 @@ impl Session {
             let _ = poll::wait(&mut sources, HANG_UP_TIME / 4);
             let has_message = sources.get(1).is_some_and(|link| !link.revents().is_empty());
             while let Ok(Some((signal, sender))) = signals.next_with_sender() {
-                // ims-jail-shell reports what is typed at the terminal while the command has it.
+                // ims-jail-shell reports, by signals to this process, what is typed at the terminal while the command
+                // has it.
                 let is_typed = sender == Some(pid);
                 let stops = self.stops(signal, is_typed);
                 stopped = stopped.or(stops);
@@ -477,7 +482,8 @@ impl Session {
                             );
                             signalled = Some(Instant::now());
                         }
-                        // A closed terminal sends SIGHUP, and the person's shell sends it again.
+                        // The same event may send a signal twice: a closed terminal sends SIGHUP, and the person's
+                        // shell sends it again.
                         Some(since) if since.elapsed() < SAME_SIGNAL || is_killed => {}
                         Some(_) => {
                             tracing::warn!("received {signal} again: killing the command");
@@ -486,7 +492,8 @@ impl Session {
                         }
                     }
                 }
-                // A signal from the terminal reaches the command as well: it goes to the whole foreground group.
+                // Pass on SIGINT and SIGQUIT only if a process sent them: the terminal sends them to the whole
+                // foreground group, the command included.
                 let is_sent = sender.is_some() && !is_typed;
                 if matches!(signal, Signal::SIGTERM | Signal::SIGHUP)
                     || matches!(signal, Signal::SIGINT | Signal::SIGQUIT) && is_sent
@@ -508,7 +515,7 @@ impl Session {
                         hung_up = Some(Instant::now());
                     }
                 }
-                // The init has ended and sends no more.
+                // The init has ended and sends no more messages.
                 Some(None) => listens = false,
                 Some(Some(None)) | None => {}
             }
@@ -517,14 +524,14 @@ impl Session {
 }
 
 /// Returns whether an environment that obeys marks has the image root open too: one of this machine, or one of a pod,
-/// found by its image root parent.
+/// which is found by its image root parent.
 fn is_open_elsewhere(image_root: &Path) -> Result<bool> {
     let is_one = RunDirectory::is_claimed("customize", image_root)?;
     let above = image_root.ancestors().skip(1).take(2);
     Ok(is_one || above.map(is_claimed).collect::<Result<Vec<_>>>()?.contains(&true))
 }
 
-/// Removes the marks from the image's /tmp, where they would be packed. Returns the one that counts.
+/// Removes the marks from the image's /tmp, since they would be packed. Returns the one that counts.
 fn take_marks(image_root: &Tree, markers: Markers) -> Result<Option<Verdict>> {
     let mut found = None;
     for verdict in Verdict::ALL {
@@ -535,7 +542,7 @@ fn take_marks(image_root: &Tree, markers: Markers) -> Result<Option<Verdict>> {
     Ok(found)
 }
 
-/// The terminal's modes before the session: a killed shell leaves those of its line editor.
+/// Modes of the terminal before the session, to be restored: a killed shell leaves behind those of its line editor.
 struct TerminalModes(Termios);
 
 impl TerminalModes {

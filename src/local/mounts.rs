@@ -1,4 +1,4 @@
-//! A mount namespace and terminals of this run's own: a session in an image must not reach those of the machine's
+//! A mount namespace and terminals for this run alone: a session in an image must not reach those of the machine's
 //! users.
 
 use std::path::Path;

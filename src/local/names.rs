@@ -2,14 +2,14 @@
 
 use crate::transfer::without_query;
 
-/// Longest label of a host name (RFC 1123).
+/// Maximum length of a label of a host name (RFC 1123).
 pub(crate) const LONGEST: usize = 63;
 
 /// Extensions of a source's file name that are not part of the image's name.
 const ENDINGS: [&str; 13] =
     ["gz", "xz", "zst", "zstd", "tgz", "txz", "tar", "cpio", "sqsh", "sqfs", "squashfs", "img", "oci"];
 
-/// File names that every image has; their directory gives the name instead.
+/// File names that do not distinguish images; the directory above gives the name instead.
 const COMMON: [&str; 2] = ["rootfs", "image-root"];
 
 /// Name of the image in `source`, a path or a URL: the file name without extensions.
@@ -20,7 +20,7 @@ pub fn of_source(source: &str) -> String {
     let mut names = path.rsplit('/').filter(|name| !["", ".", ".."].contains(name)).map(without_endings);
     let name = names.next().unwrap_or("image");
     let name = names.next().filter(|_| COMMON.contains(&name)).unwrap_or(name);
-    // The name becomes a directory of a store, which must not be hidden.
+    // The name becomes a directory of a store, which must not be a hidden one.
     match name.trim_start_matches('.') {
         "" => "image".into(),
         name => name.replace(|c: char| c.is_control(), "_"),

@@ -1,5 +1,5 @@
-//! Register of the runs of `customize` and `enter` on this machine. Each has a directory, locked until the run ends. An
-//! unlocked directory belongs to a run that was killed or kept changes; see [`left`].
+//! Register of the runs of `customize` and `enter` on this machine. Each run has a directory there, which is locked
+//! until the run ends. An unlocked directory belongs to a run that was killed or that kept changes; see [`left`].
 
 use std::cell::{Cell, RefCell};
 use std::fs::Metadata;
@@ -23,22 +23,22 @@ use crate::sys::tree::Tree;
 use crate::volume::signal_files::SignalFiles;
 use crate::volume::state_directory::RUN;
 
-/// Directory of the register, below [`RUN`]; the names of other directories there begin with no dot.
+/// Directory of the register, below [`RUN`]; no other directory there has a name that begins with a dot.
 const REGISTER: &str = ".runs";
 
 /// File that holds a run's entry.
 const ENTRY: &str = "entry";
 
-/// A copy in the work directory: the register does not survive a reboot.
+/// A copy of the entry in the work directory, because the register does not survive a reboot.
 const KEPT_ENTRY: &str = ".ims-sshd.entry";
 
-/// State of changes that are kept.
+/// Value of an entry's `state`: the run has ended, and its changes are kept.
 pub(crate) const KEPT: &str = "kept";
 
-/// State of kept changes that are only partly applied to their directory.
+/// Value of an entry's `state`: kept changes are only partly applied to their directory.
 pub(crate) const HALF_APPLIED: &str = "half-applied";
 
-/// State of a run that was killed.
+/// Value of an entry's `state`: the run was killed.
 pub(crate) const KILLED: &str = "killed";
 
 /// Size limit of an entry, in bytes.
@@ -50,15 +50,15 @@ pub(crate) struct Entry {
     fields: RefCell<Value>,
     /// The work directory, if changes may stay in it after this run.
     keeps: Option<PathBuf>,
-    /// Entry of the run whose changes are kept there; restored if this run does not open the image.
+    /// Entry of the earlier run whose changes are in that directory; restored if this run does not open the image.
     before: Option<Value>,
     is_open: Cell<bool>,
 }
 
 impl Entry {
-    /// Registers a run of `command` on `source` under `name`, with a number appended if another run has that name. Its
-    /// changes may be kept in the work directory `keeps`; if some are kept there already, it gets their name, unless
-    /// `name` was `chosen` by a person: then that must be free.
+    /// Registers a run of `command` on `source` under `name`, with a number appended if another run has that name. The
+    /// run's changes may be kept in the work directory `keeps`. If some are kept there already, the run gets their
+    /// name, unless a person has `chosen` another one: then it is an error if another run has the chosen name.
     pub(crate) fn make(
         command: &str,
         source: &str,
@@ -88,7 +88,7 @@ impl Entry {
                         .because("another run has this name")
                         .advise(format!("name this one otherwise; 'ims-sshd status {name}' shows that one")));
                 }
-                // It goes on under the number that it has.
+                // The kept changes have the chosen name with a number: keep that name.
                 (number, renamed) = (1, None);
             }
             let name = match (number, &known) {
@@ -111,7 +111,7 @@ impl Entry {
                 Ok(path.clone())
             };
             let files = match claim(make) {
-                // Another run claimed it first.
+                // Another run has claimed this name in the meantime.
                 Err(_) if in_use() => continue,
                 claimed => claimed?,
             };
@@ -146,13 +146,13 @@ impl Entry {
         }
     }
 
-    /// Goes on with the changes in `place`, without opening the image: from here on, they are this run's.
+    /// Continues with the changes in `place` without opening the image; from here on, they are this run's.
     pub(crate) fn resume(&self, place: &Tree) {
         self.is_open.set(true);
         self.record_in(place);
     }
 
-    /// Drops changes put aside: from here on, kept changes are this run's.
+    /// Drops changes that were put aside; from here on, the kept changes are this run's.
     fn take_over(&self) {
         let Some(work) = &self.keeps else { return };
         if let Ok(place) = Tree::open(work) {
@@ -166,12 +166,12 @@ impl Entry {
         }
     }
 
-    /// Returns whether this run has opened the image, or goes on with what an earlier one has completed.
+    /// Returns whether this run has opened the image, or continues with changes that an earlier run completed.
     pub(crate) fn is_open(&self) -> bool {
         self.is_open.get()
     }
 
-    /// Entry of the earlier run, while its changes are still kept as they were.
+    /// Entry of the earlier run whose changes are kept, as long as this run has not taken them over.
     pub(crate) fn before(&self) -> Option<&Value> {
         self.before.as_ref().filter(|_| !self.is_open())
     }
@@ -184,7 +184,8 @@ impl Entry {
         self.write();
     }
 
-    /// Records in the work directory `place` that its changes are this run's, unless they are still an earlier run's.
+    /// Records in the work directory `place` that its changes are this run's, unless they still belong to an earlier
+    /// run.
     pub(crate) fn record_in(&self, place: &Tree) {
         if self.keeps.is_none() || self.before().is_some() {
             return;
@@ -197,7 +198,7 @@ impl Entry {
         }
     }
 
-    /// Writes the entry; failing to does not end the run.
+    /// Writes the entry. A failure is only logged, so that it does not end the run.
     fn write(&self) {
         let text = self.fields.borrow().to_string();
         if let Err(e) = self.files.parent().replace(ENTRY, text.as_bytes()) {
@@ -225,7 +226,7 @@ impl Drop for Entry {
     }
 }
 
-/// Registers an ended run again by the entry that it had. Returns whether its name was still free.
+/// Restores the entry of a run that has ended. Returns false if its name is in use by now.
 fn restore(entry: &Value) -> bool {
     let Some(path) = entry["name"].as_str().map(|name| place().join(name)) else { return false };
     if std::fs::DirBuilder::new().mode(0o700).create(&path).is_err() {
@@ -235,7 +236,7 @@ fn restore(entry: &Value) -> bool {
     written.inspect_err(|_| drop(remove_directory(&path))).is_ok()
 }
 
-/// Removes the entry `name` of changes that are kept in `work`, which have another name now.
+/// Removes the entry `name` of changes kept in `work`, because they have another name now.
 fn forget_kept(name: &str, work: Option<&Path>) -> Result<()> {
     match read(&place().join(name)) {
         Some((entry, false)) if kept_in(&entry).as_deref() == work => forget(name),
@@ -249,7 +250,7 @@ fn is_numbered(known: &str, name: &str) -> bool {
     number.is_some_and(|number| numbered(name, number) == known)
 }
 
-/// Appends `number` to `name`, as a label of a host name.
+/// Appends `number` to `name`, shortened so that the result is a valid label of a host name.
 fn numbered(name: &str, number: u32) -> String {
     let end = format!("-{number}");
     let longest = names::LONGEST - end.len();
@@ -261,8 +262,8 @@ pub(crate) fn entries() -> Result<Vec<Value>> {
     Ok(all()?.into_iter().filter_map(|(entry, lasts)| lasts.then_some(entry)).collect())
 }
 
-/// Locks the register until the value is dropped: of two runs on one source that start at once, the second is refused
-/// before it takes a name.
+/// Locks the register until the returned value is dropped. Thereby, if two runs on one source start at once, the second
+/// is refused before it takes a name.
 fn alone() -> Result<OwnedFd> {
     let register = place();
     let attempted = || format!("lock {}", register.display());
@@ -272,7 +273,7 @@ fn alone() -> Result<OwnedFd> {
     Ok(opened)
 }
 
-/// Entry of the open run that keeps its changes in `work`, which it may not have made yet.
+/// Entry of the open run that keeps its changes in `work`; that directory need not exist yet.
 fn open_in(work: &Path) -> Option<Value> {
     entries().ok()?.into_iter().find(|run| run["work"].as_str().map(Path::new) == Some(work))
 }
@@ -287,11 +288,11 @@ pub(crate) fn run_elsewhere(field: &str, path: &Path) -> Option<Value> {
     entries().ok()?.into_iter().find(is_meant)
 }
 
-/// Advice on how the open run of `entry` ends.
+/// Advice on how to end, or wait for, the open run of `entry`.
 pub(crate) fn how_it_ends(entry: &Value) -> String {
     let name = entry["name"].as_str().unwrap_or_default();
     let state = entry["state"].as_str().unwrap_or_default();
-    // A mark is refused in these states, and a command no longer runs.
+    // In these states a mark is refused, and no command runs any more.
     if ["packing", "uploading"].contains(&state) {
         format!("wait until it is published; to stop that, send SIGINT to process {}", entry["pid"])
     } else if state == "applying" {
@@ -310,13 +311,13 @@ pub(crate) fn left() -> Vec<Value> {
     left_below(Path::new(work_directory::DEFAULT))
 }
 
-/// Like [`left`], with changes kept below `works`: after a reboot only the work directories record them.
+/// Like [`left`], and with changes kept below `works`: after a reboot, only the work directories have a record of them.
 pub(crate) fn left_below(works: &Path) -> Vec<Value> {
     let mut left = Vec::new();
     for (mut entry, lasts) in all().unwrap_or_default() {
         let kept = kept_in(&entry);
         let source = entry["source"].as_str().map(Path::new);
-        // If a killed run kept nothing and its source is gone, nothing is left of it.
+        // A killed run is left out if it kept nothing and its source is gone: there is nothing to clean up.
         let is_there = source.is_some_and(|source| source.is_relative() || source.exists());
         if lasts || kept.is_none() && (entry["state"] == KEPT || !is_there) {
             continue;
@@ -347,18 +348,18 @@ pub(crate) fn left_below(works: &Path) -> Vec<Value> {
     left
 }
 
-/// Entry of the changes kept in `work`, from the copy there.
+/// Entry of the changes kept in `work`, from the copy in that directory.
 fn kept_entry(work: &Path) -> Option<Value> {
     let mut entry = read_in(work, KEPT_ENTRY).filter(|_| is_kept(work))?;
     (entry["state"], entry["work"]) = (json!(KEPT), json!(work));
     Some(entry)
 }
 
-/// The command line that resumes what the run of `entry` left, to be pasted here.
+/// The command line that resumes the changes of the run of `entry`, as it can be pasted in the current directory.
 pub(crate) fn resuming_line(entry: &Value) -> String {
     match (entry["command_line"].as_str(), entry["directory"].as_str()) {
         (Some(line), Some(directory)) => command_line::from_here(line, Path::new(directory)),
-        // Kept by an earlier release.
+        // The changes were kept by a release that did not record its command line.
         _ => format!("the same 'ims-sshd {}' again", entry["command"].as_str().unwrap_or("customize")),
     }
 }
@@ -370,15 +371,16 @@ pub(crate) fn has_source(entry: &Value) -> bool {
     !source.is_absolute() || source.exists()
 }
 
-/// Entries of ended runs that left nothing: their source, or the changes they kept, are gone.
+/// Entries of ended runs of which nothing is left, because their source or the changes that they kept are gone.
 pub(crate) fn gone() -> Vec<Value> {
     let left = left();
     let is_gone = |(entry, lasts): &(Value, bool)| !lasts && !left.iter().any(|left| left["name"] == entry["name"]);
     all().unwrap_or_default().into_iter().filter(is_gone).map(|(entry, _)| entry).collect()
 }
 
-/// Process of a run that has not ended. `None` if it is in another PID namespace, where its number is another process's
-/// here: the process has the entry's directory open as long as the run lasts.
+/// Process of a run that has not ended. `None` if it is in another PID namespace, since its number means another
+/// process here. To tell the two apart, check that the process has the entry's directory open, as it does until its run
+/// ends.
 pub(crate) fn process(entry: &Value) -> Option<Pid> {
     let pid = entry["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok())?;
     let directory = std::fs::metadata(place().join(entry["name"].as_str()?)).ok()?;
@@ -408,7 +410,7 @@ fn is_kept(work: &Path) -> bool {
         && SignalFiles::open(work).ok().flatten().is_some_and(|files| !files.is_claimed())
 }
 
-/// All entries, by name, each with true if its run has not ended.
+/// All entries, sorted by name, each with true if its run has not ended.
 fn all() -> Result<Vec<(Value, bool)>> {
     let register = place();
     let found = match std::fs::read_dir(&register) {

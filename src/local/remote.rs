@@ -49,7 +49,7 @@ use crate::verdict::Verdict;
 use crate::volume::layout::{READY, REMOTE_CHANGES, TRANSFER};
 use crate::volume::signal_files::SignalFiles;
 
-/// Variables of this process that count on the node.
+/// Variables of this process that are passed on to the node.
 const PASSED_ON: [&str; 8] = [
     "IMAGE_PACKER",
     "IMS_AGENT_FORWARDING",
@@ -61,26 +61,26 @@ const PASSED_ON: [&str; 8] = [
     "SOURCE_DATE_EPOCH",
 ];
 
-/// Largest report of changes in bytes.
+/// Maximum size of a report of changes, in bytes.
 const LARGEST_REPORT: u64 = 1 << 30;
 
 /// A customization on a node.
 #[derive(Debug)]
 pub struct Offloaded {
-    /// How the environment is opened.
+    /// Options for opening the environment.
     pub wanted: Customization,
     /// The command to run in the image, for a run without people.
     pub command: Vec<OsString>,
-    /// The script to run there instead.
+    /// The script to run in the image instead of the command.
     pub script: Option<Script>,
 }
 
-/// Opens the environment on the node, waits until it closes, and publishes the image. Returns 0 if it was marked
-/// complete; 1, or the code of a command that failed, if it was marked failed.
+/// Opens the environment on the node, waits until it closes, and publishes the image. Returns 0 if the image was marked
+/// complete; if it was marked failed, 1 or the exit code of the command that failed.
 pub fn run(mut run: Run, offloaded: &Offloaded) -> Result<u8> {
     source::need_root()?;
     let node = run.node.clone().unwrap_or_default();
-    // Refused before anything is registered.
+    // Refuse unusable arguments before anything is registered.
     Destination::named(&node)?;
     refuse_unusable_key(&offloaded.wanted)?;
     let environment = read_variables(&offloaded.wanted)?;
@@ -148,7 +148,7 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// Returns whether an earlier run has left a packed image of `source` that it could not publish.
+    /// Returns whether an earlier run has left a packed image of `source` that could not be published.
     fn has_packed(&self, source: &Source) -> Result<bool> {
         let files = self.place.files();
         if !files.stands(TRANSFER)? {
@@ -177,7 +177,7 @@ impl Job<'_> {
         ))
     }
 
-    /// Has the node open the image, and receives what it has packed.
+    /// Has the node open the image, and receives the image that the node has packed.
     fn open(&self, source: &Source, entry: &Entry) -> Result<(Fate, u8)> {
         let wanted = &self.offloaded.wanted;
         let image = prepare::squashfs(self.work, self.settings, source)?;
@@ -218,7 +218,7 @@ impl Job<'_> {
         })
     }
 
-    /// The order for the node.
+    /// The instructions for the node.
     fn order(&self, keys: &Path, listen: SocketAddr, image: std::fs::File) -> Result<Wanted> {
         let Self { run, node, offloaded: Offloaded { wanted, .. }, environment, settings, .. } = self;
         let own = PASSED_ON.into_iter().filter_map(|name| Some((name.to_owned(), std::env::var(name).ok()?)));
@@ -254,7 +254,7 @@ impl Job<'_> {
         })
     }
 
-    /// Tells people that they can log in, or starts the command.
+    /// Tells people that they can log in, or starts the command in a thread, which is returned.
     fn begin(&self, entry: &Entry, run: &Path, login: &str) -> Result<Option<JoinHandle<u8>>> {
         let parent = self.place.path().to_owned();
         entry.set(&[("login", login)]);
@@ -278,7 +278,7 @@ impl Job<'_> {
         let mut child = unblock_signals(&mut ssh).spawn().attempt(|| "run ssh")?;
         Ok(Some(std::thread::spawn(move || {
             if let Some(mut to) = child.stdin.take() {
-                // A script may end before it is read whole.
+                // Ignore errors: the script may end before it has been read whole.
                 let _ = to.write_all(&input);
             }
             let code = child.wait().ok().and_then(|status| status.code()).unwrap_or(1);
@@ -290,7 +290,7 @@ impl Job<'_> {
         })))
     }
 
-    /// Publishes what the node has packed.
+    /// Publishes the image that the node has packed.
     fn publish(&self, entry: &Entry) -> Result<()> {
         let Self { run, settings, work, ims, place, .. } = self;
         entry.reach(Stage::Uploading);

@@ -1,4 +1,4 @@
-//! One run of `customize` or `enter`, from the source to a store: an image is opened, changed in a session, and then
+//! One run of `customize` or `enter`, from the source to a store: an image is opened and changed in a session, and then
 //! published, kept or discarded.
 
 use std::cell::Cell;
@@ -42,14 +42,14 @@ use crate::volume::open_tree;
 use crate::volume::signal_files::SignalFiles;
 use crate::volume::state_directory::name_for;
 
-/// Fate of the changes at the end of a run.
+/// Use of the changes at the end of a run that succeeds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
     /// Publishes the image in a store.
     Published,
     /// Applies them to the source, a directory.
     Applied,
-    /// Discards them even so: the session was only for looking.
+    /// Discards the changes even then: the session was only for looking.
     Discarded,
 }
 
@@ -66,22 +66,22 @@ pub struct Run {
     pub node: Option<String>,
     /// True if a directory is changed in place.
     pub in_place: bool,
-    /// True if changes kept before are dropped first.
+    /// True if changes that an earlier run kept are dropped first.
     pub fresh: bool,
     /// True if the changes are discarded in any case, and need no space.
     pub discards: bool,
     /// The command or script that changes the image without a person.
     pub unattended: Option<Unattended>,
-    /// Use of the changes. In place, only [`End::Published`] makes a difference.
+    /// Use of the changes. If a directory is changed in place, only [`End::Published`] makes a difference.
     pub end: End,
-    /// Settings to fetch, pack and publish the image, whose parent is the directory below which changes are kept. None
-    /// if a directory is changed in place and not published.
+    /// Settings to fetch, pack and publish the image; their image root parent is the directory below which changes are
+    /// kept. `None` if a directory is changed in place and not published.
     pub settings: Option<Settings>,
     /// The directory below which changes are kept.
     pub work: PathBuf,
     /// Patterns of paths that are not packed.
     pub exclude: Vec<Pattern>,
-    /// Reports of a publication, beside the log.
+    /// Reports of a publication, in addition to the log.
     pub reports: Reports,
 }
 
@@ -94,14 +94,15 @@ pub struct Reports {
     pub result: bool,
 }
 
-/// Fate of the changes.
+/// Fate of the changes at the end of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fate {
-    /// They are packed and published, or applied to the source, where they are already if it is changed in place.
+    /// The changes are packed and published, or applied to the source. In a directory that is changed in place they are
+    /// applied already.
     Publish,
-    /// They stay on this machine, and the same command resumes them, unless the source is changed in place.
+    /// The changes stay on this machine, and the same command resumes them, unless the source is changed in place.
     Keep,
-    /// They are dropped. A directory that was changed in place stays as it is now.
+    /// The changes are dropped. A directory that was changed in place stays as it is now.
     Discard,
 }
 
@@ -116,7 +117,7 @@ impl Run {
         !self.is_in_place() && self.end != End::Discarded
     }
 
-    /// Reports what became of changes that were neither published nor applied, and are not kept apart.
+    /// Logs the fate of changes that were neither published nor applied, unless they are kept in a work directory.
     fn tell_of_end(&self, fate: Fate) {
         match fate {
             Fate::Discard if !self.in_place => {
@@ -142,12 +143,13 @@ impl Run {
         }
     }
 
-    /// Name of the work directory for `source`. Changes made here and on a node do not mix.
+    /// Name of the work directory for `source`. It differs for a node, so that changes made on this machine and on a
+    /// node do not mix.
     pub(super) fn place_name(&self, source: &Source) -> String {
         name_of(source, &self.source) + if self.node.is_some() { "+node" } else { "" }
     }
 
-    /// The source for people and the register: an absolute path, or a URL without its signature.
+    /// The source as shown to people and in the register: an absolute path, or a URL without its signature.
     pub(crate) fn shown(&self) -> String {
         match Source::parse(&self.source) {
             Ok(Source::Here(path)) => std::path::absolute(&path).unwrap_or(path).display().to_string(),
@@ -180,7 +182,7 @@ impl Run {
             let why = format!("--output is '{url}': expected a directory outside SOURCE");
             return Err(Error::bad_input(why).advise("the next image would contain this one"));
         }
-        // [`Held::take`] checks this for a directory below an overlay.
+        // For a directory below an overlay, [`Held::take`] checks this.
         if self.in_place && holds(source, &self.work)? {
             let why = format!("{} is inside it and would be packed", self.work.display());
             let attempted = format!("publish {}", source.display());
@@ -189,7 +191,7 @@ impl Run {
         Ok(())
     }
 
-    /// Refuses what would keep the image from being published, before any work is done.
+    /// Refuses anything that would keep the image from being published, before any work is done.
     fn check_publication(&self, work: &Work, ims: &Ims, settings: &Settings, source: &Source) -> Result<()> {
         work.unless_interrupted(ims.job())?;
         settings.packing.packer.check()?;
@@ -199,7 +201,7 @@ impl Run {
         self.reports.changes.as_deref().map_or(Ok(()), |file| packing::check_output(file, "--changes").map(drop))
     }
 
-    /// Refuses a store that takes no image, and disks on which none fits, before any work is done.
+    /// Refuses a store that takes no image, and disks on which the image does not fit, before any work is done.
     fn check_store(&self, work: &Work, settings: &Settings, source: &Source, resumes: bool) -> Result<()> {
         let in_store = work.wait(Store::check(&settings.store, &settings.network))?;
         match source {
@@ -211,7 +213,7 @@ impl Run {
         }
     }
 
-    /// Refuses to resume changes to another source; drops them if they would be discarded anyway.
+    /// Refuses to resume changes to another source; if the run discards its changes anyway, drops those instead.
     fn refuse_others(&self, ims: &Ims, settings: &Settings, source: &Source, place: &WorkDirectory) -> Result<()> {
         if self.in_place {
             return Ok(());
@@ -222,14 +224,16 @@ impl Run {
         }
     }
 
-    /// The refusal if another run has the source open, with `path` in `field` of its entry.
+    /// The error for a source that another run has open; that run's entry has `path` in `field`. `None` if there is no
+    /// such run.
     fn open_already(&self, field: &str, path: &Path) -> Option<Error> {
         let run = register::run_elsewhere(field, path)?;
         let (name, ending) = (run["name"].as_str().unwrap_or_default(), register::how_it_ends(&run));
         Some(Error::new(format!("open {}", self.shown())).because(format!("it is open as {name}")).advise(ending))
     }
 
-    /// Claims the work directory. Warns that kept changes do not appear in a session that is only for looking.
+    /// Claims the work directory. Before a session that is only for looking, warns that kept changes do not appear in
+    /// it.
     fn claim(&self, source: &Source, all: &Path) -> Result<WorkDirectory> {
         let name = name_of(source, &self.source);
         if self.end != End::Discarded {
@@ -262,10 +266,10 @@ impl Run {
         Ok(entry)
     }
 
-    /// Opens the image and passes its root to `session`, with the users whose marks count in it. The session decides
-    /// what happens to the changes. Returns the session's value, or `done` if what runs unattended has succeeded before
-    /// and its changes were only to be applied or published. Unless [`Run::is_in_place`], the caller must have called
-    /// [`own_mounts`](crate::local::mounts::own_mounts).
+    /// Opens the image and passes its root to `session`, with the users whose marks count in it. `session` decides the
+    /// fate of the changes. Returns its value; or `done`, without a session, if the command or script of an earlier run
+    /// has succeeded and only its changes remained to be applied or published. Unless [`Run::is_in_place`], the caller
+    /// must have called [`own_mounts`](crate::local::mounts::own_mounts).
     pub(crate) fn carry_out<T: Copy>(
         mut self,
         entry: &Entry,
@@ -348,7 +352,7 @@ impl Run {
         let result = opened.open_and_close(&source, places, done, session);
         let result = work.unless_interrupted(result);
         let left = |e: Error| e.advise_if_interrupted(|| left_in(files.path()));
-        // Changes put aside are dropped only once the image is open.
+        // Changes that were put aside are dropped only once the image is open; before, restore them.
         if !entry.is_open() && work.last(place.restore_aside()).map_err(left)? {
             is_unchanged.set(false);
         }
@@ -371,13 +375,14 @@ impl Run {
         Ok(value)
     }
 
-    /// The command line that made the kept changes, unless it is this one.
+    /// The command line of the run that made the kept changes, if it differs from this one.
     fn made_by_another(&self, entry: &Entry) -> Option<String> {
         let line = entry.before()?["command_line"].as_str()?;
         self.command_line.differs(line).map(str::to_owned)
     }
 
-    /// Returns whether what runs unattended has made the changes kept in `place`, or applied to `root`, and has succeeded.
+    /// Returns whether this run's command or script has succeeded before, with changes kept in `place` or applied to
+    /// `root`.
     fn has_succeeded(&self, place: &WorkDirectory, root: Option<&Tree>) -> bool {
         let record = place.files().parent();
         let is_resumed = !self.in_place && !self.fresh && !self.discards && self.end != End::Discarded;
@@ -387,8 +392,8 @@ impl Run {
                 || root.is_some_and(|root| apply_progress::is_of(record, root).unwrap_or(false)))
     }
 
-    /// Reports that changes kept in `place` are resumed; warns if another command made them. Their own command is not
-    /// run again if it `has_succeeded`.
+    /// Logs that changes kept in `place` are resumed; warns if another command made them. A command that
+    /// `has_succeeded` in making them is not run again.
     fn tell_of_resuming(&self, place: &Path, entry: &Entry, has_succeeded: bool) {
         let shown = place.display();
         match self.made_by_another(entry) {
@@ -404,12 +409,12 @@ impl Run {
         }
     }
 
-    /// Refuses a directory to which changes are kept that this run does not resume.
+    /// Refuses a directory for which there are kept changes that this run does not resume.
     fn refuse_kept(&self, directory: &Path, source: &Source) -> Result<()> {
         let place = self.work.join(name_of(source, &self.source));
         if self.in_place {
             end_left_over(directory)?;
-            // First, because it prints the command line that resumes them.
+            // This check comes first, because its error has the command line that resumes the changes.
             directory::refuse_kept(directory, &self.work, None, false)?;
             return directory::refuse_with_changes(directory, &place);
         }
@@ -417,7 +422,7 @@ impl Run {
         directory::refuse_kept(directory, &self.work, own.as_deref(), self.end == End::Discarded)
     }
 
-    /// Warns of changes to a source that are kept below another work directory, which this run does not resume.
+    /// Warns of changes to the source that this run does not resume, since they are kept below another work directory.
     fn warn_of_kept(&self, source: &Source) {
         let own = std::fs::canonicalize(self.work.join(name_of(source, &self.source))).ok();
         let (mut left, shown) = (register::left(), self.shown());
@@ -471,7 +476,8 @@ impl Run {
         place.clear()
     }
 
-    /// Puts aside what `--fresh` drops. Refuses to resume changes to another source, or to a directory edited since.
+    /// Puts aside the changes that `--fresh` drops. Refuses to resume changes to another source, or to a directory that
+    /// was edited since.
     fn check_kept(
         &self,
         ims: &Ims,
@@ -482,7 +488,7 @@ impl Run {
     ) -> Result<()> {
         let (record, mounted) = (place.files().parent(), place.path().join(IMAGE_ROOT));
         if self.fresh && holds_changes(place.path(), &mounted) {
-            // On a full disk they are dropped at once: nothing fits beside them.
+            // On a full disk the changes are dropped at once, because there is no room for new ones beside them.
             if space::has_room(record) {
                 place.put_aside()?;
             } else {
@@ -523,7 +529,7 @@ impl Run {
     }
 }
 
-/// Refuses a file that is no image.
+/// Refuses a source file that is no image.
 fn refuse_unknown_kind(source: &Source) -> Result<()> {
     if let Source::Here(path) = source {
         let refuse = |e| Error::bad_input(format!("SOURCE is '{}': {e}", path.display()));
@@ -571,7 +577,7 @@ struct Opened<'a> {
     files: &'a SignalFiles,
     ims: &'a Ims<'a>,
     journal: &'a JournalDirectory<'a>,
-    /// Set if nothing was changed, and the changes would be kept.
+    /// Set if nothing was changed and the changes would be kept: there is no need to keep any.
     is_unchanged: &'a Cell<bool>,
 }
 
@@ -602,7 +608,7 @@ impl Opened<'_> {
             Inventory::of(self.work, &open_tree(&image_root)?)?.save(self.files.parent(), INVENTORY)?;
         }
         if self.settings.store.url.is_some() {
-            // Closed before the session: an open directory would keep the overlay busy.
+            // The directory is closed before the session: while open, it would keep the overlay busy.
             let (root, names, arch) = (open_tree(&image_root)?, &self.settings.boot, self.settings.job.arch());
             boot::check_named(&root, names, arch)?;
             boot::warn_of_missing_initrd(&root, names, arch);
@@ -620,7 +626,7 @@ impl Opened<'_> {
                 .publish(source, &image_root, overlay)
                 .map_err(|e| if self.run.in_place { e.advise_also(&self.run.stay_in_place()) } else { e })?,
             (Fate::Publish, End::Applied, Some((directory, root))) => {
-                // First of all: if this run is killed from here on, the next one applies the changes.
+                // Record the decision first: if this run is killed from here on, the next one applies the changes.
                 apply_progress::decide(self.files.parent(), root)?;
                 self.entry.reach(Stage::Applying);
                 directory::apply_changes(directory, root, self.files.parent(), overlay)?;
@@ -630,7 +636,8 @@ impl Opened<'_> {
         Ok((fate, value))
     }
 
-    /// Runs the session. Records that what runs unattended has succeeded, if its changes are to be published or applied.
+    /// Runs the session. If its command or script succeeds and the changes are to be published or applied, records that
+    /// success.
     fn run_session<T>(
         &self,
         image_root: &Path,
@@ -681,7 +688,7 @@ impl Opened<'_> {
         let archive = Archive { directory: workplace, name: "packed.sqsh" };
         let basis = basis::of(work, settings, workplace, &tree, false)?;
         let rootfs = packing::pack(work, &tree, &archive, &packing, &run.exclude, basis.as_ref())?.file;
-        // It may hold the source open, which is below the overlay.
+        // `basis` may hold the source open, which lies below the overlay and would keep it busy.
         drop(basis);
         drop(tree);
         if let Some(overlay) = overlay {
@@ -689,7 +696,7 @@ impl Opened<'_> {
         }
         let mut journal = Journal::read(self.journal)?;
         let size = rootfs.metadata().attempt(|| format!("look at {}", archive.shown()))?.len();
-        // The parts of an interrupted upload are in the store already.
+        // If an upload was interrupted, its parts take up space in the store already, so skip this check.
         if journal.image.is_none()
             && let Some(left) = work.wait(Store::check(&settings.store, &settings.network))?
             && left < size

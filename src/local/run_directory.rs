@@ -16,7 +16,7 @@ pub(crate) struct RunClaim {
     _claim: Claim,
 }
 
-/// Directory of one run on an image root. It serves as the image root's parent, as the volume does in a pod.
+/// Directory of one run on an image root. The run uses it as the image root's parent, like the volume in a pod.
 pub(crate) struct RunDirectory {
     files: SignalFiles,
     claim: Claim,
@@ -24,8 +24,8 @@ pub(crate) struct RunDirectory {
 
 impl RunDirectory {
     /// Creates and claims the directory for `image_root`, on which only one run can be open. Other users can open files
-    /// in it but not list them: a person with an authorized key needs ssh's configuration. Only root can read private
-    /// keys.
+    /// in it but not list them, because a person with an authorized key needs ssh's configuration. Only root can read
+    /// private keys.
     pub(crate) fn claim(command: &str, image_root: &Path) -> Result<Self> {
         let path = Self::place(command, image_root);
         let all = Path::new(RUN).join(command);
@@ -38,7 +38,8 @@ impl RunDirectory {
             }
             Ok(path.clone())
         })?;
-        // Signal files of a killed run mean nothing now. Its records for cleanup have hidden names.
+        // Remove the signal files of a killed run, which mean nothing now. Its records for cleanup stay; they have
+        // hidden names.
         remove_files(&path, |name| !name.starts_with('.'))?;
         Ok(Self { files, claim: by_inode })
     }
@@ -63,7 +64,7 @@ impl RunDirectory {
         Ok(is_claimed(&Self::place(command, image_root))? || Claim::is_taken(command, image_root)?)
     }
 
-    /// Splits off the signal files, for a supervisor that drops them before the run ends.
+    /// Splits off the signal files, for a supervisor that drops them before the run ends; the rest keeps the claims.
     pub(crate) fn into_signal_files(self) -> Result<(SignalFiles, RunClaim)> {
         let lock = self.files.share_claim().attempt(|| format!("keep {} claimed", self.path().display()))?;
         Ok((self.files, RunClaim { _lock: lock, _claim: self.claim }))

@@ -12,13 +12,13 @@ use crate::jail::tier::Tier;
 use crate::sys::named;
 use crate::sys::tree::Tree;
 
-/// Size limit in bytes; a device would not end.
+/// Maximum size in bytes; without a limit, reading a device would never end.
 const LARGEST: u64 = 64 << 20;
 
 /// Name of the copy in the jail if the script's own name cannot be used.
 const NAME: &str = "script";
 
-/// A script, read before the image is opened: later changes of the file have no effect, and a pipe works as well.
+/// A script, read before the image is opened, so that later changes to the file have no effect, and a pipe can be used.
 #[derive(Debug)]
 pub struct Script {
     name: String,
@@ -45,12 +45,12 @@ impl Script {
         Ok(Self { name: name.to_owned(), content })
     }
 
-    /// The content that the file had.
+    /// Content of the file when it was read.
     pub(crate) fn content(&self) -> &[u8] {
         &self.content
     }
 
-    /// Writes it to `directory`, which belongs to root, for a jail of this tier to copy.
+    /// Writes the script to `directory`, which belongs to root, so that a jail of this tier can copy it.
     pub(crate) fn put(&self, directory: &Path, tier: Tier) -> Result<Program> {
         if tier == Tier::Chroot {
             return Err(Error::new("run --script in the image")
@@ -58,13 +58,14 @@ impl Script {
                 .advise("copy it into the image and give it as the command"));
         }
         let file = directory.join(NAME);
-        // For root alone: it may hold secrets, and others can enter this directory.
+        // The file is for root alone: the script may hold secrets, and others can enter this directory.
         let write = || Tree::open(directory)?.create_file(NAME)?.write_all(&self.content);
         write().attempt(|| format!("write {}", file.display()))?;
         Ok(Program { name: self.name.clone(), file })
     }
 
-    /// The command that runs it in the jail: itself, or the image's sh if it has no interpreter line.
+    /// The command that runs the script in the jail: its own path or, without an interpreter line, the image's sh with
+    /// it.
     pub(crate) fn command(&self) -> Vec<OsString> {
         let path = Path::new("/").join(PROGRAMS).join(&self.name).into_os_string();
         let is_program = [&b"#!"[..], b"\x7fELF"].iter().any(|begin| self.content.starts_with(begin));
@@ -73,8 +74,8 @@ impl Script {
 }
 
 impl Script {
-    /// The command that runs it in a session over SSH, and the input of that: the script comes on descriptor 3, and what
-    /// it starts reads nothing of it.
+    /// The command that runs the script in a session over SSH, and the standard input for that command. The script is
+    /// moved to descriptor 3, so that programs that it starts cannot read any of it from their input.
     pub(crate) fn piped(&self) -> Result<(Vec<String>, Vec<u8>)> {
         let first = self.content.split(|byte| *byte == b'\n').next().unwrap_or_default();
         let line = String::from_utf8_lossy(first).into_owned();
@@ -83,7 +84,7 @@ impl Script {
                 .because("it is no script")
                 .advise("copy the program into the image and give it as the command"));
         }
-        // The kernel passes what follows the interpreter as one word.
+        // Pass everything after the interpreter as one word, as the kernel does.
         let line = line.strip_prefix("#!").unwrap_or("sh").trim();
         let interpreter = line.split_once([' ', '\t']).map_or(vec![line], |(path, word)| vec![path, word.trim()]);
         let run = r#"exec 3<&0 </dev/null; exec "$@" /dev/fd/3"#;

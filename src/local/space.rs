@@ -1,4 +1,4 @@
-//! Disk space: refuses disks on which the new image does not fit, before any work is done.
+//! Disk space: refuses disks on which the new image would not fit, before any work is done.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -9,8 +9,8 @@ use crate::publish::settings::Settings;
 use crate::sys::tree::Tree;
 
 /// Refuses to open the image in `source` if the new one will not fit on the disk of the changes, or into a store with
-/// `in_store` bytes left. Only warns if this is uncertain: a run that `resumes` may free space, and the packed size of
-/// a directory is unknown.
+/// `in_store` bytes left. Only warns if this is uncertain, because a run that `resumes` may free space, or because the
+/// packed size of a directory is unknown. A run that `drops_kept` changes frees their space.
 pub(crate) fn check(
     settings: &Settings,
     source: &Path,
@@ -19,8 +19,8 @@ pub(crate) fn check(
     drops_kept: bool,
 ) -> Result<()> {
     let image = Opened::open(source)?;
-    // Estimates: a new image is as large as its source, an unpacked one takes that much again, and a tree is packed to
-    // half its size.
+    // Estimates: a new image is as large as its source; unpacking it takes as much again; a tree is packed to half its
+    // size.
     let (size, unpacked) = match (&image.content, image.kind()?) {
         (Content::Directory(tree), _) => (size_on_disk(tree)? / 2, 0),
         (_, Some(Kind::Squashfs)) => (image.size(), 0),
@@ -28,7 +28,7 @@ pub(crate) fn check(
     };
     let work_directory = settings.job.parent.ancestors().find(|place| place.exists()).unwrap_or(Path::new("/"));
     let space = rustix::fs::statvfs(work_directory).ok().map(|disk| disk.f_bavail * disk.f_frsize);
-    // Kept changes are dropped first, which frees their space.
+    // Kept changes are dropped first, so the free space is not known yet.
     let space = space.filter(|_| !drops_kept);
     let on_disks = [
         (space, size + unpacked, settings.job.parent.display().to_string(), "name another disk with --work"),
@@ -51,10 +51,10 @@ pub(crate) fn has_room(place: &Tree) -> bool {
     rustix::fs::fstatvfs(place).is_ok_and(|disk| disk.f_bavail.saturating_mul(disk.f_frsize) >= 1 << 20)
 }
 
-/// The refusal of a place with `left` bytes, of which `needed` are needed.
+/// The error for a `place` that has `left` bytes and needs `needed`.
 pub(crate) fn too_small(place: &str, left: u64, needed: u64, advice: &str) -> Error {
     let (bytes, unit) = if needed < 64 << 20 { (1_u64 << 10, "KiB") } else { (1 << 20, "MiB") };
-    // Rounded in opposite directions, so that the two never look the same.
+    // Round in opposite directions, so that the two numbers never look the same.
     let [left, needed] = [left / bytes, needed.div_ceil(bytes)];
     let why = format!("{left} {unit} are left there, and about {needed} {unit} are needed");
     Error::new(format!("store the new image in {place}")).because(why).advise(advice)

@@ -34,17 +34,17 @@ use crate::volume::state_directory::{RUN, StateDirectory};
 /// Size limit of the file that holds a source, in bytes.
 const LIMIT: u64 = 64 << 10;
 
-/// Field of a report that names an image root that is not open.
+/// Field of a report with the path of an image root that 'ims-sshd prepare' has made and that is not open.
 const PREPARED: &str = "image_root";
 
-/// Field of a killed environment's report: the PID of its sshd, if that is still running.
+/// Field of a killed environment's report with the PID of its sshd, if that is still running.
 const LISTENER: &str = "sshd";
 
-/// Target of a status query or a mark.
+/// Subject of a status query or a mark.
 enum Target {
-    /// A run of `customize` or `enter` on this machine, by its entry in the register.
+    /// An open run of `customize` or `enter` on this machine, by its entry in the register.
     Run(Value),
-    /// A run that was killed or kept changes.
+    /// A run that was killed or that kept changes, by its entry in the register.
     Left(Value),
     /// An image root parent.
     Parent(PathBuf),
@@ -71,7 +71,8 @@ pub fn mark(named: Option<&Path>, verdict: Verdict) -> Result<u8> {
     Ok(0)
 }
 
-/// The only environment, as in a pod. Runs of `customize` and `enter` must be named: they may be somebody else's.
+/// The only open environment, as in a pod. Runs of `customize` and `enter` must be named, because they may be somebody
+/// else's.
 fn pods_own() -> Result<Target> {
     let mut all = all()?;
     let attempted = || Error::new("choose an image to mark");
@@ -90,7 +91,7 @@ fn pods_own() -> Result<Target> {
         .advise(format!("give the name of yours; open are {}", names.join(", "))))
 }
 
-/// Drops what an ended run left; it cannot be complete.
+/// Drops what an ended run left, for the mark `failed`; refuses the mark `complete`.
 fn mark_left(left: &Value, verdict: Verdict) -> Result<u8> {
     let (name, source) = (text(left, "name"), text(left, "source"));
     if verdict == Verdict::Complete {
@@ -122,7 +123,7 @@ fn mark_run(run: &Value, verdict: Verdict) -> Result<()> {
     match (text(run, "command").as_str(), text(run, "state").as_str()) {
         (_, "packing" | "uploading") => refuse("it is marked complete, and is being published", &stop),
         (_, "applying") => refuse("it is marked complete, and its changes are being applied", "nothing stops it"),
-        // A single command runs in it, without an environment.
+        // A single command runs in the image, without an environment that would obey a mark.
         ("enter", _) | (_, "serving") if run["image_root_parent"].is_null() => {
             let name = text(run, "name");
             let there = match (text(run, "command").as_str(), verdict) {
@@ -142,7 +143,7 @@ fn mark_run(run: &Value, verdict: Verdict) -> Result<()> {
 /// Ends a command that runs unattended, and has its run drop the changes.
 fn give_up(run: &Value) -> Result<()> {
     let attempted = || format!("mark {} failed", text(run, "name"));
-    // Found before the mark is written, which counts however this ends.
+    // Find the process before the mark is written: once it is, the mark counts even if this function fails.
     let pid = register::process(run).ok_or_else(|| {
         Error::new(attempted())
             .because("its process is not in this PID namespace")
@@ -150,7 +151,7 @@ fn give_up(run: &Value) -> Result<()> {
     })?;
     let directory = open(Path::new(run["run"].as_str().unwrap_or_default()))?;
     directory.touch(Verdict::Failed.signal_file())?;
-    // Its entry is locked as long as it lasts, so the number is still its own.
+    // The run's entry is locked as long as its process lives, so the PID still is that of the run.
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).attempt(attempted)
 }
 
@@ -162,8 +163,8 @@ fn mark_parent(parent: &Path, verdict: Verdict) -> Result<()> {
         return Err(attempted().because("its environment has already ended"));
     }
     if !files.is_claimed() {
-        // On a shared volume, the environment may open later, or its lock be invisible because it runs on another node.
-        // Below /run, a missing lock means that the run has ended.
+        // On a shared volume, the environment may open later, or run on another node, where its lock is not visible
+        // from here. Below /run, a missing lock means that the run has ended.
         if parent.starts_with(RUN) || !files.stands(READY)? {
             return Err(attempted()
                 .because("no environment is open there")
@@ -177,23 +178,23 @@ fn mark_parent(parent: &Path, verdict: Verdict) -> Result<()> {
                 .because("its environment is not open yet: it waits for 'ready'")
                 .advise("wait until 'ims-sshd status' says serving"));
         }
-        // Removed first: the environment takes an old mark for an earlier job's.
+        // Remove an old mark first: the environment takes a mark that exists already for an earlier job's.
         files.retract(verdict.signal_file())?;
     }
     files.touch(verdict.signal_file())
 }
 
-/// Form in which a status is printed.
+/// Options for printing a status.
 #[derive(Debug, Clone, Copy)]
 pub struct Shown<'a> {
     /// True for JSON.
     pub as_json: bool,
-    /// Stages for which 0 is returned, and 1 for all others; empty for no such test.
+    /// Stages for which the exit code is 0; it is 1 for all others. If empty, the stage does not matter.
     pub is: &'a [Stage],
 }
 
-/// Prints the state of an environment, and who is in it; for one in another container, only what its signal files say.
-/// If neither an argument nor the variable names one, prints all on this machine.
+/// Prints the state of an environment, and who is logged in; for an environment in another container, only the state
+/// that its signal files show. If neither an argument nor the variable names one, prints all on this machine.
 pub fn print(named: Option<&Path>, shown: Shown<'_>) -> Result<u8> {
     let target =
         match named.map(find).or_else(|| variable().map(|parent| Ok(Target::Parent(parent)))) {
@@ -238,7 +239,7 @@ fn variable() -> Option<PathBuf> {
 /// Reports of all environments and runs on this machine.
 fn all() -> Result<Vec<Value>> {
     let mut all: Vec<Value> = register::entries()?.into_iter().map(with_report).collect();
-    // An entrypoint is not in the register.
+    // The register lacks environments of `entrypoint`, so ask each supervisor as well.
     let directories = std::fs::read_dir(RUN).into_iter().flatten().flatten();
     for report in directories.filter_map(|directory| ask_at(&directory.path())) {
         if !all.iter().any(|known| known["image_root_parent"] == report["image_root_parent"]) {
@@ -252,7 +253,7 @@ fn all() -> Result<Vec<Value>> {
     Ok(all)
 }
 
-/// Killed customizations whose sshd is still running.
+/// Customizations that were killed and whose sshd is still running.
 fn killed() -> Vec<Value> {
     let directories = std::fs::read_dir(Path::new(RUN).join("customize")).into_iter().flatten().flatten();
     let left = |parent: PathBuf| {
@@ -271,7 +272,7 @@ fn killed() -> Vec<Value> {
     directories.filter_map(|directory| left(directory.path())).collect()
 }
 
-/// The only environment or run, if nothing names one.
+/// The only environment or run, for a command that names none.
 fn only_one() -> Result<Target> {
     let mut all = all()?;
     let attempted = || Error::new("choose an environment");
@@ -289,7 +290,8 @@ fn only_one() -> Result<Target> {
     }
 }
 
-/// Finds a run by its name or by a path that messages print; otherwise takes `named` for an image root parent.
+/// Finds a run by its name, or by one of the paths that messages print; otherwise takes `named` for an image root
+/// parent.
 fn find(named: &Path) -> Result<Target> {
     let path = std::path::absolute(named).attempt(|| format!("find {}", named.display()))?;
     let real = std::fs::canonicalize(&path).unwrap_or_else(|_| path.clone());
@@ -300,7 +302,7 @@ fn find(named: &Path) -> Result<Target> {
             return Ok(as_target(found));
         }
     }
-    // A signature is a secret.
+    // The signature of a URL is a secret, so do not show it.
     let shown = without_query(&named.to_string_lossy());
     let attempted = || Error::new(format!("find '{shown}'"));
     let advice = "'ims-sshd status' without a name lists what is open or kept";
@@ -322,10 +324,11 @@ fn is_path(named: &Path) -> bool {
     text.contains(&b'/') || [&b"."[..], b".."].contains(&text)
 }
 
-/// Finds the one of `runs` that is `named`, by its name or a path.
+/// Finds the one of `runs` that `named` means, as a name or as a path.
 fn find_in(mut runs: Vec<Value>, named: &Path, path: &Path, real: &Path) -> Result<Option<Value>> {
     let is_path = is_path(named);
-    // Compared as typed: a label made of other text, `image` if nothing is left of it, names another run.
+    // Compare the name exactly as typed. Turning it into a label first would drop characters (down to `image` if none
+    // remain), and the result could be another run's name.
     let typed = named.to_string_lossy();
     let is_called =
         |run: &Value| !is_path && run["name"].as_str().is_some_and(|name| name.eq_ignore_ascii_case(&typed));
@@ -335,7 +338,7 @@ fn find_in(mut runs: Vec<Value>, named: &Path, path: &Path, real: &Path) -> Resu
     let is_meant = |run: &Value| {
         let paths = ["image_root_parent", "work", "source"].map(|field| run[field].as_str().map(Path::new));
         let is_named = |path: &Path| !is_path && path.file_name() == Some(named.as_os_str());
-        // The source may be a URL, which is not a path.
+        // The source may be a URL, which `path` and `real` cannot equal.
         run["source"] == without_query(&named.to_string_lossy())
             || paths.into_iter().flatten().any(|known| known == path || known == real)
             || paths[..2].iter().flatten().any(|known| is_named(known))
@@ -359,7 +362,7 @@ fn name_of(report: &Value) -> String {
     text(report, if report["name"].is_null() { "image_root_parent" } else { "name" })
 }
 
-/// Adds the report of the run's supervisor, if it has one.
+/// Adds the report of the run's supervisor, if the run has one.
 fn with_report(mut run: Value) -> Value {
     let report = run["image_root_parent"].as_str().and_then(|parent| ask_at(&StateDirectory::place(Path::new(parent))));
     if let (Some(run), Some(Value::Object(report))) = (run.as_object_mut(), report) {
@@ -377,7 +380,7 @@ fn report_of(parent: &Path) -> Result<Value> {
         Some((stage, since)) => (Some(stage), Some(humantime::format_rfc3339_seconds(since).to_string())),
         None => (stage(&files)?, None),
     };
-    // A waiting environment has no verdict yet: a mark there is an earlier job's.
+    // A waiting environment has no verdict yet: a mark in its volume is an earlier job's.
     let verdict = if stage == Some(Stage::Waiting) { None } else { files.verdict()?.map(Verdict::signal_file) };
     let root = [IMAGE_ROOT, CREATED_IMAGE_ROOT]
         .into_iter()
@@ -392,7 +395,8 @@ fn report_of(parent: &Path) -> Result<Value> {
     if let Some(since) = since {
         report["since"] = since.into();
     }
-    // An ended environment removes it; one of another container has it there.
+    // A state directory without an environment is that of a killed one: environments remove it when they end, and those
+    // of another container have theirs there.
     if stage.is_none() && StateDirectory::place(parent).exists() {
         let listener = Daemon::recorded(&StateDirectory::of(parent)?.sshd());
         report["state"] = register::KILLED.into();
@@ -401,7 +405,7 @@ fn report_of(parent: &Path) -> Result<Value> {
     if let Ok(node) = std::fs::read_to_string(StateDirectory::place(parent).join("node")) {
         report["node"] = node.into();
     }
-    // An image root that 'ims-sshd prepare' made and no container of a pod waits for.
+    // Such an image root was made by 'ims-sshd prepare', and no container of a pod waits for it.
     if let Some(root) = root.filter(|_| stage.is_none() && verdict.is_none() && !is_ready) {
         report[PREPARED] = json!(parent.join(root));
         report["source"] = json!(Record::private(files.parent()).read().map(|source| source.source().to_owned()));
@@ -409,7 +413,7 @@ fn report_of(parent: &Path) -> Result<Value> {
     Ok(report)
 }
 
-/// Asks the supervisor with this state directory for its report; `None` if no supervisor answers in time.
+/// Asks the supervisor whose state directory is `state` for its report; `None` if no supervisor answers in time.
 fn ask_at(state: &Path) -> Option<Value> {
     let packets = Packets::connect(&state.join(SOCKET)).ok()?;
     packets.send(&Packet::Status.to_bytes()).ok()?;
@@ -460,7 +464,7 @@ fn in_words(report: &Value) -> String {
         }
         let _ = writeln!(text, "  {}: ims-sshd fail {}", if kept { "drop" } else { "clean up" }, name_of(report));
     }
-    // Runs on this machine have lines of their own.
+    // For runs of `customize` and `enter`, other lines say how to clean up.
     if report["state"] == register::KILLED && report["kept"].is_null() && report["command"].is_null() {
         if let Some(pid) = report[LISTENER].as_i64() {
             let _ = writeln!(text, "  left: sshd (process {pid}), which still listens; to end it: kill {pid}");
@@ -478,8 +482,8 @@ fn in_words(report: &Value) -> String {
     text
 }
 
-/// Tells what can be done with an image root in `parent` that is not open. Without a recorded `source`,
-/// 'ims-sshd prepare' has not made it, and nothing is said about removing it.
+/// Says what can be done with an image root in `parent` that is not open. Without a recorded `source`, it was not made
+/// by 'ims-sshd prepare', and nothing is said about removing it.
 fn prepared(root: &Path, parent: &Path, source: Option<&str>) -> String {
     let shown = Printable(root.to_string_lossy()).to_string();
     let mut text = format!("  prepared: {shown}\n  open: ims-sshd enter {}\n", words_of(&[root.to_owned()]));
@@ -492,7 +496,7 @@ fn prepared(root: &Path, parent: &Path, source: Option<&str>) -> String {
     text
 }
 
-/// Paths that 'ims-sshd prepare' made in `parent` from `source`: the parent itself, if nothing else is in it.
+/// Paths that 'ims-sshd prepare' made in `parent` from `source`; only `parent` itself, if nothing else is in it.
 fn made(parent: &Path, root: &Path, source: &str) -> Vec<PathBuf> {
     let mut all = false;
     let mut made = Vec::new();
@@ -507,7 +511,7 @@ fn made(parent: &Path, root: &Path, source: &str) -> Vec<PathBuf> {
             let is_ours = path == root
                 || name.starts_with(".ims-sshd.")
                 || name == OVERLAY && path.join(UPPER).is_dir()
-                // Only a fetched source is a copy; another file of this name is the person's own.
+                // Only a fetched source is a copy; otherwise a file of this name is the person's own.
                 || [ARCHIVE, FETCHING].contains(&&*name) && source.contains("://");
             if is_ours {
                 made.push(path);
@@ -546,7 +550,8 @@ fn stage(files: &SignalFiles) -> Result<Option<Stage>> {
     })
 }
 
-/// Returns whether an environment waits for `ready` there. If so, other signal files are an earlier job's.
+/// Returns whether an environment waits for `ready` in this directory. If so, its other signal files are an earlier
+/// job's.
 fn is_waiting(files: &SignalFiles) -> Result<bool> {
     Ok(files.is_claimed() && !files.stands(READY)?)
 }

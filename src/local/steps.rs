@@ -35,8 +35,9 @@ use crate::volume::layout::{BOOT_NAMES, CREATED_IMAGE_ROOT, IMAGE_ROOT, INVENTOR
 use crate::volume::open_tree;
 use crate::volume::signal_files::{SignalFiles, Step};
 
-/// Reports to IMS that `prepare` refused its arguments or `variables`: its container fails, and no other one begins. If
-/// an environment is open on a parent, or another step runs there, its job goes on.
+/// Reports to IMS that `prepare` refused its arguments or `variables`: its container fails, and no other one of the pod
+/// starts. If an environment is open on one of `places`, or another step runs there, the job there goes on, and nothing
+/// is reported.
 pub fn report_refusal(places: &[PathBuf], variables: Vec<(OsString, OsString)>) {
     if places.iter().any(|place| refuse_open_environment(place).is_err() || is_being_made(place)) {
         return;
@@ -54,8 +55,8 @@ pub fn report_refusal(places: &[PathBuf], variables: Vec<(OsString, OsString)>) 
     }
 }
 
-/// Marks the volume of a job whose preparation failed, if it has an image root: nothing else would tell a sidecar
-/// without IMS.
+/// If the job's volume has an image root, marks it after a failed preparation: without IMS, a sidecar would learn of
+/// the failure in no other way.
 fn mark_pod_error(parent: &Path, settings: &Settings) {
     let has_image_root = [IMAGE_ROOT, CREATED_IMAGE_ROOT].iter().any(|name| parent.join(name).exists());
     if settings.job.id.is_some()
@@ -67,7 +68,7 @@ fn mark_pod_error(parent: &Path, settings: &Settings) {
     }
 }
 
-/// Refuses the parent of an image root, or the image root in it, on which an environment is open.
+/// Refuses `place`, an image root or its parent, if an environment is open on it.
 fn refuse_open_environment(place: &Path) -> Result<()> {
     for place in [Some(place), place.parent()].into_iter().flatten().filter(|place| place.is_dir()) {
         SignalFiles::open(place)?.map_or(Ok(()), |files| files.refuse_open())?;
@@ -81,14 +82,14 @@ fn is_being_made(place: &Path) -> bool {
     files.refuse_while_used().is_err()
 }
 
-/// Source of `prepare`; refuses a directory that is open, or that contains the image root's parent.
+/// Parses the source of `prepare`. Refuses a directory that is open, or that contains the image root's parent.
 pub fn source_to_prepare(settings: &Settings, source: &str) -> Result<Source> {
     directory::refuse_open_source(source)?;
     let source = Source::parse(source)?;
     if let Source::Here(path) = &source
         && path.is_dir()
     {
-        // Somebody may have named the two in the wrong order.
+        // Somebody may have given source and parent in the wrong order.
         refuse_open_environment(path)?;
         check_directory(path, &settings.job.parent)?;
     }
@@ -105,7 +106,7 @@ pub fn prepare(settings: &Settings, source: &Source, open: Open, is_fresh: bool)
         Ok(files) => (Some(files), None),
         Err(error) => (None, Some(error)),
     };
-    // Before IMS hears anything: the job of the open environment, or of another `prepare`, goes on.
+    // These checks precede any report to IMS, since the job of an open environment, or of another `prepare`, goes on.
     let claim = match &files {
         Some(files) => {
             files.refuse_open()?;
@@ -121,7 +122,7 @@ pub fn prepare(settings: &Settings, source: &Source, open: Open, is_fresh: bool)
         None => None,
     };
     let ims = settings.ims_client(&work);
-    // In a pod, the users of the container are the image's.
+    // Warn only outside a pod; in a pod, all users of the container belong to the image.
     if let (Open::Overlay, Source::Here(path), None) = (open, source, &settings.job.id)
         && path.is_dir()
     {
@@ -133,7 +134,7 @@ pub fn prepare(settings: &Settings, source: &Source, open: Open, is_fresh: bool)
         if let (Some(node), Some(Action::Customize) | None) = (&settings.job.node, settings.job.action) {
             prepare::fetch(&work, settings, source)?;
             prepare::clear_marks(parent, is_fresh || image_root.exists())?;
-            // The container that has the image packed is not told them.
+            // The container that has the image packed does not get these settings, so record them.
             let names = serde_json::to_vec(&settings.boot).attempt(|| "record the names of the boot files")?;
             let volume = open_tree(&settings.job.parent)?;
             volume.replace(BOOT_NAMES, &names).attempt(|| "record the names of the boot files")?;
@@ -167,14 +168,14 @@ pub fn prepare(settings: &Settings, source: &Source, open: Open, is_fresh: bool)
         }
         drop(claim);
         if is_new {
-            // Whatever is in it, somebody needs.
+            // remove_dir fails if the directory has any content, which somebody may need.
             let _ = std::fs::remove_dir(parent);
         }
     })
 }
 
-/// Refuses to go on with the image root of a job that has ended: the sidecar would do nothing more. In a pod that starts
-/// over, the other containers begin only after this one, and end at once; there it is only said.
+/// Refuses to go on with the image root of a job that has ended, because the sidecar would do nothing more. In a pod
+/// that starts over, it only warns: the other containers begin after this one, and end at once.
 fn refuse_ended(settings: &Settings, files: &SignalFiles) -> Result<()> {
     let Some(how) = journal::ended(files, settings) else { return Ok(()) };
     let parent = files.path().display();
@@ -197,8 +198,8 @@ fn check_directory(source: &Path, parent: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Creates the image root's parent; other users must not reach setuid programs of the image. A volume that exists keeps
-/// its mode.
+/// Creates the image root's parent, closed to other users, who must not reach setuid programs of the image. A volume
+/// that exists keeps its mode.
 fn make_parent(parent: &Path) -> Result<SignalFiles> {
     let attempted = || format!("create the directory {}", parent.display());
     if let Some(missing) = named::missing_parent(parent) {
@@ -215,19 +216,20 @@ fn removed(parent: &Path) -> Error {
     Error::new(format!("open {}", parent.display())).because("it has been removed").advise("run it again")
 }
 
-/// An image root, with the place of its archive and of the records about it.
+/// An image root, and the locations of its archive and of the records about it.
 struct Place {
     image_root: Tree,
     /// Directory of the records.
     files: SignalFiles,
     archive_directory: Tree,
     archive_name: String,
-    /// Directory of the image root's source.
+    /// Directory with the record of the image root's source, if it is not that of `files`.
     source_directory: Option<Tree>,
 }
 
 impl Place {
-    /// `named` is an image root's parent or an image root; for an image root, the current directory takes the archive.
+    /// `named` is an image root or the parent of one. For an image root, the archive is created in the current
+    /// directory.
     fn of(settings: &Settings, named: Option<&Path>, archive: Option<&Path>) -> Result<Self> {
         let parent = named.unwrap_or(&settings.job.parent);
         let is_parent = named.is_none() || parent.join(settings.job.image_root()).is_dir();
@@ -242,7 +244,7 @@ impl Place {
         };
         let archive = archive.map_or_else(|| directory.join(settings.archive()), Path::to_owned);
         let (archive_directory, archive_name) = packing::output(&archive, "the archive")?;
-        // An image root may have been named in a parent, whose records tell its source.
+        // The named image root may lie in a parent, whose records tell its source.
         let shown = image_root.shown();
         let above = shown.parent().filter(|_| !is_parent && shown.ends_with(IMAGE_ROOT));
         let source_directory = above.map(open_tree).transpose()?;
@@ -253,7 +255,7 @@ impl Place {
         Archive { directory: &self.archive_directory, name: &self.archive_name }
     }
 
-    /// Removes the archive, if `packed` still has its name.
+    /// Removes the archive, if its name still leads to `packed`.
     fn remove_archive(&self, packed: &File) {
         let there = self.archive_directory.look(&self.archive_name);
         if let (Ok(Some(there)), Ok(ours)) = (there, rustix::fs::fstat(packed))
@@ -328,7 +330,7 @@ fn pack_place(
     let _claims = parents.iter().map(|files| files.claim_for(Step::Package)).collect::<Result<Vec<_>>>()?;
     directory::refuse_running(&shown)?;
     if let Some(file) = changes {
-        // Checked now, because they are used only after packing.
+        // Check these now, because they are used only after the packing.
         packing::check_output(file, "--changes")?;
         prepare::take_inventory_below(work, settings, place.files.parent())?;
         Inventory::load(place.files.parent(), INVENTORY)?;
@@ -338,7 +340,7 @@ fn pack_place(
     let source = basis::of(work, settings, source_directory, &place.image_root, false)?;
     let (packed, recorded) =
         packed::pack(work, parent, &place.image_root, &place.archive(), settings, exclude, source.as_ref())?;
-    // Without its record, the next run would refuse to replace it.
+    // Remove an archive without a record, since the next run would refuse to replace it.
     recorded.inspect_err(|_| place.remove_archive(&packed))?;
     if let Some(file) = changes {
         write_changes(work, place.files.parent(), &place.image_root, file)?;
@@ -372,7 +374,7 @@ fn upload_place(
     let recorded = packed::checksum(records, &rootfs);
     let image = Image { rootfs, recorded, boot: place.boot(settings)?, debug_kernel };
     let ims = settings.ims_client(work);
-    // Before hours of uploading for a job that IMS does not know.
+    // Ask IMS now, so that no hours are spent on uploading for a job that IMS does not know.
     ims.job()?;
     let directory = JournalDirectory::new(&place.files, settings);
     let mut journal = Journal::read(&directory)?;

@@ -1,5 +1,5 @@
-//! Record of a command or script that has succeeded, in the work directory with its changes: the same one is not run
-//! again if these could not be applied or published.
+//! Record of a command or script that has succeeded, in the work directory with the changes that it made. If these
+//! could not be applied or published, the same command or script need not be run again.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
@@ -11,10 +11,11 @@ use ring::digest::{Context, SHA256};
 use crate::jail::binds::Bind;
 use crate::sys::tree::Tree;
 
-/// The record while it runs. Renamed at the end, since a full disk has no space for a new one.
+/// Name of the record while the command or script runs. It is renamed at the end, when a full disk might have no space
+/// for a new file.
 const RUNNING: &str = ".ims-sshd.running";
 
-/// The record once it has succeeded.
+/// Name of the record once the command or script has succeeded.
 const SUCCEEDED: &str = ".ims-sshd.succeeded";
 
 /// Size limit of the record, in bytes.
@@ -25,12 +26,13 @@ const LIMIT: u64 = 4096;
 pub struct Unattended {
     /// `command` or `script`.
     what: &'static str,
-    /// Digest of all that makes it another one. Options of the run, such as the place of the new image, are no part.
+    /// Digest of everything that distinguishes it from another command or script. Options of the run, such as the
+    /// location of the new image, do not count.
     digest: String,
 }
 
 impl Unattended {
-    /// A command of `words`, or a script with this `content`.
+    /// A command of `words`, or a script that has this `content`.
     pub(crate) fn of(
         what: &'static str,
         words: &[OsString],
@@ -51,13 +53,13 @@ impl Unattended {
         format!("{} {}\n", self.what, self.digest)
     }
 
-    /// Prepares the record in `work` before it runs.
+    /// Prepares the record in `work`, before the command or script runs.
     pub(crate) fn begin(&self, work: &Tree) {
-        // A full disk has no space for it, and may have some at the end.
+        // Ignore a full disk: at the end it may have space for the record.
         let _ = work.replace(RUNNING, self.record().as_bytes());
     }
 
-    /// Records that it has succeeded.
+    /// Records in `work` that the command or script has succeeded.
     pub(crate) fn succeed(&self, work: &Tree) {
         let renamed = work.rename(RUNNING, SUCCEEDED);
         if let Err(e) = renamed.or_else(|_| work.replace(SUCCEEDED, self.record().as_bytes())) {
@@ -69,19 +71,19 @@ impl Unattended {
         }
     }
 
-    /// Returns whether it has made the changes in `work`, and has succeeded.
+    /// Returns whether the changes in `work` were made by this command or script, and it succeeded.
     pub(crate) fn has_succeeded(&self, work: &Tree) -> bool {
         work.read(SUCCEEDED, LIMIT).is_ok_and(|record| record == self.record().as_bytes())
     }
 }
 
-/// Kind of what has made the changes in `work` and has succeeded: `command` or `script`.
+/// `command` or `script`, if such a one has made the changes in `work` and has succeeded.
 pub(crate) fn succeeded(work: &Tree) -> Option<&'static str> {
     let record = work.read(SUCCEEDED, LIMIT).ok()?;
     ["command", "script"].into_iter().find(|what| record.starts_with(what.as_bytes()))
 }
 
-/// Removes the record from `work`: something else changes the image from now on.
+/// Removes the record from `work`, because something else changes the image from now on.
 pub(crate) fn forget(work: &Tree) {
     if let Err(e) = work.remove(SUCCEEDED) {
         tracing::warn!("cannot remove {}: {e}", work.shown().join(SUCCEEDED).display());

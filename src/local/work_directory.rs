@@ -1,5 +1,6 @@
-//! Work directory of a job on this machine, owned by root, for all that belongs to the image. Setuid programs of the
-//! image and its /etc/shadow lie below, which the machine's other users must neither reach nor exchange.
+//! Work directory of a job on this machine, which holds everything that belongs to the image. It is owned by root,
+//! because setuid programs of the image and its /etc/shadow lie below, and other users of the machine must neither
+//! reach nor replace them.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
@@ -12,10 +13,10 @@ use crate::sys::named::refuse_changeable;
 use crate::volume::layout::{CLAIM, IMAGE_ROOT, OVERLAY};
 use crate::volume::signal_files::SignalFiles;
 
-/// Default directory of all runs.
+/// Default directory for the work directories of all runs.
 pub const DEFAULT: &str = "/var/lib/ims-sshd";
 
-/// Separates a run's name from a number, if its changes are discarded at the end.
+/// Separates a work directory's name from a number, if the changes in it are discarded at the end.
 const TO_DISCARD: &str = "+discard";
 
 /// Returns whether changes in `place` are discarded at the end.
@@ -23,10 +24,10 @@ pub(crate) fn is_to_discard(place: &Path) -> bool {
     place.file_name().is_some_and(|name| name.to_string_lossy().contains(TO_DISCARD))
 }
 
-/// Directory for changes to be dropped once others have replaced them.
+/// Directory for changes that are to be dropped once others have replaced them.
 pub(crate) const ASIDE: &str = ".aside";
 
-/// Name of that directory while it is filled or emptied.
+/// Name of [`ASIDE`] while it is being filled or emptied.
 const MOVING: &str = ".aside.moving";
 
 /// Returns whether `work` holds changes, in use or put aside.
@@ -42,28 +43,29 @@ pub(crate) fn drop_aside(work: &Path) -> Result<bool> {
     if files.parent().look(ASIDE).attempt(attempted)?.is_none() {
         return Ok(false);
     }
-    // Renamed first, to a new name: they count as dropped even if some file cannot be removed.
+    // Rename it first, to a new name, so that the changes count as dropped even if some file cannot be removed.
     let dropped = format!(".dropped-{ASIDE}-{}", std::process::id());
     files.parent().rename(ASIDE, &dropped).attempt(attempted)?;
     files.parent().remove_whole(OsStr::new(&dropped)).attempt(attempted).map(|()| true)
 }
 
-/// One run's directory, claimed as long as this value lives.
+/// A run's work directory, claimed as long as this value lives.
 pub(crate) struct WorkDirectory {
     files: SignalFiles,
 }
 
 impl WorkDirectory {
-    /// Creates the directory `name` below `all`, or claims it as an earlier run left it. Fails if another run uses it.
+    /// Creates the directory `name` below `all`, or claims the one that an earlier run left. Fails if another run uses
+    /// it.
     pub(crate) fn claim(all: &Path, name: &str) -> Result<Self> {
         let all = own(all)?;
         let place = claim(|| own(&all.join(name))).map(|files| Self { files })?;
-        // A killed run may have put changes aside without replacing them.
+        // A run that was killed may have put changes aside and not replaced them.
         place.restore_aside().map(|_| place)
     }
 
-    /// Like [`Self::claim`], for changes that are discarded at the end: the first numbered `name` that no run uses,
-    /// cleared of a killed run's files.
+    /// Like [`Self::claim`], for changes that are discarded at the end. Claims the first `name` with a number that no
+    /// run uses, and removes files that a killed run left there.
     pub(crate) fn claim_to_discard(all: &Path, name: &str) -> Result<Self> {
         let mut number = 1;
         loop {
@@ -81,7 +83,7 @@ impl WorkDirectory {
         self.files.path()
     }
 
-    /// Its files, among them the records of a publication.
+    /// Files in the directory, among them the records of a publication.
     pub(crate) fn files(&self) -> &SignalFiles {
         &self.files
     }
@@ -94,12 +96,12 @@ impl WorkDirectory {
         for name in self.kept_names()? {
             rustix::fs::renameat(parent, &name, &aside, &name).attempt(attempted)?;
         }
-        // Atomically: the final name means that everything is there.
+        // Rename it last: under the final name, everything is there.
         parent.rename(MOVING, ASIDE).attempt(attempted)
     }
 
-    /// Restores changes that were put aside, and removes those that began to replace them. Returns whether there were
-    /// any.
+    /// Restores changes that were put aside, and removes those that have begun to replace them. Returns whether there
+    /// were changes put aside.
     pub(crate) fn restore_aside(&self) -> Result<bool> {
         let attempted = || format!("restore the changes put aside in {}", self.path().display());
         let parent = self.files.parent();
@@ -117,7 +119,7 @@ impl WorkDirectory {
         parent.remove_directory(MOVING).map(|_| true).attempt(attempted)
     }
 
-    /// Names that an earlier run left, except the lock file.
+    /// Names of the entries that an earlier run left, except the lock file and changes put aside.
     fn kept_names(&self) -> Result<Vec<OsString>> {
         let names = self.files.parent().names().attempt(|| format!("list {}", self.path().display()))?;
         Ok(names.into_iter().filter(|name| ![CLAIM, ASIDE, MOVING].iter().any(|own| name == own)).collect())
@@ -127,7 +129,8 @@ impl WorkDirectory {
     pub(crate) fn clear(&self) -> Result<()> {
         let attempted = || format!("clear {}", self.path().display());
         let parent = self.files.parent();
-        // Renamed first: a run that found only half of the changes would resume those, and lose renamed directories.
+        // Rename these first: a run that found only half of the changes would resume them, and lose renamed
+        // directories.
         for name in [OVERLAY, IMAGE_ROOT] {
             let dropped = format!(".dropped-{name}");
             parent.remove_whole(OsStr::new(&dropped)).attempt(attempted)?;
@@ -136,7 +139,8 @@ impl WorkDirectory {
             }
         }
         let mut names = parent.names().attempt(attempted)?;
-        // Hidden files, the records of the changes, come last, so that no changes are left without a record.
+        // Hidden files, which are the records of the changes, come last, so that no changes are ever left without a
+        // record.
         names.sort_by(|a, b| b.cmp(a));
         for name in names {
             let removed = parent.remove_whole(&name);
@@ -152,13 +156,13 @@ impl WorkDirectory {
     }
 }
 
-/// Creates the directory `path` (mode 0700) if it does not exist, and returns it without symbolic links. Fails if
-/// another user could replace anything on the way to it.
+/// Creates the directory `path` (mode 0700) if it does not exist, and returns its path without symbolic links. Fails if
+/// another user could replace the directory or any above it.
 pub(crate) fn own(path: &Path) -> Result<PathBuf> {
     let attempted = || format!("keep files of an image in {}", path.display());
     let advice = "name with --work a directory that only root can change, as all above it";
     let refuse = |why: String| Err::<PathBuf, _>(Error::new(attempted()).because(why).advise(advice));
-    // Called before the directory is created, and again with the result.
+    // Runs twice: before the directory is created, and on the result.
     let check = |there: &Path| {
         let check = |place: &Path| refuse_changeable(place, there != path).attempt(attempted).advise(advice);
         check(there)?;
@@ -166,7 +170,7 @@ pub(crate) fn own(path: &Path) -> Result<PathBuf> {
         check(&real)?;
         Ok(real)
     };
-    // A link counts, wherever it leads.
+    // Use symlink_metadata, since a link must be checked even if its target does not exist.
     if let Some(there) = path.ancestors().find(|place| std::fs::symlink_metadata(place).is_ok()) {
         check(there)?;
     }
@@ -221,7 +225,7 @@ mod tests {
         std::fs::write(within("overlay/upper/file"), "changed").unwrap();
         let stuck = within("overlay/upper/stuck");
         rustix::mount::mount("t", &stuck, "tmpfs", rustix::mount::MountFlags::empty(), None).unwrap();
-        // It fails halfway, as if killed.
+        // The first attempt fails halfway, as if killed.
         let error = place.clear().unwrap_err();
         rustix::mount::unmount(within(".dropped-overlay/upper/stuck"), rustix::mount::UnmountFlags::empty()).unwrap();
         assert!(!within("overlay").exists(), "{error}");
