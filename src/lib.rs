@@ -4,10 +4,10 @@
 //!
 //! - [`cli`]: the command line: its definition, and what each command starts.
 //! - [`manual`]: man pages and completions, generated from the command line's definition.
-//! - [`pod`]: the programs in a pod beside the build environment.
-//! - [`local`]: the same on one machine, without a pod.
-//! - [`recipe`]: from a recipe to an image root, around kiwi-ng.
-//! - [`remote`]: a job whose image is changed on another host, on both sides.
+//! - [`pod`]: the pod's programs other than the build environment.
+//! - [`local`]: build environments on one machine, without a pod.
+//! - [`recipe`]: building an image root from a recipe with kiwi-ng.
+//! - [`remote`]: jobs whose image is changed on another host: both sides.
 //! - [`publish`]: fetching and preparing an image; uploading and registering a job's result.
 //! - [`environment`]: the life of a build environment, from `ready` to `exiting`.
 //! - [`jailer`]: the supervisor's side of a jail.

@@ -28,8 +28,8 @@ pub(crate) fn listed(entries: &[impl AsRef<str>]) -> String {
     }
 }
 
-/// [`Printable`] for JSON text, preserving its meaning: such characters occur only in strings, and newlines only
-/// between values.
+/// [`Printable`] for JSON text, preserving its meaning: unprintable characters occur only in strings, where an escape
+/// means the same, and newlines only between values.
 pub fn json(text: &str) -> String {
     text.chars().fold(String::with_capacity(text.len()), |mut shown, c| {
         if c == '\n' || is_printable(c) {

@@ -2,8 +2,8 @@
 
 use rustix::fs::{FileType, Stat};
 
-/// Returns whether a file with a verdict file's name in the image's /tmp counts. Only a regular file does, as `touch`
-/// creates it: a program may have a directory or link of that name.
+/// Returns whether a file with a verdict file's name in the image's /tmp counts as a mark. Only a regular file does, as
+/// `touch` creates one: a program may have made a directory or link of that name.
 pub(crate) fn is_mark(found: &Stat) -> bool {
     FileType::from_raw_mode(found.st_mode) == FileType::RegularFile
 }

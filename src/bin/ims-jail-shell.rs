@@ -70,7 +70,7 @@ fn start() -> u8 {
         Ok(()) => 0,
         Err(error) => {
             eprintln!("ims-jail-shell: {error}");
-            // ssh exits with 255 if it cannot reach the host, and Ansible reports the host as unreachable.
+            // Exit as ssh does if it cannot reach the host: Ansible then reports the host as unreachable.
             255
         }
     }

@@ -1,4 +1,4 @@
-//! The build environment's entrypoint, and the same on one machine.
+//! Main function of `ims-sshd`: parses the command line, runs the command, and reports its error.
 
 use std::process::ExitCode;
 

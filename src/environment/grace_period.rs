@@ -12,8 +12,8 @@ use crate::sys::process::{Entry, Handle, children};
 /// Time for a shell that was hung up to write its history and exit; afterwards it does not delay the close.
 const HANG_UP_TIME: Duration = Duration::from_secs(2);
 
-/// How long a client may take from one session to the next. Ansible removes its temporary directory in a session of its
-/// own, and a distant control node may have 500 hosts to serve.
+/// How long the close waits for a client's next session after one has ended. Ansible removes its temporary directory in
+/// a session of its own, and a distant control node may have 500 hosts to serve.
 const NEXT_SESSION_TIME: Duration = Duration::from_secs(5);
 
 /// Number of sessions and connections watched for their end, each by a descriptor; the end of the others is polled.
@@ -37,7 +37,7 @@ pub(crate) struct GracePeriod {
     watched: Vec<Handle>,
 }
 
-/// State of that wait.
+/// State of the wait for sessions to end.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Progress {
     /// No session is running.
@@ -48,8 +48,8 @@ pub(crate) enum Progress {
     Over,
 }
 
-/// The program that a session runs. In a jail it is a child of `ims-jail-shell`, a name that would mean nothing to the
-/// reader.
+/// The program that a session runs. In a jail, the session's process is `ims-jail-shell`, a name that would tell a
+/// reader of the log nothing, and the program is its child.
 fn program_of(session: &Entry) -> Entry {
     const HELPER: &str = "ims-jail-shell";
     let children = || children(session.pid).into_iter().filter_map(Entry::read);

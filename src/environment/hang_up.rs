@@ -1,4 +1,4 @@
-//! People at interactive shells at the close: they are told, and their shells are hung up.
+//! Tells people at interactive shells that the environment closes, and hangs up their shells.
 
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
@@ -9,8 +9,8 @@ use nix::unistd::Pid;
 
 use crate::sys::process::Entry;
 
-/// Writes one line to the terminal of each of `shells`. The terminal of a command gets none: a program may read its
-/// output.
+/// Writes one line to the terminal of each of `shells`, which are interactive. A command on a terminal gets no line,
+/// since a program may read the command's output.
 pub(crate) fn tell_terminals(shells: &[Entry], what: &str) {
     for path in shells.iter().filter_map(Entry::terminal_path) {
         // Do not block on a terminal whose output is stopped (Ctrl-S).

@@ -23,7 +23,7 @@ use crate::volume::image_root;
 use crate::volume::signal_files::SignalFiles;
 use crate::volume::state_directory::StateDirectory;
 
-/// Settings and directories of an open environment. They outlive it: the verdict is recorded there.
+/// Settings and directories of an open environment. They outlive the environment: the verdict is recorded there.
 #[derive(Clone, Copy)]
 pub(super) struct Place<'a> {
     pub(super) settings: &'a Settings,
@@ -35,12 +35,12 @@ pub(super) struct Place<'a> {
 /// An environment on an image root.
 pub(super) struct Open {
     groundwork: Groundwork,
-    /// `None` once sshd has answered.
+    /// Questions to sshd about its configuration; `None` once sshd has answered.
     asked: Option<Asked>,
     effective: Effective,
     /// Emulation of an image of another architecture.
     emulation: Emulation,
-    /// `None` in plain mode, and while the jail could not be made again.
+    /// `None` in plain mode, and while a jail that died could not be made again.
     pub(super) jail: Option<OpenJail>,
     /// `None` between the death of sshd and its restart.
     pub(super) daemon: Option<Daemon>,
@@ -55,8 +55,8 @@ pub(super) struct Open {
 }
 
 impl Open {
-    /// Makes everything but the jail and sshd: cleans up after a killed environment, sets up emulation, configures
-    /// sshd, which [`Open::make_jail`] hears the answers about, and listens for sessions.
+    /// Makes everything but the jail and sshd: cleans up after a killed environment, sets up emulation, configures sshd
+    /// (the effective options are collected by [`Open::make_jail`]), and listens for sessions.
     pub(super) fn make(groundwork: Groundwork, place: Place<'_>) -> Result<Self> {
         let Place { settings, state, files, image_root } = place;
         let recovered = recover(settings, files, image_root, state)?;
@@ -100,7 +100,7 @@ impl Open {
         Ok(())
     }
 
-    /// Makes the jail, except in plain mode, and hears what sshd makes of its configuration.
+    /// Makes the jail, except in plain mode, and collects sshd's effective options.
     pub(super) fn make_jail(&mut self, place: Place<'_>) -> Result<()> {
         let Place { settings, state, files, image_root } = place;
         let (asked, effective) = (&mut self.asked, &mut self.effective);
@@ -134,8 +134,8 @@ impl Open {
     }
 
     fn remake_jail(&mut self, place: Place<'_>) -> Result<()> {
-        // Keep the old jail until its image root is sealed: a file that is open on the old jail's mount would not be
-        // found through the new one's.
+        // Seal the image root while the old jail still exists: a file that is open on the old jail's mount would not be
+        // found through the mount of the new jail.
         if self.jail.is_some() {
             OpenJail::seal(place.state, Instant::now() + TIME_TO_CLOSE_FILES)?;
         }
@@ -198,9 +198,9 @@ impl Open {
         sessions
     }
 
-    /// Releases the image root after all processes have ended. Waits until `limit` for processes outside that have one
-    /// of its files open for writing; with `is_failed`, such a file is only logged. Logs errors, and returns whether
-    /// there were none.
+    /// Releases the image root after all processes have ended. Waits until `limit` for processes outside that have a
+    /// file of the image root open for writing; with `is_failed`, such a file is only logged. Logs errors, and returns
+    /// whether there were none.
     pub(super) fn release(self, place: Place<'_>, limit: Instant, is_failed: bool) -> bool {
         let mut cleanly = true;
         if let Some(jail) = self.jail {

@@ -15,7 +15,7 @@ use crate::transfer::confinement::clear_environment;
 /// Host key of this sshd.
 pub(crate) const HOST_KEY: &str = "ssh_host_ed25519_key";
 
-/// Configuration of sessions where no site has one.
+/// sshd's options for sessions where no site's configuration gives any.
 pub const SESSIONS: &str = "PermitRootLogin yes\nAcceptEnv LANG LC_*\nSubsystem sftp internal-sftp\n";
 
 /// Creates the key pair `name` in the directory `run`.
@@ -39,7 +39,7 @@ pub(crate) fn make_key(run: &Path, name: &str, comment: &str) -> Result<PathBuf>
     }
 }
 
-/// A free port, which the kernel gives to nobody else as long as this is alive: sshd binds it later.
+/// A free port, which the kernel gives to nobody else as long as this value lives: sshd binds it later.
 #[derive(Debug)]
 pub(crate) struct HeldPort {
     /// The port.
@@ -47,7 +47,7 @@ pub(crate) struct HeldPort {
     _held: OwnedFd,
 }
 
-/// The `wanted` port, or one that is free on `listen` and held for sshd or ssh.
+/// Returns the `wanted` port, or one that is free on `listen`, which is then held for sshd or ssh.
 pub(crate) fn port(wanted: Option<u16>, listen: IpAddr) -> Result<(u16, Option<HeldPort>)> {
     let held = wanted.map_or_else(|| free_port(listen).map(Some), |_| Ok(None))?;
     Ok((wanted.or(held.as_ref().map(|held| held.port)).unwrap_or_default(), held))
@@ -57,8 +57,8 @@ pub(crate) fn port(wanted: Option<u16>, listen: IpAddr) -> Result<(u16, Option<H
 pub(crate) fn free_port(listen: IpAddr) -> Result<HeldPort> {
     let attempted = || format!("find a free port on {listen}");
     let family = if listen.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-    // Two sockets may have one port as long as neither listens, if both allow it as sshd does: only bind(2) to port 0 and
-    // programs without SO_REUSEADDR then pass it over (inet_csk_get_port).
+    // Two sockets may be bound to one port while neither listens, if both set SO_REUSEADDR as sshd does. The kernel
+    // then gives the port neither to a bind(2) to port 0 nor to programs without SO_REUSEADDR (inet_csk_get_port).
     let held = || -> io::Result<HeldPort> {
         let held = rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
         rustix::net::sockopt::set_socket_reuseaddr(&held, true)?;
@@ -69,8 +69,8 @@ pub(crate) fn free_port(listen: IpAddr) -> Result<HeldPort> {
     held().attempt(attempted)
 }
 
-/// Writes a host key and sshd's configuration into the directory `run`, for logins by one of `keys`. `sessions` are its
-/// last lines. Returns the path of the configuration.
+/// Writes a host key and sshd's configuration into the directory `run`, for logins by one of `keys`. `sessions` becomes
+/// the end of the configuration. Returns the path of the configuration.
 pub fn configure(run: &Path, address: SocketAddr, keys: &Path, comment: &str, sessions: &str) -> Result<PathBuf> {
     let host_key = make_key(run, HOST_KEY, comment)?;
     let config = run.join("sshd_config");

@@ -18,8 +18,8 @@ use crate::sys::process::Entry;
 use crate::sys::seqpacket::{Listener, Packets};
 use crate::sys::tree::Tree;
 
-/// Number of descriptors reserved for everything else: without one the supervisor could neither read a mark nor end a
-/// process.
+/// Number of descriptors that connections of sessions must leave free: without a free one, the supervisor could neither
+/// read a mark nor end a process.
 const RESERVED: u64 = 48;
 
 /// How long a connection without a session is remembered. `ControlPersist` keeps Ansible's open for a minute.
@@ -28,7 +28,7 @@ const REMEMBERED: Duration = Duration::from_mins(10);
 /// A session that is running. Its JSON is part of the status.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Session {
-    /// PID of its first process: the helper, or in plain mode the shell or command.
+    /// PID of the session's first process: the helper, or in plain mode the shell or command.
     pub(crate) pid: i32,
     /// Address of the client.
     pub(crate) client: String,
@@ -44,14 +44,14 @@ pub(crate) struct Session {
     pub(crate) interactive: bool,
     /// `shell`, `sftp`, or the command line with secrets masked.
     pub(crate) request: String,
-    /// When it began; in JSON as RFC 3339, in seconds.
+    /// When the session began; in JSON as RFC 3339, in seconds.
     #[serde(serialize_with = "rfc3339")]
     pub(crate) since: SystemTime,
 }
 
 impl Session {
-    /// Logs the beginning of the session, the first one of its connection at a level that is shown by default: Ansible
-    /// runs several for each task.
+    /// Logs the beginning of the session. Only the first session of a connection is logged at a level that is shown by
+    /// default: Ansible runs several for each task.
     fn log_beginning(&self, is_first: bool) {
         let Self { pid, client, port, key, terminal, request, .. } = self;
         if is_first {
@@ -71,7 +71,7 @@ impl Session {
         let signal = how.filter(|how| exit.is_none() && !how.is_empty());
         let Self { pid, client, port, .. } = self;
         let reason = reason.flatten();
-        // A signal may be the OOM killer's.
+        // Show an end by a signal by default: the OOM killer may have sent it.
         if reason.is_some() || signal.is_some() {
             tracing::info!(pid, client, port, exit, signal, reason, seconds, "session ended");
         } else {
@@ -97,7 +97,7 @@ pub(crate) struct Presence {
     listener: Listener,
     /// Connections by their descriptors.
     connections: BTreeMap<RawFd, Connection>,
-    /// The connections, and the listener as `None`.
+    /// What wakes [`Presence::receive`]: the connections by descriptor, and the listener as `None`.
     sources: Sources<Option<RawFd>>,
     /// Maximum number of connections; sessions beyond it are not logged.
     most_connections: usize,
@@ -206,7 +206,7 @@ impl Presence {
         }
     }
 
-    /// Removes a connection. Its descriptor may stay open, so it has to be removed from the sources too.
+    /// Removes a connection. The caller may keep its descriptor open, so it has to be removed from the sources too.
     fn remove(&mut self, number: Option<RawFd>) -> Option<Packets> {
         let connection = self.connections.remove(&number?)?;
         self.sources.remove(&connection.packets);
@@ -309,7 +309,7 @@ fn client(connection: &str) -> (String, Option<u16>) {
     (words.next().unwrap_or_default().to_owned(), words.next().and_then(|port| port.parse().ok()))
 }
 
-/// Fingerprint of a session's key, by the file that sshd writes for it (`ExposeAuthInfo`).
+/// Fingerprint of a session's key, from the file that sshd writes for the session (`ExposeAuthInfo`).
 fn key_of(leader: &Entry) -> Option<String> {
     // Read through a Tree, which refuses anything but a regular file: the session may have put a fifo there.
     let text = Tree::open(Path::new("/")).ok()?.read(variable_of(leader, "SSH_USER_AUTH")?, 64 << 10).ok()?;

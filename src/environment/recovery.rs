@@ -33,7 +33,7 @@ pub(crate) fn end_left_over(state: &StateDirectory, log: Option<&Path>) -> Resul
     Ok(found)
 }
 
-/// Cleans up what a killed environment left on this image root. Returns whether it was open.
+/// Cleans up what a killed environment left on this image root. Returns whether that environment was open.
 pub(crate) fn recover(
     settings: &Settings,
     files: &SignalFiles,

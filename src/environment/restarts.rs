@@ -1,4 +1,4 @@
-//! How often a part that died is restarted, and after which wait.
+//! Limits how often a part that died is restarted, and determines the wait before each restart.
 
 use std::time::{Duration, Instant};
 

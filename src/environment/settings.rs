@@ -50,7 +50,7 @@ pub struct Settings {
     pub(crate) idle_limit: Option<Duration>,
     /// `IMS_SESSION_LIMIT`: maximum time that an environment stays open; no limit if unset.
     pub(crate) session_limit: Option<Duration>,
-    /// `REMOTE_HEARTBEAT_TIMEOUT_COUNT` times 5 s: after so much silence a remote build node is lost.
+    /// `REMOTE_HEARTBEAT_TIMEOUT_COUNT` times 5 s: a remote build node that is silent for so long counts as lost.
     pub(crate) node_silence: Duration,
     /// `IMS_REMOTE_KEY`: the private key for remote build nodes.
     pub(crate) node_key: PathBuf,
@@ -66,7 +66,7 @@ pub(crate) struct Marked {
 }
 
 impl Marked {
-    /// In a pod, and where the image is published.
+    /// Messages in a pod, and wherever the image is published.
     pub(crate) const PACKED: Self =
         Self { complete: "marked complete and will be packed", failed: "marked failed and will not be packed" };
     /// Messages if the changes are applied to the directory above which they were made.
@@ -88,7 +88,7 @@ impl Marked {
 /// Default grace period: enough for a task of a typical Ansible play.
 const DEFAULT_GRACE: Duration = Duration::from_secs(10);
 
-/// Unit of `REMOTE_HEARTBEAT_TIMEOUT_COUNT`, and its default.
+/// Unit of `REMOTE_HEARTBEAT_TIMEOUT_COUNT`; without that variable, `DEFAULT_SILENCE` applies.
 const BEAT: Duration = Duration::from_secs(5);
 const DEFAULT_SILENCE: Duration = Duration::from_mins(1);
 
@@ -116,7 +116,7 @@ impl Settings {
         let written = reader.text("SSHD_CONFIG_FILE").map(PathBuf::from);
         let sshd_config = sshd.as_ref().and_then(|o| reader.accept(o.config_file(written.as_ref())));
 
-        // On a build node the jail may stay closed, although modules are to be built in it.
+        // On a remote build node, IMS_REMOTE_DKMS can keep the jail closed although modules are to be built in it.
         let is_closed = reader.choice("IMS_REMOTE_DKMS", &[("open", false), ("closed", true)], Case::Any);
         let dkms = reader.dkms() && !(is_closed == Some(true) && job.node.is_some());
         let tiers = reader.tiers();

@@ -12,10 +12,10 @@ use crate::sshd::effective::{Effective, Question};
 use crate::sshd::login_shell::LoginShell;
 use crate::volume::state_directory::StateDirectory;
 
-/// Questions to sshd about its configuration with the settings in it, which run beside the making of the jail.
+/// Questions to sshd about its effective configuration, which sshd answers while the jail is being made.
 pub(super) struct Asked {
     roots: Question,
-    /// Those of a user who must not get in, in jailed mode, with the forced command.
+    /// In jailed mode: the question about a user who must not get in, and the forced command.
     nobodys: Option<(Question, String)>,
 }
 
@@ -24,9 +24,9 @@ pub(super) fn configure_sshd(settings: &Settings, state: &StateDirectory) -> Res
     let fragment = state.fragment();
     let options = &settings.sshd.asking;
     let shown = settings.sshd_config.display();
-    // The configuration is read without the fragment: sshd ignores an Include of a file that does not exist.
+    // Read the configuration without an old fragment: sshd ignores an Include of a file that does not exist.
     let _ = std::fs::remove_file(&fragment);
-    // sshd would say what is wrong with a configuration that cannot be read.
+    // Ignore a configuration that cannot be read: sshd is asked next and says what is wrong with it.
     let keywords = accept_env::keywords(&settings.sshd_config, &settings.sshd).ok();
     let is_simple = keywords.as_ref().is_some_and(|keywords| !keywords.contains("setenv"));
     let set_env = if is_simple { Vec::new() } else { Effective::ask(options, "root")?.set_env() };
@@ -55,7 +55,7 @@ impl Asked {
         let roots = self.roots.answer();
         let nobodys = self.nobodys.map(|(question, command)| (question.answer(), command));
         let effective = roots.map_err(|error| {
-            // Our line shifts the numbers of lines in sshd's complaint.
+            // Ask again without our line, which shifts the line numbers in sshd's complaint.
             let _ = std::fs::remove_file(state.fragment());
             let own = unconfigure_sshd(settings).and_then(|_| Effective::ask(&settings.sshd.asking, "root"));
             own.err().unwrap_or(error)

@@ -74,7 +74,7 @@ pub(crate) enum Event {
     Broken,
     /// A part of the environment died at this time.
     Died(Part, Instant),
-    /// A limit is over: no session for too long, or open for too long.
+    /// A time limit is over: no session for too long, or the environment open for too long.
     Forgotten,
     /// No session is running.
     Idle,
@@ -184,7 +184,7 @@ impl Machine {
                 self.go(State::Ending, [Action::EndProcesses])
             }
             (State::Preparing, Event::Listening) => self.go(State::Serving, []),
-            // An environment on another host takes long to open.
+            // Accept `failed` before sshd listens: an environment on another host takes long to open.
             (State::Preparing, Event::Marked(Verdict::Failed)) => {
                 self.mark(Verdict::Failed);
                 self.go(State::Ending, [Action::StopListening, Action::EndProcesses])
@@ -213,7 +213,8 @@ impl Machine {
                 self.judge(Verdict::Failed);
                 vec![]
             }
-            // This mark came while 'exiting' was created, after which the sidecar reads the verdict.
+            // Record a mark that was made while 'exiting' was being created: the sidecar reads the verdict after
+            // 'exiting'.
             (State::Announcing, Event::Marked(Verdict::Failed)) if self.verdict != Some(Verdict::Failed) => {
                 self.mark(Verdict::Failed);
                 vec![Action::Record(Verdict::Failed)]
@@ -266,7 +267,7 @@ impl Machine {
                 self.go(State::Done, [])
             }
             // Ignore every other event: a second `ready`, an idle environment while serving, a signal while the image
-            // root is released.
+            // root is being released.
             _ => vec![],
         }
     }

@@ -124,7 +124,7 @@ enum Source {
 struct Supervisor<F> {
     settings: Settings,
     machine: Machine,
-    /// When the machine entered its state.
+    /// When the machine entered its current state.
     since: SystemTime,
     began: Instant,
     sources: Sources<Source>,
@@ -331,7 +331,7 @@ impl<F: FnOnce()> Supervisor<F> {
                 Some(broken(&error))
             }
             Some(Ok(true)) => Some(Event::Ready),
-            // Something else than a regular file has the name, so no 'ready' can be created.
+            // Something other than a regular file has the name 'ready', so the signal file cannot be created.
             Some(Err(e)) => Some(broken(&e)),
             _ => self.mark_instead_of_ready(),
         })
@@ -495,7 +495,7 @@ impl<F: FnOnce()> Supervisor<F> {
         files.remove_marks_of_earlier_jobs(self.old_marks)?;
         files.reserve()?;
         let image_root = image_root::open(files, self.settings.job.image_root())?;
-        // A create job's image root is shown as far as it was built.
+        // Do not check a create job's image root: a failed build is shown as far as it got.
         if self.settings.job.action == Some(JobAction::Customize) {
             let shown = files.path().join(self.settings.job.image_root());
             let refused = |why| Error::new(format!("open the image root {}", shown.display())).because(why);
@@ -503,7 +503,7 @@ impl<F: FnOnce()> Supervisor<F> {
         }
         let image_root = &*self.image_root.insert(image_root);
         let place = Place { settings: &self.settings, state: &self.state, files, image_root };
-        // Store it before the jail and sshd start, so that an error releases it like an open environment.
+        // Store the environment before the jail and sshd start, so that an error releases it like an open one.
         let open = self.open.insert(Open::make(groundwork, place)?);
         open.make_jail(place)?;
         open.start_sshd(place)?;
@@ -527,7 +527,8 @@ impl<F: FnOnce()> Supervisor<F> {
         let _ = open.script.as_ref().and_then(Script::output).map(|output| self.sources.add(output, Source::Script));
     }
 
-    /// Marks made during the close, in the image too: the jail's init, which watched for them, has ended.
+    /// Marks made during the close. They are looked for in the image too: the jail's init, which watched for them, has
+    /// ended.
     fn late_marks(&mut self) -> Vec<Event> {
         const FAILED: Event = Event::Marked(Verdict::Failed);
         let mut marks = self.marks();
@@ -554,7 +555,7 @@ impl<F: FnOnce()> Supervisor<F> {
         if let (Some(files), Some(image_root)) = (&self.files, &self.image_root) {
             if let Some(open) = self.open.take() {
                 let place = Place { settings: &self.settings, state: &self.state, files, image_root };
-                // Do not wait for a file of a failed image.
+                // Do not wait for open files of a failed image.
                 let now = Instant::now();
                 let in_grace = self.closing_since.map_or(now, |since| since + self.settings.close_grace);
                 let is_failed = self.machine.verdict() == Some(Verdict::Failed);
@@ -599,7 +600,7 @@ impl<F: FnOnce()> Supervisor<F> {
             return Event::Unrecorded(verdict);
         }
         if verdict == Verdict::Failed {
-            // An error is only logged: if 'complete' stays, 'failed' wins over it, and the other containers wait for
+            // Only log an error: 'failed' wins over a 'complete' that stays, and the other containers wait for
             // 'exiting'.
             succeeded(files.retract(Verdict::Complete.signal_file()));
         }
@@ -640,8 +641,8 @@ fn how_ended(status: WaitStatus) -> String {
 }
 
 /// Creates `failed` and `exiting` in `parent` after an error before an environment exists, so that no other container
-/// waits for one. A parent whose environment is open or has ended is left as it is; `exiting` without `ready` is left
-/// over from an earlier job.
+/// waits for one. Changes nothing if an environment is open on `parent` or has ended there, so that both `ready` and
+/// `exiting` exist; `exiting` without `ready` is left over from an earlier job.
 pub fn tell_refusal(parent: &std::path::Path) {
     if let Ok(Some(mut files)) = SignalFiles::open(parent)
         && files.claim().is_ok()

@@ -1,4 +1,4 @@
-//! The machine that a program is for, from its ELF header, and whether such a program runs here.
+//! Determines which machine a program is for (from its ELF header), and whether such programs run here.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -60,7 +60,7 @@ impl Architecture {
         Self::ALL.into_iter().find(|a| known && header[18..] == [a.machine(), 0])
     }
 
-    /// The two possible headers of a program for it.
+    /// The two possible headers of a program for this architecture, one for each ELF type.
     pub(crate) fn headers(self) -> [[u8; HEADER]; 2] {
         TYPES.map(|kind| {
             let mut header = [0; HEADER];
@@ -71,13 +71,13 @@ impl Architecture {
         })
     }
 
-    /// True if programs for it run here, determined by running one.
+    /// True if programs for this architecture run here, determined by running one.
     pub(crate) fn runs(self) -> bool {
         self.try_smallest().unwrap_or(false)
     }
 
     fn try_smallest(self) -> io::Result<bool> {
-        // Not close-on-exec: a binfmt_misc interpreter opens the file by name.
+        // Not close-on-exec: a binfmt_misc interpreter opens the program by its /proc/self/fd name, after exec.
         let mut file = File::from(rustix::fs::memfd_create("program", MemfdFlags::empty())?);
         file.write_all(&self.smallest_program())?;
         let mut program = Command::new(format!("/proc/self/fd/{}", file.as_raw_fd()));

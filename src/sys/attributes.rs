@@ -12,7 +12,7 @@ use rustix::io::Errno;
 
 use crate::sys::tree::{Tree, times};
 
-/// The kernel's limit of one value, and of the list of names (xattr(7)), in bytes.
+/// Maximum size of one value, and of the list of names, in bytes: the kernel's limits (xattr(7)).
 const LONGEST: usize = 64 << 10;
 
 /// Extended attributes by name.
@@ -23,7 +23,7 @@ pub(crate) type Attributes = BTreeMap<OsString, Vec<u8>>;
 pub(crate) struct Node<'a> {
     /// The directory.
     pub(crate) directory: &'a Tree,
-    /// Name in it.
+    /// Name in that directory.
     pub(crate) name: &'a OsStr,
 }
 
@@ -32,7 +32,7 @@ impl Node<'_> {
         self.directory.handle(self.name).map(Handle)
     }
 
-    /// Its extended attributes; empty if the file system does not support them.
+    /// The file's extended attributes; empty if the file system does not support them.
     pub(crate) fn attributes(&self) -> io::Result<Attributes> {
         self.open()?.attributes()
     }
@@ -61,7 +61,8 @@ impl Node<'_> {
 struct Handle(OwnedFd);
 
 impl Handle {
-    /// A path to the inode, not following it if it is a link. The calls that work on any type take only paths.
+    /// A path to this very inode, even if it is a link. Needed because fchown(2) and the like refuse O_PATH
+    /// descriptors.
     fn path(&self) -> PathBuf {
         Path::new("/proc/self/fd").join(self.0.as_raw_fd().to_string())
     }
@@ -93,7 +94,8 @@ impl Handle {
     }
 }
 
-/// `None` for -1, which is no valid user and means "unchanged" to chown(2): text of an image can contain it.
+/// Returns `None` for -1, which is no valid user, and for which chown(2) would leave the owner unchanged. A number read
+/// from an image can be -1.
 pub(crate) fn user(number: u32) -> Option<Uid> {
     (number != u32::MAX).then(|| Uid::from_raw(number))
 }

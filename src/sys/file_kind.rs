@@ -1,4 +1,4 @@
-//! The type of a file. In an untrusted tree it is checked before the file is opened.
+//! The type of a file, checked before a file of an untrusted tree is opened.
 
 use std::fmt;
 

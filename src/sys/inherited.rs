@@ -1,5 +1,6 @@
-//! Removes what the caller of `ims-sshd` must not decide: where programs are looked up, whether the kernel keeps the
-//! status of a child that has ended, and whether a limit ends this program without a word.
+//! Resets inherited settings that the caller of `ims-sshd` must not decide: where programs are looked up, whether the
+//! kernel keeps the exit status of children, and whether exceeding the file size limit kills this program without a
+//! message.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -14,8 +15,8 @@ use crate::sys::signals::default_disposition;
 /// Search path of programs if the caller's has no usable element.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Sets what this process and all that it starts inherit. To be called first, before there is a second thread: another
-/// thread could read the environment meanwhile.
+/// Sets the search path and the action of SIGCHLD, for this process and for all that it starts. Must be called before a
+/// second thread starts, which could read the environment meanwhile.
 pub fn set_own() {
     if let Some(path) = std::env::var_os("PATH") {
         // SAFETY: this process has one thread, so nothing reads the environment while it changes.
@@ -24,12 +25,14 @@ pub fn set_own() {
             std::env::set_var("PATH", fixed(&path));
         }
     }
-    // The kernel reaps the children of a process that ignores SIGCHLD, and waitpid(2) fails. exec keeps it ignored.
+    // If a process ignores SIGCHLD, the kernel reaps its children and waitpid(2) fails. An ignored signal survives
+    // exec.
     let _ = default_disposition(Signal::SIGCHLD);
 }
 
-/// Lets a write beyond the limit of file sizes (RLIMIT_FSIZE) fail with EFBIG instead of ending this process by SIGXFSZ
-/// without a word. exec resets a handler to the default action, which it would not do with an ignored signal.
+/// Lets a write beyond the limit of file sizes (RLIMIT_FSIZE) fail with EFBIG instead of killing this process by
+/// SIGXFSZ without a message. The signal has a handler and is not ignored, so that exec resets it to the default action
+/// for other programs.
 pub fn survive_file_limit() {
     extern "C" fn nothing(_: libc::c_int) {}
     let action = SigAction::new(SigHandler::Handler(nothing), SaFlags::SA_RESTART, SigSet::empty());
@@ -47,8 +50,8 @@ fn fixed(path: &OsStr) -> OsString {
     if kept.is_empty() { DEFAULT_PATH.into() } else { OsString::from_vec(kept.join(&b':')) }
 }
 
-/// Returns whether `element` is absolute and leads into neither /proc nor /dev, whose links name the working directory
-/// and the descriptors of whoever follows them (proc_pid_cwd(5), proc_pid_fd(5)).
+/// Returns whether `element` is absolute and leads into neither /proc nor /dev. Links there lead to the working
+/// directory and the descriptors of the process that follows them (proc_pid_cwd(5), proc_pid_fd(5)).
 fn is_fixed(element: &Path) -> bool {
     let mut names = Vec::new();
     for component in element.components() {

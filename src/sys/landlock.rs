@@ -24,7 +24,7 @@ const UP_TO_REFER: u64 = (1 << 14) - 1;
 /// Rights that can apply to a file; the others are for directories only.
 const OF_FILES: u64 = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV;
 
-/// Scopes for signals and abstract sockets, since this ABI version.
+/// Scopes for signals and abstract sockets, which exist since the ABI version `FIRST_WITH_SCOPES`.
 const ALL_SCOPES: u64 = 0b11;
 const FIRST_WITH_SCOPES: i32 = 6;
 
@@ -54,8 +54,8 @@ pub(crate) struct Ruleset {
 }
 
 impl Ruleset {
-    /// Creates a ruleset that allows nothing. ENOSYS or EOPNOTSUPP if the kernel has no Landlock or is older than Linux
-    /// 5.19, whose Landlock denies every link and rename between directories.
+    /// Creates a ruleset that allows nothing. Fails with ENOSYS or EOPNOTSUPP if the kernel has no Landlock, or only
+    /// that of Linux before 5.19, which denies every link and rename between directories.
     pub(crate) fn new() -> io::Result<Self> {
         let rights = match version()? {
             ..2 => return Err(rustix::io::Errno::OPNOTSUPP.into()),
@@ -67,8 +67,8 @@ impl Ruleset {
         Self::create(rights, scoped)
     }
 
-    /// A ruleset that restricts no file: its threads cannot signal processes outside, nor connect to abstract sockets
-    /// of theirs. `None` if the kernel is older than Linux 6.12, or has no Landlock.
+    /// A ruleset that restricts no file access: threads under it cannot signal processes outside the ruleset, nor
+    /// connect to abstract sockets of those. `None` if the kernel is older than Linux 6.12, or has no Landlock.
     pub(crate) fn of_scopes() -> io::Result<Option<Self>> {
         match version() {
             Ok(FIRST_WITH_SCOPES..) => Self::create(0, ALL_SCOPES).map(Some),
@@ -78,7 +78,7 @@ impl Ruleset {
 
     fn create(rights: u64, scoped: u64) -> io::Result<Self> {
         let attr = RulesetAttr { handled_access_fs: rights, handled_access_net: 0, scoped };
-        // Older kernels accept unknown fields only if they are zero, as they are here.
+        // Older kernels accept fields that they do not know only if these are zero, and `scoped` is zero for them.
         // SAFETY: `attr` is a live `struct landlock_ruleset_attr` passed with its size; the kernel only reads it, and
         // returns a new descriptor that nobody else owns.
         #[allow(unsafe_code)]

@@ -1,5 +1,5 @@
-//! Loop devices (loop(4)) by descriptor. mount(8) and losetup(8) would reopen the file by path, which may have been
-//! replaced.
+//! Attaches an open file to a loop device (loop(4)). mount(8) and losetup(8) would open the file again by its path,
+//! where another file may be by then.
 
 use std::fs::File;
 use std::io;
@@ -18,8 +18,8 @@ const AUTOCLEAR: u32 = 4;
 /// Number of retries: another program may take the free device first.
 const TRIES: usize = 100;
 
-/// `struct loop_info64`. Its first fields are the file's device and inode, the device's own number, and which part of
-/// the file it shows: offset and length, where 0 is all.
+/// `struct loop_info64`. `before` begins with the file's device and inode, the loop device's own number, and the part
+/// of the file that the loop device shows: its offset and length, where length 0 is the whole file.
 #[repr(C)]
 struct Info {
     before: [u64; 6],

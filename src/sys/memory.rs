@@ -17,7 +17,7 @@ pub(crate) fn available() -> Option<u64> {
 }
 
 /// Limits of the groups in `groups` (the text of /proc/PID/cgroup) and of those above them. A container sees its own
-/// group at the top of the hierarchy, whatever that text says.
+/// group at the top of the hierarchy, whatever that text says, so the top is always read.
 fn limits(groups: &str, read: impl Fn(&Path) -> Option<String>) -> impl Iterator<Item = u64> {
     let mut found = Vec::new();
     for line in groups.lines().chain([":memory:/", "::/"]) {

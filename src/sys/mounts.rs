@@ -35,7 +35,7 @@ impl Detached {
         Self::copy(CWD, path.as_ref(), recursive, attributes)
     }
 
-    /// Like [`Detached::copy_of`], of the directory or file that `fd` refers to.
+    /// Like [`Detached::copy_of`], but copies the directory or file that `fd` refers to.
     pub(crate) fn copy_of_fd(fd: impl AsFd, recursive: bool, attributes: MountAttrFlags) -> io::Result<Self> {
         Self::copy(fd.as_fd(), Path::new(""), recursive, attributes)
     }
@@ -50,7 +50,7 @@ impl Detached {
             flags |= OpenTreeFlags::AT_EMPTY_PATH;
         }
         let fd = rustix::mount::open_tree(at, path, flags)?;
-        // A copy of a shared mount joins its peer group, wherever it is attached.
+        // A copy of a shared mount joins the original's peer group, and mounts on one would appear on the other.
         set_attributes(fd.as_fd(), c"", attributes, libc::MS_PRIVATE, recursive)?;
         Ok(Self { fd })
     }
@@ -65,8 +65,7 @@ impl Detached {
         }
     }
 
-    /// Attaches the mount to `target`, which is covered itself, even if it is a link. Returns the mount's root as a
-    /// handle.
+    /// Attaches the mount on `target` itself: a link is covered, not followed. Returns a handle on the mount's root.
     pub(crate) fn attach(self, target: impl AsFd) -> io::Result<OwnedFd> {
         let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
         rustix::mount::move_mount(&self.fd, "", target.as_fd(), "", flags)?;
@@ -119,7 +118,8 @@ pub(crate) fn switch_root(new_root: impl AsFd) -> io::Result<()> {
     rustix::process::fchdir(new_root)?;
     // With "." twice, the old root is stacked on the new one (pivot_root(2)), so no directory is needed for it.
     rustix::process::pivot_root(".", ".")?;
-    // Not from "." of the new root: the second round of the loop below would detach the new root itself.
+    // Detach from the old root's ".": from that of the new root, the second round of the loop below would detach the
+    // new root itself.
     rustix::process::fchdir(&old_root)?;
     // Private first, so that the detach does not propagate to the original namespace.
     set_attributes(CWD, c".", MountAttrFlags::empty(), libc::MS_PRIVATE, true)?;

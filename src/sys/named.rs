@@ -86,7 +86,7 @@ pub(crate) fn reopen(handle: &OwnedFd) -> io::Result<File> {
         return Ok(rustix::fs::open(place, flags, Mode::empty())?.into());
     }
     let file = rustix::fs::open(place, flags | OFlags::NONBLOCK, Mode::empty()).map_err(explain_lease)?;
-    // Programs that inherit it expect none.
+    // Clear NONBLOCK, which programs that inherit the file do not expect.
     rustix::fs::fcntl_setfl(&file, OFlags::empty())?;
     Ok(file.into())
 }
@@ -96,7 +96,7 @@ pub(crate) fn open_file(named: &Path) -> io::Result<File> {
     reopen(&open(named)?)
 }
 
-/// Opens the absolute path `real` as a handle; ELOOP if a component is a link. The last component may be one.
+/// Opens the absolute path `real` as a handle; ELOOP if a component other than the last is a link.
 pub(crate) fn open_without_links(real: &Path) -> io::Result<OwnedFd> {
     let below = real.strip_prefix("/").ok().filter(|below| *below != Path::new("")).unwrap_or(Path::new("."));
     Tree::open(Path::new("/"))?.handle_without_links(below)
@@ -122,7 +122,7 @@ pub(crate) fn can_be_changed(file: &File) -> io::Result<bool> {
     Ok(!is_trusted(found.uid()) || found.mode() & WRITABLE != 0)
 }
 
-/// The directory above `named` that does not exist, if more than the last component would have to be created.
+/// The topmost missing directory above `named`; `None` if at most the last component would have to be created.
 pub(crate) fn missing_parent(named: &Path) -> Option<PathBuf> {
     let absolute = std::path::absolute(named).ok()?;
     let is_missing = |place: &&Path| std::fs::symlink_metadata(place).is_err();
@@ -135,8 +135,8 @@ pub(crate) const WRITABLE: u32 = 0o022;
 /// Mode bit that lets users change only their own files in a directory.
 const STICKY: u32 = 0o1000;
 
-/// Fails if another user could replace the directory `place`, or anything on the way to it, or write to it. A `shared`
-/// one may be like /tmp.
+/// Fails if another user could replace the directory `place` or a directory above it, or write to `place`. With
+/// `shared`, `place` may be like /tmp: writable by everyone, but sticky.
 pub(crate) fn refuse_changeable(place: &Path, shared: bool) -> io::Result<()> {
     // Symbolic links on the way count too: their owner decides where they lead.
     for above in place.ancestors() {

@@ -38,14 +38,14 @@ impl<E: Copy + Ord> Sources<E> {
         epoll::add(&self.epoll, source, EventData::new_u64(number.cast_unsigned().into()), EventFlags::IN)
     }
 
-    /// Unregisters `source`, such as a socket whose other end is gone: it would stay ready.
+    /// Unregisters `source`. A socket whose other end is gone, for example, would stay ready.
     pub(crate) fn remove(&self, source: impl AsFd) {
         let _ = epoll::delete(&self.epoll, source);
     }
 
     /// Waits until a source is ready or `limit` has passed. Returns the events of the ready ones.
     pub(crate) fn wait(&self, limit: Duration) -> BTreeSet<E> {
-        // Any more are returned by the next call.
+        // The next call returns what exceeds this capacity.
         let mut ready = Vec::with_capacity(64);
         let _ = epoll::wait(&self.epoll, spare_capacity(&mut ready), Some(&timespec(limit)));
         let number = |event: &epoll::Event| RawFd::try_from(event.data.u64()).ok();

@@ -23,7 +23,7 @@ pub(crate) struct Signals {
 }
 
 impl Signals {
-    /// Blocks `signals` in this thread and all it starts later, and opens the signalfd.
+    /// Blocks `signals` in this thread and in all threads that it starts later, and opens the signalfd.
     pub(crate) fn block(signals: &[Signal]) -> nix::Result<Self> {
         let set: SigSet = signals.iter().copied().collect();
         let mut before = SigSet::empty();
@@ -37,8 +37,8 @@ impl Signals {
         self.next_with_sender().map(|next| next.map(|(signal, _)| signal))
     }
 
-    /// The next pending signal, and the process that sent it. Signals typed at a terminal come from the kernel, and go
-    /// to its whole foreground group.
+    /// The next pending signal, and the process that sent it: `None` for the kernel, as for a signal typed at a
+    /// terminal, which goes to the terminal's whole foreground group.
     pub(crate) fn next_with_sender(&self) -> nix::Result<Option<(Signal, Option<Pid>)>> {
         match self.fd.read_signal() {
             // SI_USER and the other codes for a sending process are not positive (sigaction(2)).
@@ -51,8 +51,9 @@ impl Signals {
         }
     }
 
-    /// Gives a child before exec the state that sshd gives a program: the previous mask, and SIGPIPE with its default
-    /// action. This program ignores SIGPIPE, and an ignored one survives exec: `yes | head` would not end.
+    /// Restores, in a child before exec, the signal state that sshd gives its programs: the previous mask, and the
+    /// default action of SIGPIPE. This program ignores SIGPIPE, and an ignored signal survives exec: `yes | head` would
+    /// not end.
     pub(crate) fn restore_for_exec(&self) -> nix::Result<()> {
         default_disposition(Signal::SIGPIPE)?;
         self.before.thread_set_mask()
@@ -68,8 +69,8 @@ impl AsFd for Signals {
 /// Signals that end the program.
 const ENDING: [Signal; 3] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
 
-/// Shows long work of the file system whether a signal that is to end the program is pending. The signal is only looked
-/// at: who blocked it reads it. Where it is not blocked it ends the program by itself, and is never pending.
+/// Lets long file system work check whether a signal that ends the program is pending. The check leaves the signal for
+/// the code that blocked it to read. A signal that is not blocked ends the program by itself and is never pending.
 pub(crate) struct Pending {
     /// `None` if the process has no descriptor left: then the work is not interrupted.
     fd: Option<SignalFd>,
@@ -78,22 +79,22 @@ pub(crate) struct Pending {
 }
 
 impl Pending {
-    /// Number of checks for which the kernel is asked once.
+    /// The kernel is asked at the first check, and then once in this many.
     const EACH: usize = 256;
 
-    /// Signals count from now on.
+    /// Reports pending signals from now on.
     pub(crate) fn new() -> Self {
         Self::after(Duration::ZERO)
     }
 
-    /// Signals count once `time` has passed.
+    /// Reports pending signals only once `time` has passed.
     pub(crate) fn after(time: Duration) -> Self {
         let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
         let fd = SignalFd::with_flags(&ENDING.into_iter().collect(), flags).ok();
         Self { fd, from: Instant::now() + time, checks: Cell::new(0) }
     }
 
-    /// Fails with [`io::ErrorKind::Interrupted`] if a signal is pending. Cheap: asks the kernel now and then only.
+    /// Fails with [`io::ErrorKind::Interrupted`] if a signal is pending. Cheap: most calls do not ask the kernel.
     pub(crate) fn check(&self) -> io::Result<()> {
         let checks = self.checks.replace(self.checks.get() + 1);
         let Some(fd) = self.fd.as_ref().filter(|_| checks.is_multiple_of(Self::EACH)) else { return Ok(()) };
@@ -105,8 +106,8 @@ impl Pending {
     }
 }
 
-/// Starts `command` with no signal blocked. The mask survives exec and `Command` does not reset it: a shell could not
-/// be interrupted, nor a script terminated.
+/// Has `command` start with no signal blocked. It would otherwise inherit this process's mask (`Command` does not reset
+/// it), and a shell could not be interrupted, nor a script terminated.
 pub(crate) fn unblock_signals(command: &mut Command) -> &mut Command {
     // SAFETY: between fork and exec only sigprocmask runs, which is async-signal-safe, on a set on the stack.
     #[allow(unsafe_code)]
@@ -153,7 +154,7 @@ mod tests {
             String::from_utf8(output.stdout).unwrap().split_whitespace().nth(1).unwrap().to_owned()
         };
         assert_eq!(blocked(unblock_signals(&mut Command::new("grep"))), "0000000000000000");
-        // Without it, the mask is inherited.
+        // Without `unblock_signals`, the mask is inherited.
         assert_ne!(blocked(&mut Command::new("grep")), "0000000000000000");
         signals.before.thread_set_mask().unwrap();
     }

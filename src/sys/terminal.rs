@@ -7,7 +7,7 @@ use nix::unistd::Pid;
 
 /// Makes `group` the foreground process group of `terminal`; works from the background too.
 pub(crate) fn set_foreground(terminal: impl AsFd, group: Pid) -> nix::Result<()> {
-    // The kernel stops a background process that does this by SIGTTOU unless the signal is blocked.
+    // Block SIGTTOU, by which the kernel would stop a background process that changes the foreground group.
     let mut before = SigSet::empty();
     let ttou: SigSet = [Signal::SIGTTOU].into_iter().collect();
     nix::sys::signal::sigprocmask(SigmaskHow::SIG_BLOCK, Some(&ttou), Some(&mut before))?;

@@ -21,7 +21,7 @@ use crate::sys::file_kind::FileKind;
 /// Number of retries of a lookup that raced with a rename or a mount (the kernel returns EAGAIN).
 const RACE_RETRIES: usize = 128;
 
-/// Length in bytes up to which a path can take one more name of 255 bytes and stay below PATH_MAX.
+/// Length in bytes beyond which a part of a path is opened: one more name (255 bytes) still fits below PATH_MAX.
 const LONGEST_PART: usize = 3000;
 
 /// The kernel's limit of links in one path (path_resolution(7)).
@@ -44,7 +44,7 @@ pub struct Tree {
     directory: OwnedFd,
 }
 
-/// Explains the error of an open with `NONBLOCK`: a lease of another program makes it EAGAIN.
+/// Explains the error of an open with `NONBLOCK`, which is EAGAIN if another program holds a lease on the file.
 pub(crate) fn explain_lease(errno: Errno) -> io::Error {
     match errno {
         Errno::AGAIN => io::Error::new(
@@ -56,8 +56,8 @@ pub(crate) fn explain_lease(errno: Errno) -> io::Error {
 }
 
 impl Tree {
-    /// Opens the directory `path`. Fails with ENOTDIR if the last component is a link: in an untrusted place it would
-    /// choose another tree.
+    /// Opens the directory `path`. Fails with ENOTDIR if the last component is a link, which in an untrusted place
+    /// could lead to another tree.
     pub fn open(path: &Path) -> io::Result<Self> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         Ok(Self { directory: rustix::fs::open(path, flags, Mode::empty())? })
@@ -84,20 +84,20 @@ impl Tree {
         Err(Errno::AGAIN.into())
     }
 
-    /// A handle on `path`, through links that stay in the tree. EXDEV for a link that leads out of it, as any absolute
-    /// one does.
+    /// A handle on `path`, following links that stay in the tree. EXDEV for a link that leads out of the tree, as every
+    /// absolute link does.
     pub(crate) fn beneath(&self, path: impl AsRef<Path>) -> io::Result<OwnedFd> {
         self.resolve(path.as_ref(), OFlags::PATH, Mode::empty(), ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS)
     }
 
-    /// Current path of `found` below the tree it was opened in. It may be outdated when it is used.
+    /// Current path of `found` below the tree it was opened in. A rename can make the path outdated at any time.
     pub(crate) fn path_of(&self, found: &OwnedFd) -> io::Result<PathBuf> {
         let own = std::fs::read_link(self.path())?;
         let found = std::fs::read_link(format!("/proc/self/fd/{}", found.as_raw_fd()))?;
         found.strip_prefix(own).map(Path::to_owned).map_err(|_| io::ErrorKind::NotFound.into())
     }
 
-    /// A handle on the object itself, even if it is a link.
+    /// A handle on the object at `path` itself, even if it is a link.
     pub(crate) fn handle(&self, path: impl AsRef<Path>) -> io::Result<OwnedFd> {
         self.open_at(path, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty())
     }
@@ -113,14 +113,14 @@ impl Tree {
         Ok(Tree { directory: self.open_without_links(path, flags)? })
     }
 
-    /// Like [`Tree::directory_without_links`], but EXDEV at a mount point, so that names can be renamed between it and
-    /// this tree.
+    /// Like [`Tree::directory_without_links`], but fails with EXDEV at a mount point: the directory is on the same
+    /// mount as this tree, so that names can be renamed between the two.
     pub(crate) fn directory_of_same_mount(&self, path: impl AsRef<Path>) -> io::Result<Tree> {
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
         Ok(Tree { directory: self.resolve_in_parts(path.as_ref(), OFlags::PATH | OFlags::DIRECTORY, resolve)? })
     }
 
-    /// A handle on `path`; ELOOP if a component is a link. The last component may be one.
+    /// A handle on `path`; ELOOP if a component other than the last is a link. A link at the end is opened itself.
     pub(crate) fn handle_without_links(&self, path: impl AsRef<Path>) -> io::Result<OwnedFd> {
         self.open_without_links(path, OFlags::PATH | OFlags::NOFOLLOW)
     }
@@ -129,7 +129,7 @@ impl Tree {
         self.resolve_in_parts(path.as_ref(), flags, ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS)
     }
 
-    /// Opens a path longer than PATH_MAX (4096 bytes), which a deep tree can have, in several parts.
+    /// Opens `path`, in several parts if it is longer than PATH_MAX (4096 bytes), as a path in a deep tree can be.
     fn resolve_in_parts(&self, path: &Path, flags: OFlags, resolve: ResolveFlags) -> io::Result<OwnedFd> {
         let (mut above, mut part) = (None::<OwnedFd>, PathBuf::new());
         let open = |above: Option<OwnedFd>, part: &Path, flags| match above {
@@ -146,7 +146,7 @@ impl Tree {
         open(above, &part, flags)
     }
 
-    /// Status of `path`, not following a last link; `None` if nothing is there.
+    /// Status of `path`, not following a link at the end; `None` if nothing is there.
     pub(crate) fn look(&self, path: impl AsRef<Path>) -> io::Result<Option<Stat>> {
         let path = path.as_ref();
         // A name directly in this directory needs no descriptor; the process may have run out of them.
@@ -218,7 +218,7 @@ impl Tree {
         if size > limit {
             return Err(too_large());
         }
-        // Files of procfs have size 0, and others may grow meanwhile.
+        // Limit the read too: files of procfs have size 0, and others may grow meanwhile.
         let mut text = Vec::with_capacity(usize::try_from(size).unwrap_or(0) + 1);
         file.take(limit + 1).read_to_end(&mut text)?;
         if text.len() as u64 > limit { Err(too_large()) } else { Ok(text) }
@@ -247,8 +247,8 @@ impl Tree {
             let opened = rustix::fs::openat(own, handle.as_raw_fd().to_string(), flags, Mode::empty());
             return Ok(opened.map_err(explain_lease)?.into());
         }
-        // A jail of the chroot tier has no procfs. Only root in the jail can replace names there, and root can open any
-        // device.
+        // Without procfs (a jail of the chroot tier), open by name again. Only root in the jail can replace the name in
+        // between, and root can open any device anyway.
         let file = self.open_at(path, flags | OFlags::NOFOLLOW, Mode::empty())?;
         let opened = rustix::fs::fstat(&file)?;
         let same = (opened.st_dev, opened.st_ino) == (found.st_dev, found.st_ino);
@@ -377,7 +377,7 @@ impl Tree {
     }
 
     /// Creates the empty directory `name`, mode 0700, and opens it. Another user who can rename here could swap in a
-    /// directory of their own; one that is not ours or not empty is refused.
+    /// directory of their own, so one that is not ours or not empty is refused.
     pub(crate) fn make_private(&self, name: &str) -> io::Result<Tree> {
         rustix::fs::mkdirat(&self.directory, name, Mode::RWXU)?;
         let made = self.directory_of_same_mount(name)?;
@@ -388,7 +388,7 @@ impl Tree {
                 "another directory has taken its place; use a parent in which only root can rename",
             ));
         }
-        // Below a default ACL, a new directory and all that is unpacked into it would inherit it (acl(5)).
+        // If the parent has a default ACL, a new directory and all that is unpacked into it inherit that ACL (acl(5)).
         for name in ["system.posix_acl_default", "system.posix_acl_access"] {
             match rustix::fs::removexattr(made.path(), name) {
                 Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP) => {}

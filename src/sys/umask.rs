@@ -1,5 +1,5 @@
 //! The file mode creation mask (umask(2)): 022 in our programs, whatever their caller has, so that modes of our files
-//! are as the code says. The caller's goes to what the caller starts through us: commands, sessions and scripts.
+//! are as the code says. Commands, sessions and scripts that the caller starts through us get the caller's mask.
 
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -7,13 +7,13 @@ use std::sync::OnceLock;
 
 use rustix::fs::Mode;
 
-/// Takes the right to write from others.
+/// Denies writing to group and others.
 const OWN: Mode = Mode::from_raw_mode(0o022);
 
 /// The umask that this process was started with.
 static CALLERS: OnceLock<Mode> = OnceLock::new();
 
-/// Sets the umask of this process. To be called first, before there is a second thread: all threads share it.
+/// Sets the umask of this process. Must be called before a second thread starts: all threads share the umask.
 pub fn set_own() {
     let _ = CALLERS.set(rustix::process::umask(OWN));
 }
@@ -33,7 +33,7 @@ pub(crate) fn with_callers(command: &mut Command) -> &mut Command {
     }
 }
 
-/// Starts `command` with 022: an unpacker takes the modes of directories that no archive names from it.
+/// Starts `command` with 022: an unpacker creates directories that its archive does not list with this mask.
 pub(crate) fn with_own(command: &mut Command) -> &mut Command {
     with(command, OWN)
 }

@@ -1,8 +1,8 @@
-//! Walks of an untrusted tree, and its removal, at any depth: down by one name at a time, and up by `..`. Opening each
-//! directory by its path would take time that grows with the square of the depth.
+//! Walks and removes an untrusted tree of any depth: down by one name at a time, and up by `..`. Opening each directory
+//! by its path would take time that grows with the square of the depth.
 //!
-//! A walk holds two descriptors, and about a hundred bytes for each level. It fails with EINTR (see [`Pending`]) when a
-//! signal is to end the program.
+//! A walk holds two descriptors, and about a hundred bytes for each level. It fails with [`io::ErrorKind::Interrupted`]
+//! (see [`Pending`]) when a signal that ends the program is pending.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -16,18 +16,18 @@ use rustix::io::Errno;
 use crate::sys::signals::Pending;
 use crate::sys::tree::Tree;
 
-/// Longest path in bytes that is recorded of a walk, which bounds the memory for each entry. Programs can use paths of
-/// up to 4096 bytes (PATH_MAX).
+/// Maximum length in bytes of a path that a walk records, which bounds the memory for each entry. Programs can use
+/// paths of up to 4096 bytes (PATH_MAX).
 const LONGEST_RECORDED: usize = 16 << 10;
 
-/// Time after which a signal ends a removal. A short one is finished, even if it is the cleanup after one signal while
-/// another is pending.
+/// Time after which a pending signal ends a removal. A shorter removal is finished, even if it is the cleanup after one
+/// signal while another is pending.
 const FINISHED_REGARDLESS: Duration = Duration::from_secs(1);
 
 /// Number of opened directories that a [`Descent`] keeps.
 const MOST_OPEN: usize = 16;
 
-/// Device and inode number, which tell whether `..` leads back to where a walk came from.
+/// Device and inode number, to check that `..` leads back to where a walk came from.
 type Identity = (u64, u64);
 
 impl Tree {
@@ -39,8 +39,9 @@ impl Tree {
         self.walk_with(&(), |(), path, directory, name, found| visit(path, directory, name, found).map(Some))
     }
 
-    /// Like [`Tree::walk`] without the directory itself, with a state for each directory: `first` for this one, and
-    /// what `visit` returned for one below. `visit` returns `None` for a directory that is not entered.
+    /// Like [`Tree::walk`], but does not visit the directory itself, and passes `visit` a state of the parent
+    /// directory: `first` for this directory, and for one below what `visit` returned for it. If `visit` returns
+    /// `None`, the directory is not entered.
     pub(crate) fn walk_with<S>(
         &self,
         first: &S,
@@ -130,7 +131,7 @@ impl Tree {
         Ok(directories)
     }
 
-    /// The directory above this one, if it is the one that a walk came from.
+    /// Opens the directory above this one; an error if it is not `came_from`, where the walk came from.
     fn back(&self, came_from: Identity) -> io::Result<Tree> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let above = Tree::from_fd(rustix::fs::openat(self, "..", flags, Mode::empty())?);
@@ -143,7 +144,7 @@ impl Tree {
     }
 }
 
-/// The error of opening the directory `path` of a tree, in words if something is mounted on it.
+/// Explains an error of opening the directory `path` if something is mounted there; returns other errors unchanged.
 fn about_mount(error: io::Error, path: &Path) -> io::Error {
     if error.kind() != io::ErrorKind::CrossesDevices {
         return error;
@@ -152,8 +153,8 @@ fn about_mount(error: io::Error, path: &Path) -> io::Error {
     io::Error::new(io::ErrorKind::CrossesDevices, why)
 }
 
-/// The error of looking at `path` of a tree, in words if the name is gone. An overlay also lists, and does not find,
-/// what was created in its lower directory while it was mounted.
+/// Explains the error that the listed name `path` does not exist; returns other errors unchanged. An overlay also
+/// lists, and does not find, what was created in its lower directory while it was mounted.
 fn about_change(error: io::Error, path: &Path) -> io::Error {
     if error.raw_os_error() != Some(Errno::NOENT.raw_os_error()) {
         return error;
@@ -168,7 +169,7 @@ fn identity(directory: &Tree) -> io::Result<Identity> {
     Ok((found.st_dev, found.st_ino))
 }
 
-/// Refuses to record a path that no program can use, and of which many would fill the memory.
+/// Refuses to record a path longer than [`LONGEST_RECORDED`]: no program can use it, and many would fill the memory.
 pub(crate) fn refuse_long(path: &Path) -> io::Result<()> {
     if path.as_os_str().len() <= LONGEST_RECORDED {
         return Ok(());
@@ -182,12 +183,12 @@ pub(crate) fn refuse_long(path: &Path) -> io::Result<()> {
     Err(io::Error::new(io::ErrorKind::InvalidFilename, why))
 }
 
-/// Opens directories of a tree by path, each starting from one that was opened shortly before if it lies below: opening
-/// them in the order of their paths takes time linear in their number. Opened directories must not be renamed
-/// meanwhile.
+/// Opens directories of a tree by path. Each lookup starts at the nearest directory above that was opened shortly
+/// before, so that opening directories in the order of their paths takes time linear in their number. Opened
+/// directories must not be renamed meanwhile.
 pub(crate) struct Descent<'a> {
     tree: &'a Tree,
-    /// Each below the one before it.
+    /// Opened directories with their paths, each below the previous one.
     open: Vec<(PathBuf, Tree)>,
     pending: Pending,
 }
@@ -227,7 +228,7 @@ mod tests {
 
     const DEEP: usize = 50_000;
 
-    /// A tree that is as deep, with a file in each directory.
+    /// A tree of `levels` nested directories, with a file in each.
     fn deep(levels: usize) -> (tempfile::TempDir, Tree) {
         // A file system in memory: on a disk, each directory takes milliseconds to create and to remove.
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
@@ -290,13 +291,13 @@ mod tests {
         assert!(tree.names().unwrap().is_empty());
         let (took, grown) = (spent().saturating_sub(began), peak() - before);
         assert!(took < Duration::from_secs(20), "{took:?}");
-        // Other tests of this process count too.
+        // A high limit: memory of other tests in this process counts too.
         assert!(grown < 256 << 20, "{grown} bytes");
     }
 
     #[test]
     fn pending_signal_ends_a_removal_and_the_next_one_goes_on() {
-        // The mask is of this thread alone.
+        // A thread of its own, since the signal mask belongs to a thread.
         let ended = std::thread::spawn(|| {
             let (_dir, tree) = deep(1000);
             let signals = Signals::block(&[Signal::SIGTERM]).unwrap();

@@ -113,7 +113,7 @@ fn remove_directory(image_root: &Tree, name: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Returns whether a mark of the user `owner` counts. Logs one that does not.
+/// Returns whether a mark of the user `owner` counts. Logs a warning if it does not.
 pub(crate) fn counts(markers: Markers, verdict: Verdict, owner: u32) -> bool {
     if !markers.include(owner) {
         tracing::warn!(
@@ -127,7 +127,7 @@ pub(crate) fn counts(markers: Markers, verdict: Verdict, owner: u32) -> bool {
 }
 
 /// Removes the mark from the image's /tmp, or an empty directory of that name. Returns the mark's owner. Only a regular
-/// file is one; anything else stays.
+/// file is a mark; anything else of that name stays.
 pub(crate) fn remove_mark(image_root: &Tree, verdict: Verdict) -> Result<Option<u32>> {
     let name = mark_of(verdict);
     let attempted = || removing(&name);
@@ -136,8 +136,8 @@ pub(crate) fn remove_mark(image_root: &Tree, verdict: Verdict) -> Result<Option<
     Ok(image_root.remove(&name).attempt(attempted)?.then_some(found.st_uid))
 }
 
-/// Returns whether `failed` exists in the parent or, for a jailed job, as a mark of `markers` in the image. A place that cannot be read
-/// is an error: an image whose verdict is unknown is not packed.
+/// Returns whether `failed` exists in the parent or, for a jailed job, as a mark in the image that `markers` accepts. A
+/// place that cannot be read is an error: an image whose verdict is unknown is not packed.
 pub(crate) fn is_marked_failed(files: &SignalFiles, image_root: Option<&Tree>, markers: Markers) -> Result<bool> {
     let name = mark_of(Verdict::Failed);
     let in_image = |root: &Tree| {
@@ -147,8 +147,8 @@ pub(crate) fn is_marked_failed(files: &SignalFiles, image_root: Option<&Tree>, m
     Ok(files.stands(Verdict::Failed.signal_file())? || image_root.map_or(Ok(false), in_image)?)
 }
 
-/// Sets the mark in the image as a sidecar expects it after a jailed job: `failed` stands in its /tmp too, and
-/// `complete` is removed.
+/// Sets the marks in the image's /tmp as a sidecar expects them after a jailed job: creates `failed` if that is the
+/// verdict, and removes `complete`.
 pub(crate) fn mark(files: &SignalFiles, image_root: &Tree, verdict: Verdict) -> Result<()> {
     let failed = mark_of(Verdict::Failed);
     remove_directory(image_root, &failed)?;

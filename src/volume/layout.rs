@@ -34,12 +34,13 @@ pub(crate) const REMOTE_PORT: &str = "remote_port";
 pub(crate) const RECIPE: &str = "recipe";
 /// Log of kiwi-ng.
 pub(crate) const KIWI_LOG: &str = "kiwi.log";
-/// Directory of a build's own files, removed with its end.
+/// Directory of a build's own files, removed when the build ends.
 pub(crate) const BUILD: &str = ".ims-sshd.build";
 
 /// The packed image of a remote job.
 pub(crate) const TRANSFER: &str = "transfer.sqsh";
-/// Names of the boot files of a remote job: only `prepare` and the sidecar are told them.
+/// Names of the boot files of a remote job, recorded by `prepare`: the container that has the image packed is not told
+/// them.
 pub(crate) const BOOT_NAMES: &str = ".ims-sshd.boot";
 /// Report of the changes of a remote job.
 pub(crate) const REMOTE_CHANGES: &str = ".ims-sshd.changes";
@@ -47,8 +48,8 @@ pub(crate) const REMOTE_CHANGES: &str = ".ims-sshd.changes";
 pub(crate) const REMOTE_TREE: &str = ".ims-sshd.tree.sqsh";
 /// Recipe of a remote job, an archive.
 pub(crate) const REMOTE_RECIPE: &str = ".ims-sshd.recipe.tar";
-/// Results of a remote build node, until they are whole: the packed image, its boot files, the report of changes, and the
-/// log of kiwi-ng.
+/// Results that are being received from a remote build node: the packed image, its boot files, the report of changes,
+/// and the log of kiwi-ng.
 pub(crate) const REMOTE_PARTS: [&str; 6] = [
     ".ims-sshd.remote.image",
     ".ims-sshd.remote.kernel",
@@ -59,13 +60,13 @@ pub(crate) const REMOTE_PARTS: [&str; 6] = [
 ];
 /// The source image, if it is mounted or was fetched.
 pub(crate) const ARCHIVE: &str = "image.sqsh";
-/// The source image while it is fetched.
+/// The source image while it is being fetched.
 pub(crate) const FETCHING: &str = "image.sqsh.part";
 /// Directory of an overlay's upper and work directories.
 pub(crate) const OVERLAY: &str = "overlay";
-/// The image root while it is unpacked.
+/// The image root while it is being unpacked.
 pub(crate) const UNPACKING: &str = ".ims-sshd.unpacking";
-/// Directory for a new image root, until it is whole and replaces the old one.
+/// Directory for a new image root, until it is complete and replaces the old one.
 pub(crate) const FRESH: &str = ".ims-sshd.fresh";
 /// Directory for a replaced image root, until it is removed.
 pub(crate) const DROPPED: &str = ".ims-sshd.dropped";
@@ -90,14 +91,14 @@ pub(crate) const UPLOAD: &str = ".ims-sshd.upload";
 pub(crate) const KEY: &str = ".ims-sshd.key";
 /// Record of the mount points that were created in the image for the jail.
 pub(crate) const MOUNT_POINTS: &str = ".ims-sshd.additions";
-/// Directory for the image's own resolv.conf while a build environment replaces it.
+/// Directory that keeps the image's own resolv.conf while a build environment has replaced it.
 pub(crate) const RESOLV_CONF: &str = ".ims-sshd.resolv.conf";
-/// Directory for the image's own resolv.conf while a sidecar replaces it.
+/// Directory that keeps the image's own resolv.conf while a sidecar has replaced it.
 pub(crate) const SIDECAR_RESOLV_CONF: &str = ".ims-sshd.sidecar.resolv.conf";
-/// File that a build environment locks as long as it is open.
+/// File that a build environment locks as long as the environment is open.
 pub(crate) const CLAIM: &str = ".ims-sshd.claim";
-/// File that a sidecar, a `prepare`, a `package` or an `upload` locks as long as it runs: one at a time. It holds the
-/// name of that command and its process id.
+/// File that a sidecar, a `prepare`, a `package` or an `upload` locks as long as it runs, so that one runs at a time.
+/// The file holds the name of that command and its process id.
 pub(crate) const STEP_CLAIM: &str = ".ims-sshd.sidecar";
 /// Empty files that a rename turns into signal files when the disk is full: the verdict in the parent, the verdict in
 /// the image, and `exiting`.

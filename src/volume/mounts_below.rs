@@ -13,8 +13,8 @@ pub(crate) fn mounts_below(path: &Path) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// Refuses mounts below the directory `path`: `reader` would walk into them, and never finish reading a /proc. `attempted`
-/// completes "cannot …".
+/// Refuses mounts below the directory `path`: `reader` would walk into them, and never finish reading a /proc.
+/// `attempted` completes "cannot …".
 pub fn refuse_mounts_below(path: &Path, attempted: &str, reader: &str) -> Result<()> {
     match mounts_below(path)?.first() {
         Some(mount) => Err(Error::new(attempted)

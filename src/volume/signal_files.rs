@@ -19,7 +19,8 @@ use crate::verdict::Verdict;
 use crate::volume::layout::{CLAIM, READY, RESERVED, SSHD_LISTENING, STEP_CLAIM};
 
 /// Content of a mark that a sidecar makes instead of `ready` when it gives up, with the pod's host name in between. An
-/// environment obeys it even if it is older than the environment; other marks that are older belong to an earlier job.
+/// environment obeys such a mark even if the mark is older than the environment. Any other older mark belongs to an
+/// earlier job.
 const INSTEAD_OF_READY: [&[u8]; 2] = [b"by the sidecar on ", b", instead of 'ready'\n"];
 
 /// Maximum length of that content in bytes; a host name has at most 64.
@@ -33,19 +34,19 @@ const EARLIER: Duration = Duration::from_mins(10);
 /// nanoseconds of its ctime.
 pub(crate) type Stamp = (u64, i64, u64);
 
-/// Poll interval for signal files, on which the delay depends where the file system raises no event.
+/// Poll interval for signal files: the delay where the file system raises no event.
 pub(crate) const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// A command that makes, packs or publishes the image root of a parent: one at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Step {
-    /// `prepare`: another one would write to the same directory and remove it.
+    /// `prepare`: a second one would write to the same directory, or remove it.
     Prepare,
-    /// `package`: `prepare --fresh` would take the image root away.
+    /// `package`: a `prepare --fresh` meanwhile would take the image root away.
     Package,
     /// `upload`: two that share a journal would publish, and roll back, one and the same image.
     Upload,
-    /// `sidecar`: the same.
+    /// `sidecar`: it publishes as `upload` does.
     Sidecar,
 }
 
@@ -62,7 +63,7 @@ impl Step {
         }
     }
 
-    /// Advice to the one that comes second.
+    /// Advice in the error that another step has the claim which this step needs.
     fn advice(self) -> &'static str {
         match self {
             Self::Sidecar => "the job goes on with that one; each job needs a volume of its own",
@@ -71,11 +72,11 @@ impl Step {
     }
 }
 
-/// Longest text of a holder in bytes: a name and a process id.
+/// Maximum size of the text in the lock file, in bytes: a name and a process id.
 const HOLDER_LIMIT: u64 = 64;
 
-/// Who has the lock: the step and its process id, in its own process namespace. Root of another container can write
-/// the text, so it only chooses the words of a message.
+/// The step that has the lock, and its process id in its own PID namespace. Root of another container can write this
+/// text, so it must only affect the words of a message.
 fn holder(lock: OwnedFd) -> Option<(Step, u32)> {
     let mut text = String::new();
     File::from(lock).take(HOLDER_LIMIT).read_to_string(&mut text).ok()?;
@@ -204,12 +205,12 @@ impl SignalFiles {
         places.into_iter().flatten().any(|place| identity(place) == identity(lock.as_fd()))
     }
 
-    /// Claims the parent for `step` until the returned value is dropped. It is an error if another step has it. If the
-    /// lock cannot be taken for another reason than its holder, the claim succeeds without one: later steps work, or
-    /// report why they cannot.
+    /// Claims the parent for `step` until the returned value is dropped. Fails if another step has the claim. If the
+    /// lock cannot be taken for any other reason, the claim succeeds without a lock: what follows works, or reports why
+    /// it cannot.
     pub(crate) fn claim_for(&self, step: Step) -> Result<StepClaim<'_>> {
         let mut claim = StepClaim { files: self, lock: None };
-        // Limited: another process may remove the file each time.
+        // Limit the tries: another process may remove the file each time.
         for _ in 0..100 {
             let lock = match self.step_lock(OFlags::CREATE) {
                 Ok(Some(lock)) => lock,
@@ -228,8 +229,8 @@ impl SignalFiles {
                     let identity = |found: Stat| (found.st_dev, found.st_ino);
                     // Another inode means that the previous step removed the file that was locked here.
                     if named.is_some() && named.map(identity) == found.map(identity) {
-                        // Only a message lacks the name if the volume is full. A descriptor that stays writable would
-                        // keep the volume from being remounted read-only.
+                        // Ignore an error, such as a full volume: only a message will lack the name. Write by path: a
+                        // descriptor that stays writable would keep the volume from being remounted read-only.
                         let path = format!("/proc/self/fd/{}", lock.as_raw_fd());
                         let _ = std::fs::write(path, format!("{} {}\n", step.name(), std::process::id()));
                         claim.lock = Some(lock);
@@ -237,7 +238,7 @@ impl SignalFiles {
                     }
                 }
                 Err(rustix::io::Errno::WOULDBLOCK) => {
-                    // A step that looks whether the parent is claimed has the lock for a moment.
+                    // A command that checks whether a step has the claim takes a shared lock for a moment.
                     if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockShared).is_ok() {
                         std::thread::sleep(Duration::from_millis(1));
                         continue;
@@ -252,8 +253,8 @@ impl SignalFiles {
         Ok(claim)
     }
 
-    /// Opens the file that the claim of a step locks; `None` if something else has its name, or if others can open it or
-    /// have it under another name.
+    /// Opens the file that the claim of a step locks; `None` if something else has its name, if other users can open
+    /// the file, or if it has another hard link.
     fn step_lock(&self, flag: OFlags) -> io::Result<Option<OwnedFd>> {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | flag;
         let bits = if flag.is_empty() { 0 } else { 0o600 };
@@ -265,12 +266,12 @@ impl SignalFiles {
         };
         let found = rustix::fs::fstat(&lock)?;
         let is_private = found.st_uid == rustix::process::geteuid().as_raw() && found.st_mode & 0o066 == 0;
-        // The lock's holder writes to it.
+        // The lock's holder writes to the file, which must not change another one.
         let is_own = FileKind::of(&found) == FileKind::Regular && found.st_nlink <= 1;
         Ok((is_private && is_own).then_some(lock))
     }
 
-    /// Refuses to change the image root while it is made or packed.
+    /// Fails if a step is making or packing the image root, which must not change meanwhile.
     pub(crate) fn refuse_while_used(&self) -> Result<()> {
         let Ok(Some(lock)) = self.step_lock(OFlags::empty()) else { return Ok(()) };
         if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockShared) != Err(rustix::io::Errno::WOULDBLOCK) {
@@ -297,8 +298,8 @@ impl SignalFiles {
         rustix::fs::flock(lock, FlockOperation::NonBlockingLockShared) == Err(rustix::io::Errno::WOULDBLOCK)
     }
 
-    /// Refuses a parent whose image root is open in a build environment. One that still waits for `ready` has not
-    /// opened it: `prepare` may run meanwhile.
+    /// Refuses a parent whose image root is open in a build environment. An environment that still waits for `ready`
+    /// has not opened the image root: `prepare` may run meanwhile.
     pub(crate) fn refuse_open(&self) -> Result<()> {
         if self.is_claimed() && (self.stands(READY)? || self.stands(SSHD_LISTENING)?) {
             return Err(claimed(&self.path));

@@ -1,5 +1,5 @@
-//! The environment's own directory below /run. Its helper and its sshd read it; only root of the container can write
-//! there.
+//! The environment's own directory below /run. The environment's helper and its sshd read it; only root of the
+//! container can write there.
 
 use std::fmt::Write;
 use std::os::unix::ffi::OsStrExt;
@@ -14,8 +14,8 @@ use crate::error::{Attempt, Result};
 pub(crate) const RUN: &str = "/run/ims-sshd";
 
 /// Turns `path` into the name of one file: `/mnt/image` becomes `mnt-image`, much as systemd-escape does. A long path
-/// is cut to its end plus a digest of the whole: the name has to fit a file system, and a socket in the directory the
-/// kernel's 108 bytes.
+/// is cut to its end plus a digest of the whole path: the name must not exceed a file system's limit, and the path of a
+/// socket in the directory must not exceed the kernel's 108 bytes.
 pub fn name_for(path: &Path) -> String {
     let names = path.components().filter_map(|c| match c {
         Component::Normal(name) => Some(name.as_bytes()),
@@ -107,7 +107,7 @@ impl StateDirectory {
         self.path.join("sftp")
     }
 
-    /// A directory of the same kind below it, for a trial jail.
+    /// A state directory below this one, for a trial jail.
     pub(crate) fn trial(&self) -> Result<Self> {
         Self::at(self.path.join("trial"))
     }
