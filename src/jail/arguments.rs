@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use crate::jail::plan::Plan;
 use crate::jail::tier::Tier;
 
-/// Name of the program, beside ims-sshd and in the jail.
+/// File name of the program, next to ims-sshd and in the jail.
 pub(crate) const NAME: &str = "ims-jail-shell";
 
 /// A command of the program. `JAIL` is the file of the jail's [`Record`](crate::jail::record::Record).

@@ -1,5 +1,5 @@
 //! Bind mounts: directories and files of the container that a job wants to see in the jail, as `SOURCE[:TARGET[:ro]]`.
-//! A colon in a path is written `\:`, and a backslash before one `\\`.
+//! A colon in a path is written `\:`, and a backslash before a colon or another backslash `\\`.
 //!
 //! The source comes from the administrator and is trusted; the target is in the image and is not.
 
@@ -137,7 +137,7 @@ pub(crate) fn taken(target: &Path) -> Option<String> {
     if target.as_os_str().as_encoded_bytes().iter().any(u8::is_ascii_control) {
         return Some("expected a path without control characters".into());
     }
-    // A directory that contains one of them is allowed: all of /etc may be covered, with resolv.conf in it.
+    // A target that contains one of these is allowed: all of /etc may be covered, with resolv.conf in it.
     let taken = TAKEN_TARGETS.iter().find(|taken| target.starts_with(taken));
     taken.map(|taken| format!("/{taken} is the jail's own"))
 }

@@ -1,8 +1,9 @@
 //! The kernel's table of interpreters for foreign programs (binfmt_misc), and our entry in it.
 //!
 //! The table belongs to the user namespace (since Linux 6.7; before, to the machine), so all other containers of the
-//! node share it. It is reached through a detached mount of our own. Existing entries are never changed, because
-//! another environment or the node may use them. Our entry has a unique name and is removed with its environment.
+//! node share it. The table is reached through a detached mount of our own. Existing entries are never changed, because
+//! another environment or the node may use them. Our entry has a unique name and is removed when its environment
+//! closes.
 //!
 //! Since Linux 6.7 the entries vanish with the last mount of the table, so our mount stays open as long as its entry is
 //! needed.
@@ -25,7 +26,7 @@ use crate::sys::tree::Tree;
 /// One entry of the table.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Entry {
-    /// Name of its file.
+    /// Name of the entry's file.
     pub name: String,
     /// True if it is enabled.
     pub(crate) enabled: bool,
@@ -96,8 +97,8 @@ pub(crate) fn serving(entries: &[Entry], architecture: Architecture) -> Option<&
 /// The line that registers `interpreter` under `name`.
 ///
 /// `F`: the kernel opens the interpreter now, so every jail has it. `P`: the interpreter gets the program's argv[0],
-/// which login shells and busybox evaluate. `O`: it gets the program as an open descriptor. Not `C`: a setuid program
-/// would make QEMU setuid, whose variables would let a user write as root.
+/// which login shells and busybox evaluate. `O`: the interpreter gets the program as an open descriptor. Not `C`: QEMU
+/// would run setuid programs with their owner's rights, and its variables would let a user write as root.
 pub(crate) fn registration(name: &str, architecture: Architecture, interpreter: &Path) -> String {
     let escaped = |bytes: &[u8]| {
         bytes.iter().fold(String::new(), |mut text, byte| {
@@ -130,7 +131,7 @@ pub(crate) enum Interpreter {
 }
 
 impl Interpreter {
-    /// The mount with our entry, which must stay open.
+    /// The mount of the table with our entry, which must stay open.
     pub(crate) fn table(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Own(registration) => Some(registration.table.0.as_fd()),
@@ -159,7 +160,7 @@ impl Drop for Registration {
 
 /// Makes programs for `architecture` run in every jail of this user namespace, through an existing entry or one of our
 /// own, named after `owner` (letters and digits). A jail that must confine sets `own`, so that its QEMU is a copy: a
-/// session could change mode and owner of the container's or the node's file through /proc/PID/exe.
+/// session could otherwise change mode and owner of the container's or the node's file through /proc/PID/exe.
 ///
 /// After registering an entry, the calling thread has a mount namespace of its own.
 pub(crate) fn provide(architecture: Architecture, owner: &str, own: bool) -> Result<Interpreter> {
@@ -183,7 +184,7 @@ pub(crate) fn provide(architecture: Architecture, owner: &str, own: bool) -> Res
         }
     };
     let name = format!("{PREFIX}{}-{owner}", architecture.name());
-    // An entry left by a killed environment of the same owner.
+    // Remove an entry that a killed environment of the same owner has left.
     table.remove(&name).attempt(attempted)?;
     if !table.is_on().attempt(attempted)? {
         return Err(Error::new(attempted()).because("binfmt_misc is switched off"))

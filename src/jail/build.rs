@@ -41,10 +41,10 @@ pub(crate) fn build(plan: &Plan) -> Result<Programs> {
     // Directories get exactly the modes in the tables.
     rustix::process::umask(Mode::empty());
 
-    // Copies of all container mounts, attached nowhere yet, and new file systems, because the container's mounts are
-    // soon out of sight: the kernel allows a new procfs in a user namespace only where one is visible. The image root
-    // becomes a mount of its own: pivot_root(2) needs a mount, and so does nodev. An overlay is nosuid outside, but
-    // sudo must work inside.
+    // Copy the container's mounts and create new file systems, attached nowhere yet, while the container's mounts are
+    // in sight: the kernel allows a new procfs in a user namespace only where one is visible. Make the image root a
+    // mount of its own, which pivot_root(2) and nodev need. Clear nosuid, which an overlay has outside, because sudo
+    // must work inside.
     let root = Detached::copy_of_fd(&place, false, ROOT_ATTRIBUTES)
         .and_then(Detached::honouring_setuid)
         .attempt(|| format!("copy the mount of the image root {shown}"))
@@ -60,7 +60,7 @@ pub(crate) fn build(plan: &Plan) -> Result<Programs> {
         Some(namespace) => copy_namespace(namespace).attempt(|| "copy the mount namespace of the trial jail"),
         None => mounts::make_all_private().attempt(|| "make the jail's mounts private"),
     }?;
-    // From here on, the tree is reached through its own mount.
+    // From here on, the image root is reached through this mount only.
     let root = mounts::cover_root(root).attempt(|| format!("attach the image root {shown}"))?;
 
     let mut jail = Jail { root: Tree::from_fd(root), mounted: HashMap::new() };
@@ -73,7 +73,7 @@ pub(crate) fn build(plan: &Plan) -> Result<Programs> {
                 if let Some(text) = &resolv_conf {
                     put_resolv_conf(&jail, text)?;
                 }
-                // After the jail's own entries, since the image's can be anything.
+                // After the jail's own entries, which stay: an entry of the image can be anything.
                 slash_run::make(jail.locate("run/-").attempt(|| "fill /run of the jail")?.0, &of_boot);
                 show_root_of_init(&jail)?;
                 if plan.proc == Proc::Container {
@@ -90,7 +90,7 @@ pub(crate) fn build(plan: &Plan) -> Result<Programs> {
         bind.attach(copy, &jail.root)?;
     }
 
-    // pivot_root and not chroot, which a process that may call chroot could leave. The old root is then gone from this
+    // Not chroot, which a process that may call chroot could leave. After pivot_root, the old root is gone from this
     // namespace.
     mounts::switch_root(&jail.root).attempt(|| format!("switch the root to {shown}"))?;
     rustix::process::umask(Mode::from_raw_mode(0o022));
@@ -150,7 +150,7 @@ fn source(mount: &Mount) -> std::result::Result<Option<Detached>, Failure> {
         Source::New(kind, options) => Some(Detached::filesystem(kind, options, mount.attributes)?),
         Source::Memory { mode, tenths } => {
             let size = memory::available().map(|all| all / 10 * tenths);
-            // One inode a page is the kernel's own ratio.
+            // One inode for each page is the kernel's own ratio.
             let limits = size.map(|size| (size.to_string(), (size / 4096).to_string()));
             let limits = limits.as_ref().map(|(bytes, inodes)| [("size", &**bytes), ("nr_inodes", inodes)]);
             let options: Vec<_> = [("mode", mode)].into_iter().chain(limits.into_iter().flatten()).collect();
@@ -166,9 +166,9 @@ fn sources(table: impl Iterator<Item = Mount>) -> Result<Vec<(Mount, Option<Deta
     table.map(|mount| source(&mount).map(|source| (mount, source)).map_err(|e| e.attempted_on(&mount))).collect()
 }
 
-/// Mounts /dev, /proc, /sys and /run of a recipe's build on the directories of these names in `root`, and returns it.
-/// /proc is the container's if the kernel refuses a new procfs, because parts of the container's are masked
-/// (`mount_too_revealing`).
+/// Mounts /dev, /proc, /sys and /run of a recipe's build on the directories of these names in `root`, and returns
+/// `root`. /proc is the container's if the kernel refuses a new procfs because parts of the container's /proc are
+/// masked (`mount_too_revealing`).
 pub(crate) fn mount_for_build(root: Tree) -> Result<Tree> {
     let is_refused = matches!(Detached::filesystem("proc", &[], ROOT_ATTRIBUTES),
         Err(e) if Errno::from_io_error(&e) == Some(Errno::PERM));
@@ -200,8 +200,8 @@ fn carry_out(jail: &mut Jail, mount: &Mount, source: Option<Detached>) -> std::r
     };
     let found = rustix::fs::fstat(&target)?;
     let is_directory = FileType::from_raw_mode(found.st_mode) == FileType::Directory;
-    // The handle is on the link itself, so a mount could not leave the image; but a mount on a linked /proc or /dev
-    // would not be where programs look.
+    // Refuse a link. The handle is on the link itself, so a mount could not leave the image, but a mount on a linked
+    // /proc or /dev would not be where programs look.
     if mount.missing == Missing::MountPoint && !is_directory {
         return Err(Failure(io::Error::new(io::ErrorKind::NotADirectory, format!("it is {}", FileKind::of(&found)))));
     }
@@ -249,7 +249,7 @@ fn show_root_of_init(jail: &Jail) -> Result<()> {
     let show = || -> io::Result<()> {
         let ((run, _), (proc, link)) = (jail.locate("run/-")?, jail.locate("proc/1/root")?);
         let target = match proc.handle(link) {
-            // A /proc of the container that hides other users' processes (hidepid).
+            // The container's /proc hides other users' processes (hidepid), so there is no link to cover.
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
             other => other?,
         };
@@ -261,7 +261,8 @@ fn show_root_of_init(jail: &Jail) -> Result<()> {
     show().attempt(|| "mount a link on /proc/1/root of the jail")
 }
 
-/// Covers the name of the container's first process with the init's, where the jail shows the container's /proc.
+/// Where the jail shows the container's /proc, covers the name of the container's first process (/proc/1/comm) with the
+/// name of the jail's init.
 fn show_name_of_init(jail: &Jail) -> Result<()> {
     let show = || -> io::Result<()> {
         let (proc, _) = jail.locate("proc/-")?;

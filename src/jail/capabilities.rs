@@ -22,7 +22,7 @@ pub const KEPT: &[(Capability, &str)] = &[
     (Capability::CAP_SYS_CHROOT, "rpm --root, dracut, scriptlets that use chroot inside the image"),
 ];
 
-/// Capability of root in a build besides those in the jail, in the build's own user namespace.
+/// Capability that root has in a build in addition to [`KEPT`], in the build's own user namespace.
 pub(crate) const OF_BUILD: (Capability, &str) =
     (Capability::CAP_SYS_ADMIN, "kiwi-ng and debootstrap mount /proc and others in the image root");
 
@@ -31,7 +31,7 @@ pub(crate) fn keep_jail_set() -> rustix::io::Result<()> {
     keep_for_good(mask(KEPT))
 }
 
-/// The same for the capabilities of a build.
+/// Reduces this process and everything it starts to the capabilities of a build, for good.
 pub(crate) fn keep_build_set() -> rustix::io::Result<()> {
     keep_for_good(mask(KEPT) | mask(&[OF_BUILD]))
 }
@@ -54,7 +54,7 @@ fn keep_for_good(kept: CapabilitySet) -> rustix::io::Result<()> {
     set(kept)
 }
 
-/// Reduces this process to `kept`. Only for a process that starts no program, which would get the bounding set.
+/// Reduces this process to `kept`. Only for a process that starts no program: a program would get the bounding set.
 pub(crate) fn keep_only(kept: &[(Capability, &str)]) -> rustix::io::Result<()> {
     set(mask(kept))
 }

@@ -1,9 +1,9 @@
 //! Entering the jail: this process joins all its namespaces.
 //!
-//! The child that it starts there still has descriptors of the container and runs the container's program, so it must
-//! not use any path of the image: /proc/self/fd/4 or an interpreter such as /proc/self/exe would lead outside
-//! (CVE-2024-21626, CVE-2019-5736). It becomes the jail's own copy of this program, with no descriptors but the three
-//! streams.
+//! The child that this process starts in the jail still has descriptors of the container and runs the container's
+//! program, so it must not use any path of the image: /proc/self/fd/4 or an interpreter such as /proc/self/exe would
+//! lead outside (CVE-2024-21626, CVE-2019-5736). The child becomes the jail's own copy of this program, with no
+//! descriptors but the three streams.
 
 use std::os::fd::OwnedFd;
 
@@ -31,8 +31,8 @@ pub fn join(record: &Record) -> Result<Joined> {
     hide()?;
     let attempted = || format!("reach the jail's init (process {})", record.init.pid);
     let init = Handle::open(record.init).map_err(|e| Error::new(attempted()).because(e).advise(gone(record)))?;
-    // The supervisor's duplicates of the namespace descriptors, and not /proc/PID/ns of the init: the init is not
-    // dumpable, so reading that would need CAP_SYS_PTRACE.
+    // Use the supervisor's duplicates of the namespace descriptors, not /proc/PID/ns of the init: the init is not
+    // dumpable, so opening that would need CAP_SYS_PTRACE.
     let numbers = [&record.descriptors[..], &[record.helper]].concat();
     let mut descriptors = open_descriptors(record, &numbers).advise("the build environment has just ended")?;
     let helper = descriptors
@@ -44,8 +44,8 @@ pub fn join(record: &Record) -> Result<Joined> {
     if let (Tier::Chroot, [image_root]) = (record.tier, descriptors.as_slice()) {
         change_root(image_root).attempt(|| "change the root to the image root")?;
     }
-    // Changed credentials, as by joining a user namespace, reset dumpable to fs.suid_dumpable (prctl(2),
-    // PR_SET_DUMPABLE).
+    // Hide again: a change of credentials, as by joining a user namespace, resets the dumpable flag to fs.suid_dumpable
+    // (prctl(2), PR_SET_DUMPABLE).
     hide()?;
     Ok(Joined { init, helper })
 }
@@ -60,7 +60,7 @@ fn gone(record: &Record) -> &'static str {
     }
 }
 
-/// Duplicates these descriptors of the keeper.
+/// Duplicates the keeper's descriptors `numbers`.
 pub(crate) fn open_descriptors(record: &Record, numbers: &[i32]) -> Result<Vec<OwnedFd>> {
     let attempted = || format!("open the jail's namespaces, which process {} keeps open", record.keeper.pid);
     record.keeper.open_descriptors(numbers).attempt(attempted)

@@ -15,8 +15,9 @@ use crate::error::{Attempt, Result};
 use crate::sys::process::{Fork, exit_now, fork};
 use crate::sys::seqpacket::Packets;
 
-/// Moves this process into a UTS namespace that root can name, and sets the host name `name`, or else `label`. Where
-/// such a namespace cannot be made, root cannot change the name, and a failure to set `label` is ignored.
+/// Moves this process into a UTS namespace whose host name the jail's root can change, and sets the host name `name`,
+/// or else `label`. Where such a namespace cannot be made, root cannot change the name, and a failure to set `label` is
+/// ignored.
 pub(crate) fn give(name: Option<&str>, label: Option<&str>) -> Result<()> {
     let attempted = || "make the jail's UTS namespace";
     let (here, outside) = Packets::pair().attempt(attempted)?;
@@ -35,7 +36,7 @@ pub(crate) fn give(name: Option<&str>, label: Option<&str>) -> Result<()> {
             let made = here.receive_with().attempt(attempted)?;
             waitpid(child, None).attempt(attempted)?;
             for namespace in made.into_iter().flat_map(|(_, namespaces)| namespaces) {
-                // Fails where a security module grants no capabilities in user namespaces.
+                // Ignore a failure: a security module may grant no capabilities in user namespaces.
                 let _ = setns(namespace, CloneFlags::CLONE_NEWUTS);
             }
         }

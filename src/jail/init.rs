@@ -1,6 +1,6 @@
 //! `ims-jail-shell init`: builds the jail, then stays as its first process, which reaps, and watches for a user's mark.
 //!
-//! When it ends, the kernel kills every process in the jail. It ends when the supervisor dies.
+//! When this init ends, the kernel kills every process in the jail. The init ends when the supervisor dies.
 
 use std::convert::Infallible;
 use std::ffi::{CStr, OsStr};
@@ -58,7 +58,7 @@ pub fn run(plan: &Plan, supervisor: OwnedFd) -> Result<()> {
     }
 }
 
-/// Leaves the container's namespaces, except the mount namespace where [`build`] copies a bare one. The first child is
+/// Leaves the container's namespaces, except the mount namespace if [`build`] is to copy a bare one. The first child is
 /// the first process of the new PID namespace.
 fn make_namespaces(plan: &Plan) -> io::Result<()> {
     let mut flags = plan.tier.flags();
@@ -71,14 +71,15 @@ fn make_namespaces(plan: &Plan) -> io::Result<()> {
     unshare_with_users(flags)
 }
 
-/// Leaves the namespaces of `flags`, with a new user namespace in which all users and groups have their numbers. For a
-/// process with one thread.
+/// Moves this process into new namespaces of the kinds `flags`, with a user namespace in which all users and groups
+/// keep their numbers. For a process with one thread.
 pub(crate) fn unshare_with_users(flags: CloneFlags) -> io::Result<()> {
-    // By descriptor: /proc may be that of an outer PID namespace, which numbers this process otherwise.
+    // By descriptor: /proc may show an outer PID namespace, in which this process has another number.
     unshare_with_users_of(&Tree::open(Path::new("/proc/self/."))?, flags)
 }
 
-/// Like [`unshare_with_users`], for a process whose /proc cannot be written to: `this` is its directory in another one.
+/// Like [`unshare_with_users`], for a process whose /proc cannot be written to: `this` is its directory in another
+/// /proc.
 pub(crate) fn unshare_with_users_of(this: &Tree, flags: CloneFlags) -> io::Result<()> {
     // Only a process outside may write a map of more than one user (user_namespaces(7)).
     let (here, outside) = Packets::pair()?;
@@ -132,13 +133,13 @@ fn map_identity(process: &Tree) -> io::Result<()> {
 /// Builds the jail around this process, which then becomes the jail's own copy of this program to [`serve`]. That exec
 /// drops the container's descriptors, the log, and the container's program, which /proc/1/exe would lead to.
 fn make(plan: &Plan, link: &Link) -> Result<Infallible> {
-    // The links in it lead to this process's namespaces at the time one is opened.
+    // A link in this directory leads to the namespace that this process is in when the link is opened, after the build.
     let own = Tree::open(Path::new("/proc/self/ns")).attempt(|| "open the directory of this process's namespaces")?;
     let null = File::options().read(true).write(true).open("/dev/null").attempt(|| "open /dev/null")?;
     // A session of its own, because the scheduler's autogroup belongs to the session: writing to /proc/1/autogroup
     // would otherwise change the nice value of the supervisor or of the caller of 'enter'.
     nix::unistd::setsid().attempt(|| "make a session of the jail's init")?;
-    // Before the root is switched, because the interpreter is in the container.
+    // Register the interpreter before the root is switched, because its file is in the container.
     let interpreter = plan.emulated.map(|architecture| binfmt::provide(architecture, "jail", true)).transpose()?;
     let programs = build(plan)?;
     let open = |name: &str| rustix::fs::openat(&own, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
@@ -161,8 +162,8 @@ fn make(plan: &Plan, link: &Link) -> Result<Infallible> {
     copy.replace_this_process_by(&programs.helper).attempt(|| "start the jail's ims-jail-shell")
 }
 
-/// Serves as the jail's init, which [`make`] has become. `supervisor` is this program's end of the [`Link`]. Returns
-/// the exit code.
+/// Serves as the jail's init, after the exec at the end of [`make`]. `supervisor` is this program's end of the
+/// [`Link`]. Returns the exit code.
 pub fn serve(tier: Tier, supervisor: OwnedFd) -> u8 {
     let link = Link::from_fd(supervisor);
     match prepare(tier) {
@@ -181,7 +182,7 @@ struct Inside {
 }
 
 fn prepare(tier: Tier) -> Result<Inside> {
-    // Again, because exec resets it. The supervisor lets nobody in yet.
+    // Hide again, because exec resets the dumpable flag. The supervisor lets nobody in before this.
     nix::sys::prctl::set_dumpable(false).attempt(|| "hide the jail's init from the jail (PR_SET_DUMPABLE)")?;
     let _ = nix::sys::prctl::set_name(comm(&Tree::open(Path::new("/")).attempt(|| "open the image root")?));
     let signals = Signals::block(&[Signal::SIGCHLD]).attempt(|| "block SIGCHLD")?;
@@ -208,7 +209,8 @@ fn comm(image_root: &Tree) -> &'static CStr {
     }
 }
 
-/// Longest delay for a mark that raises no event, as on a network file system that another node writes to.
+/// Poll interval for marks: the longest delay of one that raises no event, as on a network file system that another
+/// node writes to.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 fn watch_over(link: &Link, inside: Inside) -> u8 {
@@ -222,7 +224,7 @@ fn watch_over(link: &Link, inside: Inside) -> u8 {
     let mut tell_marks = || {
         for verdict in Verdict::ALL {
             let found = rustix::fs::lstat(Path::new("/tmp").join(verdict.signal_file()));
-            // Once for each owner: the supervisor decides whose marks count.
+            // Report a mark once for each owner: the supervisor decides whose marks count.
             let Some(owner) = found.ok().filter(is_mark).map(|found| found.st_uid) else { continue };
             if !told.contains(&(verdict, owner)) {
                 link.send(&Message::Marked(verdict, owner))?;
@@ -280,7 +282,7 @@ impl Watch {
         watch
     }
 
-    /// Watches the current directory at /tmp, if it is another one than before.
+    /// Watches the directory that is now at /tmp, if it is not the watched one.
     fn renew(&mut self) {
         let Some(events) = &self.events else { return };
         let now = rustix::fs::stat("/tmp").ok().map(|s| (s.st_dev, s.st_ino));

@@ -1,5 +1,5 @@
-//! Messages of the jail's init to the supervisor. When one end of the socket closes, the other end knows that its
-//! process has died.
+//! Messages of the jail's init to the supervisor. When one end of the socket closes, the process at the other end knows
+//! that its peer has died.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -91,7 +91,7 @@ impl Link {
         self.packets.send_with(message.to_text().as_bytes(), descriptors)
     }
 
-    /// Tells the other end that nothing more will be sent; it can still send.
+    /// Tells the other end that nothing more will be sent; the other end can still send.
     pub(crate) fn finish(&self) -> io::Result<()> {
         self.packets.finish()
     }

@@ -7,12 +7,12 @@ use rustix::mount::MountAttrFlags;
 pub(crate) enum Source {
     /// A new file system of this type with these options.
     New(&'static str, &'static [(&'static str, &'static str)]),
-    /// A new tmpfs of this mode that holds at most a tenth of the memory this many times: what is in it counts as the
-    /// container's memory, and no process can be ended to free it.
+    /// A new tmpfs, limited to a part of the available memory: its content counts as the container's memory, and no
+    /// process can be killed to free it.
     Memory {
         /// Mode of its root directory.
         mode: &'static str,
-        /// Tenths of the memory.
+        /// Maximum size, in tenths of the available memory.
         tenths: u64,
     },
     /// The container's tree at this path, with everything mounted below it.
@@ -85,11 +85,11 @@ const fn proc(attributes: MountAttrFlags) -> Mount {
 /// container's nodes, since a user namespace cannot create nodes. /proc and /sys are masked as in OCI runtimes
 /// (runtime-spec, "Linux masked and read-only paths").
 ///
-/// /proc is read-only as a whole. Files beside the processes are the machine's, and the init's files could have it
-/// killed first (`oom_score_adj`). /proc/PID/net is the container's network's, in which root writes to some files
-/// without a capability (`recent_mt_proc_write` of net/netfilter/xt_recent.c) and changes modes and owners of all, for
-/// everybody in that network (`proc_notify_change` of fs/proc/generic.c); each new process brings such a directory, so
-/// that no mount can cover them.
+/// /proc is read-only as a whole. Its files outside the processes' directories are the machine's, and a write to the
+/// init's `oom_score_adj` could have the init killed first. /proc/PID/net shows the container's network: root writes to
+/// some of its files without a capability (`recent_mt_proc_write` of net/netfilter/xt_recent.c), and changes modes and
+/// owners of all of them, for everybody in that network (`proc_notify_change` of fs/proc/generic.c). Each new process
+/// brings such a directory, so no mount can cover them all.
 pub(crate) const JAILED: &[Mount] = &[
     mount(
         "dev",
@@ -132,14 +132,14 @@ pub(crate) const DKMS: &[Mount] = &[
     RUN,
 ];
 
-/// Mounts of a build, which are those of a jail but for two: terminals of its own, since root in the build owns those of
+/// Mounts of a build: those of a jail, except for terminals of its own, since root in the build owns the terminals of
 /// root on the machine, and an empty /sys.
 pub(crate) fn of_build(proc: Proc) -> impl Iterator<Item = Mount> {
     const TERMINALS: Source = Source::New("devpts", &[("newinstance", ""), ("ptmxmode", "0666"), ("mode", "0620")]);
     const NO_SYS: Source = Source::New("tmpfs", &[("size", "4k"), ("mode", "0555")]);
     mount_table(false, proc).map(|mount| match mount.target {
         "dev/pts" => Mount { source: TERMINALS, ..mount },
-        // base-files of Debian sets its mode.
+        // Not read-only, because Debian's base-files sets the mode of /sys.
         "sys" => Mount { source: NO_SYS, attributes: mount.attributes.difference(RDONLY), ..mount },
         _ => mount,
     })

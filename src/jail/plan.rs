@@ -14,7 +14,7 @@ use crate::sys::architecture::Architecture;
 pub struct Plan {
     /// Tier of the jail.
     pub tier: Tier,
-    /// Source of its /proc.
+    /// Source of the jail's /proc.
     pub proc: Proc,
     /// Path of the image root, for messages: another directory may have it by the time they are read.
     pub image_root: PathBuf,
@@ -31,8 +31,8 @@ pub struct Plan {
     pub programs: Vec<Program>,
     /// Bind mounts whose targets exist and have no link in their paths.
     pub binds: Vec<Bind>,
-    /// An almost empty mount namespace that the jail's is copied from; without it, the jail's begins as a copy of the
-    /// container's, with all its mounts.
+    /// Path of an almost empty mount namespace of which the jail gets a copy. If `None`, the jail gets a copy of the
+    /// container's mount namespace, with all its mounts.
     pub bare: Option<PathBuf>,
 }
 

@@ -1,8 +1,8 @@
 //! Copies of the container's programs that run in a jail or are shown there.
 //!
 //! A process in the jail can open the file of a running program (/proc/PID/exe), and root in the jail owns root's
-//! files. If these were the container's own files, it could change mode, owner and attributes, and take leases even
-//! through a read-only mount (compare CVE-2019-5736).
+//! files. If that file were the container's own, root in the jail could change its mode, owner and attributes, and take
+//! leases on it even through a read-only mount (compare CVE-2019-5736).
 
 use std::fs::File;
 use std::io;

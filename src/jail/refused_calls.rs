@@ -1,4 +1,4 @@
-//! Table of system calls that lead out of the jail although they need no capability, and the seccomp program that
+//! Table of system calls that lead out of the jail although they need no capability, and the seccomp filter that
 //! refuses them.
 
 use crate::sys::seccomp::Instruction;
@@ -27,7 +27,7 @@ enum Test {
 
 use Test::{HasAny, In, NotIn};
 
-/// A call. A test compares names and reasons with SECURITY.md.
+/// A refused call. The test suite compares names and reasons with those in SECURITY.md.
 #[allow(dead_code)]
 struct Call {
     name: &'static str,
@@ -36,7 +36,7 @@ struct Call {
     why: &'static str,
 }
 
-/// Numbers of a call on x86_64, i386, aarch64 and arm. `None` where it does not exist.
+/// Numbers of a call on x86_64, i386, aarch64 and arm. `None` where the call does not exist.
 type Numbers = [Option<u32>; 4];
 
 /// Numbers from arch/x86/entry/syscalls, asm-generic/unistd.h and arch/arm/tools/syscall.tbl of Linux.
@@ -53,8 +53,9 @@ const fn call(name: &'static str, numbers: Numbers, rule: Rule, why: &'static st
     Call { name, numbers, rule, why }
 }
 
-/// Root in a build has CAP_SYS_ADMIN in its user namespace: in a cgroup namespace of its own it could mount the cgroups,
-/// whose files root owns, and in one of the network /sys.
+/// Refuses new user, cgroup and network namespaces. Root in a build has CAP_SYS_ADMIN in its user namespace: in a
+/// cgroup namespace of its own, it could mount the cgroups, whose files root owns, and in a network namespace of its
+/// own, /sys.
 const NEW_USER: Rule =
     If(&[HasAny(0, (libc::CLONE_NEWUSER | libc::CLONE_NEWCGROUP | libc::CLONE_NEWNET).cast_unsigned())], libc::EPERM);
 const INTERNET: &[u32] = &[libc::AF_INET.cast_unsigned(), libc::AF_INET6.cast_unsigned()];
@@ -76,7 +77,7 @@ const ALLOWED_NETLINK: &[u32] = &[
     libc::NETLINK_KOBJECT_UEVENT.cast_unsigned(),
 ];
 
-/// Bits of the socket type, whose other bits are flags (`SOCK_TYPE_MASK` of linux/net.h).
+/// Bits of the argument `type` that hold the socket type; the other bits are flags (`SOCK_TYPE_MASK` of linux/net.h).
 const TYPE_BITS: u32 = 0xf;
 const SOCK_PACKET: u32 = 10;
 
@@ -306,7 +307,7 @@ const fn unless_any_bit(bits: u32, skip: u8) -> Instruction {
 /// Placeholder for a jump to the end of the current part, until its length is known.
 const END: u8 = u8::MAX;
 
-/// The program while it is assembled. This happens at compile time, so no session waits for it.
+/// A filter while it is being assembled. [`PROGRAM`] is assembled at compile time, so no session waits for it.
 struct Program {
     instructions: [Instruction; 512],
     length: usize,
@@ -361,7 +362,7 @@ impl Program {
         self.end_part(start);
     }
 
-    /// Adds the answer to one call; a call that does not match continues after it.
+    /// Adds the answer to the call `number`; for any other call, the filter continues after this answer.
     const fn answer_call(&mut self, number: u32, rule: Rule) {
         let start = self.length;
         // Reload the number, because the tests of the previous call may have loaded an argument.
@@ -380,8 +381,8 @@ impl Program {
         self.end_part(start);
     }
 
-    /// Refuses the owner -1 in `argument` of a call: no user has that number, and to the kernel it means the owner that
-    /// the file has already, which is root for a file that was just created.
+    /// Refuses the call `number` if its argument `argument`, a user or group, is -1. No user has that number: the
+    /// kernel would keep the file's owner, which is root for a file that was just created.
     fn answer_owner(&mut self, number: libc::c_long, argument: u32) {
         const NOBODY: &[u32] = &[u32::MAX];
         const USER: Rule = If(&[In(1, ALL_BITS, NOBODY)], libc::EINVAL);
@@ -427,7 +428,7 @@ const PROGRAM: Program = {
     program
 };
 
-/// The program for [`crate::sys::seccomp::filter`].
+/// The filter that refuses [`CALLS`], for [`crate::sys::seccomp::filter`].
 pub(crate) fn program() -> &'static [Instruction] {
     const LENGTH: usize = PROGRAM.length;
     static INSTRUCTIONS: [Instruction; LENGTH] = {
@@ -442,8 +443,8 @@ pub(crate) fn program() -> &'static [Instruction] {
     &INSTRUCTIONS
 }
 
-/// A program that refuses `calls` (`SYS_…` of libc), the owner -1, and user namespaces, in which a process would have
-/// every capability. Only the first convention is allowed.
+/// A seccomp filter that refuses `calls` (`SYS_…` of libc), system calls that pass -1 as an owner, and the creation of
+/// user namespaces, in which a process would have every capability. Only calls of the first convention are allowed.
 pub(crate) fn refusing(calls: &[libc::c_long]) -> Vec<Instruction> {
     let convention = &CONVENTIONS[0];
     let mut program = Program::new();
@@ -470,7 +471,7 @@ pub(crate) fn refusing(calls: &[libc::c_long]) -> Vec<Instruction> {
     program.instructions[..program.length].to_vec()
 }
 
-/// Calls that set an owner, and the number of the argument that is the user; the group follows.
+/// Calls that set an owner, each with the index of the argument that is the user; the next argument is the group.
 const OWNING: &[(libc::c_long, u32)] = &[
     #[cfg(target_arch = "x86_64")]
     (libc::SYS_chown, 1),
@@ -480,7 +481,8 @@ const OWNING: &[(libc::c_long, u32)] = &[
     (libc::SYS_fchownat, 2),
 ];
 
-/// A program that makes the kernel appear to lack audit (linux/netlink.h), for the first convention.
+/// A filter that makes the kernel appear to lack audit (linux/netlink.h). Only calls of the first convention are
+/// filtered.
 pub(crate) fn without_audit() -> Vec<Instruction> {
     const FAMILY: Test = In(0, ALL_BITS, &[libc::AF_NETLINK.cast_unsigned()]);
     const PROTOCOL: Test = In(2, ALL_BITS, &[libc::NETLINK_AUDIT.cast_unsigned()]);
@@ -540,7 +542,7 @@ mod tests {
         assert_eq!(u64::from(TIOCLINUX), libc::TIOCLINUX);
     }
 
-    /// The answer of `program` to a call. Interprets only the instructions used here.
+    /// Runs the filter `program` on a call and returns its answer. Knows only the instructions used here.
     fn answer(program: &[Instruction], architecture: u32, number: u32, arguments: [u32; 3]) -> u32 {
         let (mut at, mut loaded) = (0, 0);
         loop {
@@ -566,7 +568,7 @@ mod tests {
         }
     }
 
-    /// The answer that the table gives, without the program.
+    /// The answer to a call according to the table, which the filter has to give too.
     fn meant(convention: &Convention, number: u32, arguments: [u32; 3]) -> u32 {
         let holds = |test: &Test| match *test {
             HasAny(at, bits) => arguments[at as usize] & bits != 0,

@@ -11,7 +11,7 @@ pub(crate) const RESOLV_CONF: &str = "etc/resolv.conf";
 pub(crate) const LIMIT: u64 = 1 << 20;
 
 /// Common targets below /run of a link at /etc/resolv.conf: those of systemd-resolved, SUSE's netconfig, resolvconf and
-/// NetworkManager. A session can install one of these, and names must still resolve afterwards.
+/// NetworkManager. A session can install one of these programs, and names must still resolve afterwards.
 const BELOW_RUN: [&str; 5] = [
     "systemd/resolve/stub-resolv.conf",
     "systemd/resolve/resolv.conf",

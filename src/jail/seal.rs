@@ -2,9 +2,9 @@
 //! outside that still have descriptors of it.
 //!
 //! A session can send descriptors to a process outside, for example through an abstract Unix socket (unix(7)), since
-//! the network is the container's. They outlive the jail, and all belong to the jail's own mount of the image root. The
-//! kernel makes that mount read-only only if no file on it is open for writing (mount_setattr(2), EBUSY); afterwards
-//! nobody can open one through it.
+//! the network is the container's. Such descriptors outlive the jail, and all belong to the jail's own mount of the
+//! image root. The kernel makes that mount read-only only if no file on it is open for writing (mount_setattr(2),
+//! EBUSY); afterwards nobody can open one through it.
 
 use std::io;
 
@@ -38,7 +38,7 @@ impl Seal {
         }
     }
 
-    /// Parses that text.
+    /// Parses the text of [`Seal::to_text`].
     pub(crate) fn parse(text: &str) -> Option<Self> {
         match text.trim_end().split_once(' ') {
             None if text.trim_end() == "sealed" => Some(Self::Sealed),

@@ -31,7 +31,7 @@ enum Kind {
     Link(PathBuf),
 }
 
-/// Limits of the image's own /run, in entries, bytes and levels.
+/// Limits of the image's own /run: number of entries, bytes of one file, bytes in total, and levels of directories.
 const MOST_ENTRIES: usize = 1000;
 const LARGEST_FILE: u64 = 64 << 10;
 const MOST_BYTES: usize = 1 << 20;
@@ -45,8 +45,8 @@ const MOST_RULES: usize = 1 << 20;
 /// Largest passwd or group file, in bytes.
 const LARGEST_ACCOUNTS: u64 = 1 << 20;
 
-/// Entries below /run that no boot makes, and that would tell programs of a running systemd (sd_booted(3)) or of a
-/// container of podman or buildah. In an image they are left over from its build.
+/// Entries that are left out: by these, programs would detect a running systemd (sd_booted(3)) or a container of podman
+/// or buildah. In an image they are left over from its build.
 const LEFT_OUT: [&str; 2] = ["systemd/system", ".containerenv"];
 
 /// Prefix of the jail's own names.
@@ -95,7 +95,7 @@ impl Entry {
                 above.replace(name, content)?;
             }
         }
-        // A user namespace need not map every user.
+        // Set the mode even if this fails: a user namespace need not map every user.
         let (user, group) = (attributes::user(self.uid), attributes::group(self.gid));
         let owned = rustix::fs::chownat(&above, name, user, group, AtFlags::SYMLINK_NOFOLLOW);
         if !matches!(self.kind, Kind::Link(_)) {

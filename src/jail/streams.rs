@@ -1,9 +1,9 @@
 //! Standard input, output and error of a session in the jail, none of which is a file of the container.
 //!
 //! A process that has a file open can reopen it for writing (/proc/self/fd/0) and change its mode, owner and
-//! attributes, whatever the open mode: it could become a setuid program outside. sshd gives sessions sockets and
+//! attributes, whatever the open mode: the file could become a setuid program outside. sshd gives sessions sockets and
 //! terminals, but the caller of `ims-sshd enter` may give anything. So a file or device is replaced by a pipe, and a
-//! process outside copies between them.
+//! process outside copies between the two.
 
 use std::io::{self, IsTerminal};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -153,9 +153,9 @@ impl Streams {
         self.replaced = [None, None, None];
     }
 
-    /// Waits until the copiers have written the session's remaining output, and returns whether they could. Nobody may
-    /// ever read it: if this program `is_to_end`, they have a second, and another terminating signal kills them at
-    /// once.
+    /// Waits until the copiers have written the session's remaining output, and returns whether they could. Perhaps
+    /// nobody will ever read that output: if this program `is_to_end`, the copiers have one second, and another
+    /// terminating signal kills them at once.
     pub(crate) fn finish(&mut self, signals: &Signals, is_to_end: bool) -> bool {
         self.stop = None;
         let mut is_whole = true;
@@ -167,7 +167,7 @@ impl Streams {
                     Err(nix::errno::Errno::EINTR) => continue,
                     ended => break ended,
                 }
-                // SIGCHLD is among the signals.
+                // The end of a copier ends this wait, since SIGCHLD is among the signals.
                 let is_late = matches!(poll::wait(&mut [PollFd::new(signals, PollFlags::IN)], limit), Ok(0));
                 let told = std::iter::from_fn(|| signals.next().ok().flatten());
                 if told.filter(|signal| ENDING.contains(signal)).count() > 0 || is_late {
@@ -201,7 +201,7 @@ fn look(stream: BorrowedFd<'_>, name: &str) -> Result<(Way, Stat)> {
     let way = match FileType::from_raw_mode(found.st_mode) {
         FileType::Directory => return refuse("a directory"),
         FileType::Socket => Way::Itself,
-        // A named fifo has an owner and a mode, and an anonymous pipe's do not matter.
+        // A named fifo's owner and mode could be changed; those of an anonymous pipe do not matter.
         FileType::Fifo if is_anonymous(stream).attempt(attempted)? => Way::Itself,
         _ => match own_node(&found) {
             Some(node) => Way::Own(node, flags & OFlags::RWMODE),
@@ -242,7 +242,7 @@ fn is_anonymous(pipe: BorrowedFd<'_>) -> io::Result<bool> {
 
 /// Body of a copier. Returns the exit code.
 fn copier(relay: Relay, streams: [BorrowedFd<'_>; 3], stopped: &OwnedFd) -> u8 {
-    // It ends with the session, whatever signal ends that, and with its parent.
+    // Block all signals: a copier ends with the session, whatever signal ends the session, and with its parent.
     let _ = SigSet::all().thread_block();
     let _ = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
     let Relay { number, from, to } = relay;
@@ -267,8 +267,8 @@ fn copier(relay: Relay, streams: [BorrowedFd<'_>; 3], stopped: &OwnedFd) -> u8 {
     }
 }
 
-/// Copies the caller's `stream` into the pipe. At the end of the session, input that it has not read, still in the pipe
-/// at `read`, is given back for the next reader of the stream.
+/// Copies the caller's `stream` into the pipe. At the end of the session, seeks back over input that the session has
+/// not read, still in the pipe at `read`, so that the next reader of the stream gets it.
 fn copy_in(stream: BorrowedFd<'_>, read: &OwnedFd, write: OwnedFd, stopped: &OwnedFd) -> rustix::io::Result<()> {
     let mut chunk = vec![0; CHUNK];
     let mut left = 0;
@@ -326,7 +326,7 @@ fn pass_in(fifo: BorrowedFd<'_>, read: &OwnedFd, write: OwnedFd, stopped: &Owned
     take(fifo, shown.saturating_sub(unread))
 }
 
-/// Consumes `length` bytes of the fifo, unless another process has.
+/// Consumes `length` bytes of the fifo, unless another process has consumed them.
 fn take(fifo: BorrowedFd<'_>, mut length: usize) -> rustix::io::Result<()> {
     let mut bytes = [0; 4096];
     while length > 0 && poll::wait(&mut [PollFd::from_borrowed_fd(fifo, PollFlags::IN)], Duration::ZERO)? > 0 {

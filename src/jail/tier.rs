@@ -55,7 +55,7 @@ impl Tier {
         }
     }
 
-    /// Flags of these namespaces.
+    /// Flags of the tier's namespaces.
     pub(crate) fn flags(self) -> CloneFlags {
         self.namespaces().iter().map(|(_, flag)| *flag).collect()
     }
