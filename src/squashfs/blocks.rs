@@ -1,8 +1,8 @@
-//! Compression of data and fragment blocks on all processors, written in the order in which they were handed in.
+//! Compresses data and fragment blocks on all processors, and writes them in the order in which they were handed in.
 //!
-//! The caller's thread reads, a pool of workers compresses, and one thread writes. A *ticket* for each block waits in a
-//! queue in the order of the image; the writing thread takes the first one and waits for its result. The bytes of the
-//! image therefore do not depend on which worker was the fastest, nor on how many there are.
+//! The caller's thread reads, a pool of workers compresses, and one thread writes. A queue holds a *ticket* for each
+//! block, in the order of the image; the writing thread takes the first ticket and waits for the result of its block.
+//! The bytes of the image therefore do not depend on which worker was the fastest, nor on the number of workers.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -47,11 +47,11 @@ pub(crate) struct Target<'a> {
     pub(crate) method: &'a Method,
     pub(crate) workers: usize,
     pub(crate) meter: &'a Meter<'a>,
-    /// Set where the image cannot be finished for another reason: no more blocks are taken.
+    /// True once the image cannot be finished for another reason: no more blocks are accepted.
     pub(crate) is_stopped: &'a AtomicBool,
 }
 
-/// Why no more blocks are handed in.
+/// Reason why no more blocks are handed in.
 #[derive(Debug)]
 pub(crate) enum Halt<E> {
     /// The writing thread has failed; its error is the one to report.
@@ -82,7 +82,7 @@ struct Job {
 }
 
 struct Compressed {
-    /// Length of the content before.
+    /// Length of the content before compression, in bytes.
     length: usize,
     bytes: Vec<u8>,
     is_stored: bool,
@@ -90,14 +90,15 @@ struct Compressed {
 
 enum Ticket {
     Block(NodeId, Receiver<Compressed>),
-    /// So many blocks, and so many bytes of the file.
+    /// Number of blocks that are holes, and number of the file's bytes in them.
     Holes(NodeId, usize, u64),
     Fragment(Receiver<Compressed>),
-    /// So many bytes of a file need no block.
+    /// Number of a file's bytes that need no block.
     Skipped(u64),
 }
 
-/// Buffers that were used before: the allocator would return each to the system, and the kernel zero it again.
+/// Buffers for reuse: otherwise the allocator would return each to the system, and the kernel would zero its memory
+/// again.
 #[derive(Default)]
 struct Buffers(Mutex<Vec<Vec<u8>>>);
 
@@ -111,7 +112,7 @@ impl Buffers {
     }
 }
 
-/// Takes blocks in the order of the image.
+/// Accepts blocks in the order of the image.
 pub(crate) struct Queue<'a> {
     jobs: SyncSender<Job>,
     tickets: SyncSender<Ticket>,
@@ -127,9 +128,9 @@ impl Queue<'_> {
         buffer
     }
 
-    /// The next block of the file `node`. All blocks of a file follow each other.
+    /// Hands in the next block of the file `node`. All blocks of a file must follow each other.
     pub(crate) fn block(&self, node: NodeId, content: Vec<u8>) -> Result<(), Stopped> {
-        // Equal to a block whose bytes are all the same as the one before, the first of which is 0.
+        // Detects a block of zeros, quickly: the first byte is 0, and each byte equals the one before.
         if content.first() == Some(&0) && content[1..] == content[..content.len() - 1] {
             let length = content.len() as u64;
             self.buffers.give_back(content);
@@ -140,12 +141,12 @@ impl Queue<'_> {
         self.jobs.send(Job { content, reply }).map_err(|_| Stopped)
     }
 
-    /// The next `count` blocks of the file `node`, which hold `bytes` bytes of it, are holes.
+    /// Records that the next `count` blocks of the file `node`, with `bytes` of its bytes, are holes.
     pub(crate) fn holes(&self, node: NodeId, count: usize, bytes: u64) -> Result<(), Stopped> {
         self.wait_for(Ticket::Holes(node, count, bytes))
     }
 
-    /// So many bytes of a file need no block: they are in the image already.
+    /// Counts `bytes` bytes of a file that need no block, since they are in the image already.
     pub(crate) fn skipped(&self, bytes: u64) -> Result<(), Stopped> {
         self.wait_for(Ticket::Skipped(bytes))
     }
@@ -157,12 +158,12 @@ impl Queue<'_> {
         self.tickets.send(ticket).map_err(|_| Stopped)
     }
 
-    /// Takes a buffer back that was not handed in.
+    /// Takes back a buffer that was not handed in.
     pub(crate) fn give_back(&self, buffer: Vec<u8>) {
         self.buffers.give_back(buffer);
     }
 
-    /// The next fragment block.
+    /// Hands in the next fragment block.
     pub(crate) fn fragment(&self, content: Vec<u8>) -> Result<(), Stopped> {
         let (reply, result) = sync_channel(1);
         self.wait_for(Ticket::Fragment(result))?;
@@ -170,14 +171,15 @@ impl Queue<'_> {
     }
 }
 
-/// Calls `feed`, which hands in the blocks, and writes them meanwhile. `E` is the error of `feed`.
+/// Calls `feed`, which hands in the blocks, and writes them concurrently. `E` is the type of `feed`'s error.
 pub(crate) fn compress<E: From<io::Error>>(
     target: Target,
     feed: impl FnOnce(&Queue) -> Result<(), Halt<E>>,
 ) -> Result<Written, E> {
     let buffers = Buffers::default();
     thread::scope(|scope| {
-        // Each ticket holds two buffers at most. Two a worker keep it busy while the first in the queue is written.
+        // Each ticket holds two buffers at most. Two tickets for each worker keep it busy while the first block is
+        // written.
         let ahead = 2 * target.workers + 2;
         let (jobs, queued) = sync_channel::<Job>(ahead);
         let (tickets, in_order) = sync_channel::<Ticket>(ahead);
@@ -204,7 +206,7 @@ pub(crate) fn compress<E: From<io::Error>>(
 fn work(method: &Method, queued: &Mutex<Receiver<Job>>, buffers: &Buffers) {
     let mut compressor = Compressor::new(method);
     loop {
-        // The lock is held while waiting: another worker would have nothing to do either.
+        // Wait with the lock held: the other workers would have nothing to do either.
         let next = queued.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(Job { content, reply }) = next else { return };
         let mut bytes = buffers.take();
@@ -216,14 +218,14 @@ fn work(method: &Method, queued: &Mutex<Receiver<Job>>, buffers: &Buffers) {
             buffers.give_back(bytes);
             Compressed { length, bytes: content, is_stored: true }
         };
-        // Nobody waits for it if writing has failed.
+        // Sending fails if writing has failed and nothing waits for the result.
         let _ = reply.send(result);
     }
 }
 
 fn write_in_order(target: &Target, tickets: &Receiver<Ticket>, buffers: &Buffers) -> io::Result<Written> {
     let mut written = Written { end: target.start, ..Written::default() };
-    // A worker that has panicked drops its end; the panic itself is raised where the worker is joined.
+    // A worker that panics drops its sender; the panic itself is raised when the worker is joined.
     let died = |_| io::Error::other("a thread that compresses has ended");
     for ticket in tickets {
         match ticket {
@@ -252,13 +254,13 @@ fn write_in_order(target: &Target, tickets: &Receiver<Ticket>, buffers: &Buffers
     Ok(written)
 }
 
-/// Writes a block at `end`. Returns its place and its size, as an inode holds it.
+/// Writes a block at `end`. Returns its place, and its size as an inode holds it.
 fn append(target: &Target, end: &mut u64, block: Compressed, buffers: &Buffers) -> io::Result<(u64, u32)> {
     let start = *end;
     target.output.write_all_at(&block.bytes, start)?;
     *end += block.bytes.len() as u64;
     target.meter.compressed(block.length as u64, block.bytes.len() as u64);
-    // A block has 1 MiB at most.
+    // A block has 1 MiB at most, so its length always fits.
     let length = u32::try_from(block.bytes.len()).unwrap_or(0);
     buffers.give_back(block.bytes);
     Ok((start, if block.is_stored { length | STORED_BLOCK } else { length }))

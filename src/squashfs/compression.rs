@@ -1,8 +1,7 @@
 //! Compression of single blocks: gzip, xz, zstd, or none, with the options that an image's superblock names.
 //!
-//! mksquashfs is the measure: its levels and dictionaries are the defaults, and its rule that a block which does not
-//! get smaller is stored as it is. gzip is written by libdeflate, whose level is chosen so that the result is no larger
-//! than zlib's.
+//! mksquashfs is the model: the defaults are its levels and dictionaries, and a block that does not get smaller is
+//! stored uncompressed. gzip is written by libdeflate, at a level at which the result is no larger than zlib's.
 
 use libdeflater::{CompressionError, CompressionLvl};
 use liblzma::stream::{Action, Check, Filters, LzmaOptions, Status, Stream};
@@ -14,7 +13,7 @@ use crate::squashfs::format::{Append, Fields, LARGEST_BLOCK, METADATA_BLOCK};
 /// Algorithm of an image's compression.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Compression {
-    /// All is stored as it is.
+    /// All blocks are stored uncompressed.
     None,
     /// zlib's format.
     Gzip,
@@ -25,7 +24,7 @@ pub enum Compression {
 }
 
 impl Compression {
-    /// All of them.
+    /// All compressions.
     pub const ALL: [Self; 4] = [Self::None, Self::Gzip, Self::Xz, Self::Zstd];
 
     /// The name that mksquashfs and `IMAGE_COMPRESSION` use.
@@ -44,7 +43,7 @@ impl Compression {
     }
 }
 
-/// Numbers of compressions in the superblock; those from other tools are here for the message.
+/// Numbers of compressions in the superblock; those that only other tools write are listed for the error message.
 const NUMBERS: [(u16, &str); 6] = [(1, "gzip"), (2, "lzma"), (3, "lzo"), (4, "xz"), (5, "lz4"), (6, "zstd")];
 
 /// A compression with its options.
@@ -58,13 +57,13 @@ pub struct Method {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Options {
     None,
-    /// Level 1 to 9; window and strategies of zlib, which are kept and not used.
+    /// Level 1 to 9; zlib's window and strategies, which are kept in the superblock but not used.
     Gzip {
         level: u32,
         window: u16,
         strategies: u16,
     },
-    /// Dictionary in bytes; filters for machine code, by bit.
+    /// Size of the dictionary in bytes; a bit for each filter for machine code.
     Xz {
         dictionary: u32,
         filters: u32,
@@ -79,19 +78,20 @@ const GZIP_WINDOW: u16 = 15;
 const ZSTD_LEVEL: u32 = 15;
 const XZ_PRESET: u32 = 6;
 
-/// libdeflate's level for each of zlib's, from 1.
+/// Level of libdeflate for each level of zlib, from level 1.
 const LIBDEFLATE_LEVELS: [i32; 9] = [1, 2, 3, 4, 5, 6, 7, 8, 9];
 
-/// Highest levels for metadata blocks. They have 8 KiB and are a hundredth of an image, and each is compressed on its
-/// own by one thread, since a listing holds the places of compressed inodes. zstd's and xz's own levels would take
-/// longer for them than copying all of the data.
+/// Maximum gzip level for metadata blocks. A slow level does not pay: such a block has 8 KiB, all of them are a
+/// hundredth of an image, and one thread compresses them, since a listing holds the places of compressed inodes.
 const METADATA_GZIP_LEVEL: u32 = 6;
+/// Maximum zstd level for metadata blocks: the image's own level would take longer than copying all of the data.
 const METADATA_ZSTD_LEVEL: u32 = 5;
+/// Preset of xz for metadata blocks, for the same reason.
 const METADATA_XZ_PRESET: u32 = 1;
 
 /// Smallest dictionary that mksquashfs lets xz have, in bytes.
 const SMALLEST_DICTIONARY: u32 = 8 << 10;
-/// Filters of xz that liblzma has, by their bit.
+/// Bits of the xz filters that liblzma has.
 const XZ_FILTERS: u32 = 0xff;
 
 impl Method {
@@ -111,7 +111,7 @@ impl Method {
         self.algorithm
     }
 
-    /// Decodes a superblock's number of the compression and the options behind it.
+    /// Decodes the number of the compression in a superblock, and the options that follow the superblock.
     pub(crate) fn decode(number: u16, options: Option<&[u8]>, block_size: u32) -> Result<Self, Fault> {
         let name = NUMBERS.iter().find(|(known, _)| *known == number).map(|(_, name)| *name);
         let name = name.ok_or_else(|| Fault::damaged(format!("compression {number} is unknown")))?;
@@ -145,14 +145,14 @@ impl Method {
         }
     }
 
-    /// The superblock's number of the compression.
+    /// Returns the number of the compression for the superblock.
     pub(crate) fn number(&self) -> u16 {
-        // An image without compression says gzip, as mksquashfs's do: all its blocks are marked as stored.
+        // Like mksquashfs, write gzip for an image without compression: all its blocks are marked as stored.
         let name = if self.algorithm == Compression::None { "gzip" } else { self.algorithm.name() };
         NUMBERS.iter().find(|(_, known)| *known == name).map_or(0, |(number, _)| *number)
     }
 
-    /// Length of the options behind the superblock, if they are not the defaults.
+    /// Length in bytes of the options behind the superblock, which are absent if they are the defaults.
     pub(crate) fn options_length(algorithm: Compression) -> usize {
         match algorithm {
             Compression::None => 0,
@@ -161,7 +161,7 @@ impl Method {
         }
     }
 
-    /// The options, as they follow the superblock; `None` if they are the defaults.
+    /// Encodes the options that follow the superblock; `None` if they are the defaults.
     pub(crate) fn encode_options(&self, block_size: u32) -> Option<Vec<u8>> {
         if *self == Self::new(self.algorithm, block_size) {
             return None;
@@ -189,7 +189,7 @@ impl Method {
         match self.options {
             Options::None => 0,
             Options::Gzip { .. } => 1 << 20,
-            // lzma_easy_encoder_memusage(6) grows by 10.5 of the dictionary; hash tables take the rest.
+            // lzma_easy_encoder_memusage(6) grows by 10.5 times the dictionary; the rest is for hash tables.
             Options::Xz { dictionary, .. } => (2 << 20) + 11 * u64::from(dictionary),
             Options::Zstd { .. } => (4 << 20) + 12 * block,
         }
@@ -213,14 +213,14 @@ impl Compressor {
         Self::with(method.options, XZ_PRESET)
     }
 
-    /// For metadata blocks.
+    /// A compressor for metadata blocks.
     pub(crate) fn for_metadata(method: &Method) -> Self {
         let options = match method.options {
             Options::Gzip { level, window, strategies } => {
                 Options::Gzip { level: level.min(METADATA_GZIP_LEVEL), window, strategies }
             }
             Options::Zstd { level } => Options::Zstd { level: level.min(METADATA_ZSTD_LEVEL) },
-            // Machine code is in none of them.
+            // Filters are for machine code, which metadata does not contain.
             Options::Xz { dictionary, .. } => Options::Xz { dictionary, filters: 0 },
             Options::None => Options::None,
         };
@@ -232,7 +232,7 @@ impl Compressor {
             Options::None => CompressorState::None,
             Options::Gzip { level, .. } => {
                 let ours = LIBDEFLATE_LEVELS.get(level.saturating_sub(1) as usize).copied().unwrap_or(9);
-                // All levels of the table exist.
+                // Every level in `LIBDEFLATE_LEVELS` exists.
                 let level = CompressionLvl::new(ours).unwrap_or_default();
                 CompressorState::Gzip(libdeflater::Compressor::new(level))
             }
@@ -242,10 +242,11 @@ impl Compressor {
         Self { state }
     }
 
-    /// Replaces `out` by `block`, compressed. False if that is not smaller; `out` is then of no use.
+    /// Replaces `out` by `block`, compressed. Returns false if the result would not be smaller; `out` must not be used
+    /// then.
     pub(crate) fn compress(&mut self, block: &[u8], out: &mut Vec<u8>) -> bool {
         out.clear();
-        // One byte less than the block: whatever does not fit is stored as it is.
+        // One byte less than the block: a block whose result does not fit is stored uncompressed.
         let most = block.len().saturating_sub(1);
         match &mut self.state {
             CompressorState::None => false,
@@ -269,7 +270,7 @@ impl Compressor {
                         out.truncate(length);
                         true
                     }
-                    // It only fails for want of space: ZSTD_error_dstSize_tooSmall.
+                    // Compression fails only if the result does not fit: ZSTD_error_dstSize_tooSmall.
                     Err(_) => false,
                 }
             }
@@ -279,7 +280,7 @@ impl Compressor {
 
 /// Compresses once without a filter and once with each, as mksquashfs does, and keeps the smallest.
 fn compress_xz(block: &[u8], (preset, dictionary, filters): (u32, u32, u32), most: usize, out: &mut Vec<u8>) -> bool {
-    // No larger than the block: a metadata block would otherwise pay for tables of a data block's dictionary.
+    // No larger than the block: a metadata block would otherwise pay for the tables of a data block's dictionary.
     let needed = u32::try_from(block.len().next_power_of_two().max(METADATA_BLOCK)).unwrap_or(dictionary);
     let dictionary = dictionary.min(needed);
     let mut is_smaller = compress_xz_once(block, (preset, dictionary, 0), most, out);
@@ -318,7 +319,7 @@ fn compress_xz_once(
     let Ok(mut stream) = Stream::new_stream_encoder(&filters, Check::Crc32) else { return false };
     out.clear();
     out.resize(most, 0);
-    // It ends at once: all input is there, and what does not fit is not wanted.
+    // One call is enough: all input is available, and a result that does not fit is not needed.
     let ended = matches!(stream.process(block, out, Action::Finish), Ok(Status::StreamEnd));
     out.truncate(usize::try_from(stream.total_out()).unwrap_or(usize::MAX));
     ended
@@ -350,7 +351,7 @@ impl Decompressor {
         Self { state }
     }
 
-    /// Replaces `out` by the content of `block`. One that is longer than `most` bytes is damaged.
+    /// Replaces `out` by the content of `block`; content of more than `most` bytes is a fault.
     pub(crate) fn decompress(&mut self, block: &[u8], most: usize, out: &mut Vec<u8>) -> Result<(), Fault> {
         out.resize(most, 0);
         let length = match &mut self.state {
@@ -364,7 +365,7 @@ impl Decompressor {
     }
 }
 
-/// Length of a block's content, as far as the block says so itself. zlib's format does not.
+/// Length of a block's content if the block itself states it. zlib's format does not.
 pub(crate) fn content_length(algorithm: Compression, block: &[u8]) -> Option<u64> {
     match algorithm {
         Compression::Zstd => zstd::zstd_safe::get_frame_content_size(block).ok()?,
@@ -391,7 +392,7 @@ fn xz_content_length(stream: &[u8]) -> Option<u64> {
         }
         None
     };
-    // Indicator, number of blocks, length in the file.
+    // Fields of the index: indicator, number of blocks, length in the file, length of the content.
     let is_one = number()? == 0 && number()? == 1;
     number()?;
     number().filter(|_| is_one)
@@ -475,7 +476,7 @@ mod tests {
 
     #[test]
     fn filters_of_xz_make_code_smaller_and_are_kept_where_they_do() {
-        // Calls to one place: their relative addresses differ.
+        // Calls to one place: their relative addresses differ, and only the filter makes them equal.
         let code: Vec<u8> = (0..12_000_u32)
             .flat_map(|n| {
                 let relative = (1_000_000 - n * 9).to_le_bytes();

@@ -1,4 +1,4 @@
-//! Reading of the files that are compressed: their blocks, holes and tails, and which of them are equal.
+//! Reads the files that are compressed: their blocks, holes and tails. Finds out which files are equal.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -21,26 +21,26 @@ pub type Open<'a> = &'a mut dyn FnMut(&Path) -> io::Result<File>;
 /// Places of the content of all files.
 #[derive(Debug)]
 pub(crate) struct Located {
-    /// By node.
+    /// Places by the index of the node.
     places: Vec<At>,
     duplicates: u64,
 }
 
 #[derive(Debug, Default, Clone)]
 enum At {
-    /// No content, or none of a file's own.
+    /// The file is empty, or its place is not known yet.
     #[default]
     Nowhere,
     /// The same content as another file.
     SameAs(NodeId),
-    /// All of it in a fragment block, with its index and the offset there.
+    /// All of the content in a fragment block: index of the block, and offset in it.
     Fragment(u32, u32),
     /// Blocks, and possibly a tail in a fragment block.
     Blocks(Box<FileBlocks>, Option<(u32, u32)>),
 }
 
 impl Located {
-    /// Nothing is known of so many nodes.
+    /// Creates the places of `nodes` nodes, none of which is known yet.
     pub(crate) fn new(nodes: usize) -> Self {
         Self { places: vec![At::Nowhere; nodes], duplicates: 0 }
     }
@@ -54,7 +54,7 @@ impl Located {
         self.places[node.index()] = At::Fragment(fragment.0, fragment.1);
     }
 
-    /// Sets where blocks and tail of a file lie.
+    /// Sets the place of a file's blocks and tail.
     pub(crate) fn set(&mut self, node: NodeId, (blocks, fragment): (FileBlocks, Option<(u32, u32)>)) {
         self.places[node.index()] = match fragment {
             Some((index, offset)) if blocks.sizes.is_empty() => At::Fragment(index, offset),
@@ -62,7 +62,7 @@ impl Located {
         };
     }
 
-    /// Adds blocks that were written to tails that were handed in before.
+    /// Adds blocks that were written to the tails that were set before.
     pub(crate) fn add_blocks(&mut self, files: HashMap<u32, FileBlocks>) {
         for (node, blocks) in files {
             let place = &mut self.places[node as usize];
@@ -80,7 +80,7 @@ impl Located {
     pub(crate) fn content(&self, node: NodeId, size: u64, block_size: u32) -> Extent {
         match &self.places[node.index()] {
             At::Nowhere => Extent { size, ..Extent::default() },
-            // The other one is never itself equal to a third: the first of them is remembered.
+            // Always one step: `other` is the first of the equal files, which is never itself equal to an earlier one.
             At::SameAs(other) => self.content(*other, size, block_size),
             At::Fragment(index, offset) => Extent { size, fragment: Some((*index, *offset)), ..Extent::default() },
             At::Blocks(blocks, fragment) => {
@@ -90,7 +90,8 @@ impl Located {
                 Extent {
                     size,
                     start: blocks.start,
-                    // The kernel derives st_blocks from it: a file of holes has one block, as mksquashfs's have.
+                    // The kernel derives st_blocks from this number: as with mksquashfs, a file of only holes counts as
+                    // one block.
                     sparse: sparse.min(size.saturating_sub(1)),
                     blocks: blocks.sizes.clone(),
                     fragment: *fragment,
@@ -109,7 +110,7 @@ pub(crate) struct Packer {
 }
 
 impl Packer {
-    /// Adds a tail, and hands a full block in. Returns its place.
+    /// Adds a tail, and hands in the fragment block if the tail no longer fits. Returns the tail's place.
     pub(crate) fn add(&mut self, tail: &[u8], queue: &Queue) -> Result<(u32, u32), Stopped> {
         if self.pending.len() + tail.len() > self.block_size {
             self.flush(queue)?;
@@ -131,14 +132,14 @@ impl Packer {
     }
 }
 
-/// Hash of a file's content. Two files of one size and one SHA-256 are the same file.
+/// Hash of a file's content. Two files with the same size and SHA-256 are treated as equal.
 type Hash = [u8; 32];
 
-/// Which files are equal. Only files whose size another one has are hashed.
+/// Finds equal files. Only files that share their size with another file are hashed.
 struct Duplicates {
     /// Number of files of each size.
     sizes: HashMap<u64, u32>,
-    /// Files that are taken over, and were not hashed yet, by size.
+    /// Files that are taken over and have not been hashed yet, by size.
     taken: HashMap<u64, Vec<NodeId>>,
     known: HashMap<(u64, Hash), NodeId>,
 }
@@ -154,7 +155,8 @@ pub(crate) struct Reading<'a, 'o> {
 }
 
 impl<'a, 'o> Reading<'a, 'o> {
-    /// `taken` are the files that are taken over; `fragments` is the number of fragment blocks that are.
+    /// Creates the reading. `taken` lists the files that are taken over; `fragments` counts the fragment blocks taken
+    /// over.
     pub(crate) fn new(
         plan: &'a Plan,
         options: &'a Options,
@@ -173,7 +175,7 @@ impl<'a, 'o> Reading<'a, 'o> {
         Self { plan, options, open, duplicates, packer }
     }
 
-    /// Reads these files, of these sizes. The last fragment block is handed in, too.
+    /// Reads `files`, each with its size, and also hands in the last fragment block.
     pub(crate) fn read_all(
         &mut self,
         files: &[(NodeId, u64)],
@@ -236,7 +238,7 @@ impl<'a, 'o> Reading<'a, 'o> {
         opened.map_err(|error| Failure::Tree(path, error))
     }
 
-    /// Hands the first `length` bytes of a file in, block by block. Holes are not read.
+    /// Hands in the first `length` bytes of a file, block by block. Holes are not read.
     fn read_blocks(&self, (node, file): (NodeId, &File), length: u64, queue: &Queue) -> Result<(), Halt<Failure>> {
         let fail = |error| Halt::Failed(Failure::Tree(self.plan.path(node), error));
         let block_size = u64::from(self.options.block_size);
@@ -246,7 +248,7 @@ impl<'a, 'o> Reading<'a, 'o> {
         while at < length {
             if has_holes {
                 let data = next_data(file, at).map_err(fail)?.min(length);
-                // Whole blocks, or all the rest.
+                // End of the hole in whole blocks, unless the hole reaches to the end.
                 let end = if data == length { data } else { data - data % block_size };
                 if end > at {
                     let count = usize::try_from((end - at).div_ceil(block_size)).unwrap_or(usize::MAX);
@@ -271,10 +273,10 @@ impl<'a, 'o> Reading<'a, 'o> {
         self.duplicates.as_ref().is_some_and(has)
     }
 
-    /// The file equal to this one that came before; otherwise this one is remembered.
+    /// Returns an earlier file that is equal to this one; if there is none, remembers this file.
     fn equal(&mut self, node: NodeId, size: u64, hash: Hash) -> Result<Option<NodeId>, Failure> {
         let taken = self.duplicates.as_mut().and_then(|duplicates| duplicates.taken.get_mut(&size));
-        // The key stays: it says that there are such files.
+        // Take the list and leave its key, which tells `has_peers` that there are such files.
         for taken in taken.map(std::mem::take).unwrap_or_default() {
             let file = self.opened(taken, size)?;
             let hash = hash_file(&file, size).map_err(|error| Failure::Tree(self.plan.path(taken), error))?;
@@ -302,7 +304,7 @@ fn fill(file: &File, at: u64, length: u64, buffer: &mut Vec<u8>) -> io::Result<(
 fn next_data(file: &File, at: u64) -> io::Result<u64> {
     match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(at)) {
         Err(rustix::io::Errno::NXIO) => Ok(u64::MAX),
-        // A file system that knows no holes.
+        // The file system does not report holes.
         Err(rustix::io::Errno::INVAL) => Ok(at),
         other => Ok(other?),
     }

@@ -7,15 +7,15 @@ use std::path::PathBuf;
 /// A fault of a source image.
 #[derive(Debug)]
 pub enum Fault {
-    /// The file is no squashfs at all.
+    /// The file is not a squashfs.
     NoSquashfs,
     /// A squashfs that this module cannot read: another version or compression.
     Unsupported(String),
-    /// It contradicts itself, or is cut off.
+    /// The image contradicts itself, or is cut off.
     Damaged(String),
-    /// It holds more than is read of a source; the limits are in `reader.rs`.
+    /// The image holds more than is read of a source; the limits are in `reader.rs`.
     TooLarge(String),
-    /// The system could not read it.
+    /// The system could not read the file.
     Read(io::Error),
 }
 
@@ -45,7 +45,7 @@ impl From<io::Error> for Fault {
     }
 }
 
-/// Why an image was not written.
+/// Reason why an image was not written.
 #[derive(Debug)]
 pub enum Failure {
     /// A file of the tree could not be read, or changed meanwhile.
@@ -54,7 +54,7 @@ pub enum Failure {
     Walk(io::Error),
     /// The source turned out to be damaged.
     Source(Fault),
-    /// A squashfs cannot hold it.
+    /// A squashfs cannot hold a property of the tree.
     Limit(Limit),
     /// The image could not be written.
     Output(io::Error),
@@ -94,17 +94,17 @@ impl From<Fault> for Failure {
 /// A property of a tree that a squashfs cannot hold.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Limit {
-    /// Length of a name, which is empty, too long, or has a slash or a zero byte.
+    /// A name that is empty or too long, or contains a slash or a zero byte.
     Name(Vec<u8>),
     /// Two entries of one directory have the same name.
     Twice(PathBuf),
-    /// Target of a symbolic link: empty or too long.
+    /// Length of a symbolic link's target that is empty or too long.
     Target(usize),
-    /// An extended attribute outside of the three name spaces, or with a value above 64 KiB.
+    /// An extended attribute outside the three name spaces, or with a value above 64 KiB.
     Xattr(Vec<u8>),
-    /// Only a directory has entries, and a directory has one name.
+    /// An entry was added to something other than a directory, or a second name to a directory.
     Parent,
-    /// More owners and groups than 65,535.
+    /// More than 65,535 different owners and groups.
     Ids,
     /// A table of more than 4 GiB.
     Table,

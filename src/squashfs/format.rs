@@ -1,7 +1,7 @@
 //! The structures of SquashFS 4.0 as values: constants, and encoding and decoding of each. No I/O.
 //!
-//! All numbers are little-endian. docs/ARCHITECTURE.md, "The squashfs format as it is used here", shows how the parts
-//! of an image lie and which of them point to which.
+//! All numbers are little-endian. docs/ARCHITECTURE.md, "The squashfs format as it is used here", shows the order of
+//! the parts of an image and the pointers between them.
 
 use crate::squashfs::error::Fault;
 
@@ -15,23 +15,23 @@ pub(crate) const METADATA_BLOCK: usize = 8192;
 pub(crate) const SMALLEST_BLOCK: u32 = 4096;
 /// Largest block size that the kernel mounts.
 pub(crate) const LARGEST_BLOCK: u32 = 1 << 20;
-/// In a data or fragment block's size: it is stored as it is.
+/// Flag in the size of a data or fragment block: the block is stored uncompressed.
 pub(crate) const STORED_BLOCK: u32 = 1 << 24;
-/// In a metadata block's header: it is stored as it is.
+/// Flag in a metadata block's header: the block is stored uncompressed.
 pub(crate) const STORED_METADATA: u16 = 1 << 15;
-/// An index that says "none": of a fragment, of a set of extended attributes.
+/// Index that stands for "none": no fragment, or no set of extended attributes.
 pub(crate) const NONE: u32 = u32::MAX;
 /// Start of a table that does not exist.
 pub(crate) const NO_TABLE: u64 = u64::MAX;
-/// Most entries below one header of a directory listing.
+/// Maximum number of entries below one header of a directory listing.
 pub(crate) const ENTRIES_PER_HEADER: usize = 256;
-/// Longest name of a directory entry, in bytes.
+/// Maximum length of a directory entry's name, in bytes.
 pub(crate) const LONGEST_NAME: usize = 255;
-/// Longest target of a symbolic link that the kernel follows, in bytes.
+/// Maximum length of a symbolic link's target that the kernel follows, in bytes.
 pub(crate) const LONGEST_TARGET: usize = 4095;
-/// Added to the length of a directory's listing: readdir(3) counts `.` and `..` there.
+/// Added to the length of a directory's listing in its inode: the kernel counts `.` and `..` as 3 bytes.
 pub(crate) const DOT_ENTRIES: u32 = 3;
-/// An image's length is a multiple of it, so that it can be attached to a loop device.
+/// Length of an image, in bytes, is a multiple of this number, so that the image can be attached to a loop device.
 pub(crate) const PADDING: u64 = 4096;
 
 /// Bits of the superblock's flags.
@@ -60,7 +60,7 @@ pub(crate) mod flag {
     pub(crate) const STORED_IDS: u16 = 1 << 11;
 }
 
-/// Reads numbers off the beginning of a slice; `None` where it is too short.
+/// Reads numbers from the beginning of a slice; `None` if the slice is too short.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Fields<'a>(pub(crate) &'a [u8]);
 
@@ -136,7 +136,7 @@ impl Place {
         Some(Self { block: u32::try_from(reference >> 16).ok()?, offset })
     }
 
-    /// Encodes it as an inode reference.
+    /// Encodes the place as an inode reference.
     pub(crate) fn encode(self) -> u64 {
         u64::from(self.block) << 16 | u64::from(self.offset)
     }
@@ -196,7 +196,7 @@ impl Superblock {
         out
     }
 
-    /// Decodes a superblock, and checks what it can tell by itself. `available` is the length of the file.
+    /// Decodes a superblock and checks that its fields are consistent. `available` is the length of the file in bytes.
     pub(crate) fn decode(bytes: &[u8], available: u64) -> Result<Self, Fault> {
         let (decoded, log, version) = Self::fields(Fields(bytes)).ok_or(Fault::NoSquashfs)?;
         if version != (4, 0) {
@@ -244,7 +244,7 @@ impl Superblock {
         Some((decoded, log, version))
     }
 
-    /// The tables follow each other; the kernel refuses any other order.
+    /// Checks the order of the tables: the kernel refuses any other.
     fn check_order(&self) -> Result<(), Fault> {
         let optional = |table: u64, before: u64| if table == NO_TABLE { before } else { table };
         let fragments = optional(self.fragment_table, self.directory_table);
@@ -260,7 +260,8 @@ impl Superblock {
             xattrs,
             self.length,
         ];
-        // An empty directory has no listing: the directory table may be empty, and others may not exist.
+        // An image of empty directories has no listings, so the directory table may be empty; optional tables may be
+        // absent.
         let in_order = order.is_sorted() && self.inode_table < self.directory_table && xattrs < self.length;
         if in_order && self.inodes > 0 && self.ids > 0 {
             return Ok(());
@@ -274,7 +275,7 @@ impl Superblock {
     }
 }
 
-/// Type of an inode, as a directory entry names it.
+/// Type of an inode, with its number in directory entries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     Directory = 1,
@@ -311,12 +312,12 @@ pub(crate) struct Header {
     pub(crate) number: u32,
 }
 
-/// An inode. Which of the two forms of its type it gets follows from its values.
+/// An inode. Its values decide whether it is encoded in the basic or the extended form of its type.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Inode {
     pub(crate) header: Header,
     pub(crate) links: u32,
-    /// Index of its set of extended attributes, or [`NONE`].
+    /// Index of the inode's set of extended attributes, or [`NONE`].
     pub(crate) xattrs: u32,
     pub(crate) body: Body,
 }
@@ -346,7 +347,8 @@ pub(crate) struct Directory {
     pub(crate) index: Vec<IndexEntry>,
 }
 
-/// Points into a long listing: a lookup begins at the last header whose first name is not greater.
+/// Entry of the index of a long listing: a lookup begins at the last header whose first name is not greater than its
+/// name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct IndexEntry {
     /// Offset of a header in the listing.
@@ -361,25 +363,26 @@ pub(crate) struct IndexEntry {
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Extent {
     pub(crate) size: u64,
-    /// Start of the first block; the others follow.
+    /// Start of the first block; the other blocks follow it without gaps.
     pub(crate) start: u64,
-    /// Bytes in holes.
+    /// Number of the file's bytes that lie in holes.
     pub(crate) sparse: u64,
-    /// Size of each block in the image; 0 is a hole, [`STORED_BLOCK`] marks one that is not compressed.
+    /// Size of each block in the image. A size of 0 is a hole, and [`STORED_BLOCK`] marks a block that is not
+    /// compressed.
     pub(crate) blocks: Vec<u32>,
     /// Index of the fragment block that holds the tail, and the offset in it.
     pub(crate) fragment: Option<(u32, u32)>,
 }
 
 impl Extent {
-    /// Number of whole blocks that a file of `size` bytes has beside its fragment, or of all its blocks without one.
+    /// Number of blocks of a file of `size` bytes: only the whole ones if the rest is in a fragment, otherwise all.
     pub(crate) fn block_count(size: u64, block_size: u32, has_fragment: bool) -> u64 {
         if has_fragment { size / u64::from(block_size) } else { size.div_ceil(u64::from(block_size)) }
     }
 }
 
 impl Inode {
-    /// Its type.
+    /// Type of the inode.
     pub(crate) fn kind(&self) -> Kind {
         match &self.body {
             Body::Directory(_) => Kind::Directory,
@@ -484,11 +487,11 @@ impl Inode {
 /// Header of a run of directory entries whose inodes lie in one metadata block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct RunHeader {
-    /// Number of entries below it.
+    /// Number of entries below the header.
     pub(crate) count: u32,
     /// Start of the metadata block with their inodes.
     pub(crate) block: u32,
-    /// Inode number that theirs are relative to.
+    /// Inode number to which the numbers of the entries are relative.
     pub(crate) number: u32,
 }
 
@@ -513,7 +516,7 @@ impl RunHeader {
 pub(crate) struct ListingEntry<'a> {
     /// Offset of the inode in its metadata block.
     pub(crate) offset: u16,
-    /// Its number, less the header's.
+    /// Inode number of the entry, minus the number in its header.
     pub(crate) difference: i16,
     pub(crate) kind: Kind,
     pub(crate) name: &'a [u8],
@@ -565,7 +568,7 @@ impl Fragment {
 
 /// Prefixes of extended attributes, by their number. A squashfs has no place for others.
 pub(crate) const XATTR_PREFIXES: [&[u8]; 3] = [b"user.", b"trusted.", b"security."];
-/// In an extended attribute's type: the value is elsewhere, and a reference to it stands here.
+/// Flag in an extended attribute's type: the value is stored elsewhere, and the attribute holds a reference to it.
 pub(crate) const XATTR_ELSEWHERE: u16 = 1 << 8;
 /// Length of a set's entry in the table of sets.
 pub(crate) const XATTR_SET_LENGTH: usize = 16;

@@ -1,4 +1,4 @@
-//! Collects a real directory tree into a [`Plan`], by descriptor.
+//! Collects a real directory tree into a [`Plan`], by file descriptors.
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
@@ -15,19 +15,19 @@ use crate::squashfs::plan::{Attributes, Content, NodeId, Object, Plan, XattrSet,
 use crate::sys::tree::Tree;
 use crate::sys::walk::{Descent, refuse_long};
 
-/// Treatment of an entry.
+/// Decision about an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Choice {
-    /// It is left out, with all that is below it.
+    /// The entry is left out, with everything below it.
     LeaveOut,
-    /// It is packed; the content of a regular file comes from there.
+    /// The entry is packed. For a regular file, this is the source of its content.
     Pack(Content),
-    /// It is packed, and known to have no extended attributes.
+    /// The entry is packed, and known to have no extended attributes.
     PackBare(Content),
 }
 
-/// Called with an attribute that a squashfs cannot hold: path of the object below the tree, path by which its attributes
-/// can be read, status and name. May return other permissions for the object.
+/// Called with an extended attribute that a squashfs cannot hold. Arguments: path of the object below the tree, path at
+/// which its attributes can be read, its status, and the attribute's name. May return other permissions for the object.
 pub type Unkept<'a> = &'a mut dyn FnMut(&Path, &Path, &Stat, &[u8]) -> Option<u32>;
 
 /// The collected entries.
@@ -39,14 +39,14 @@ pub struct Gathered {
     pub not_kept: Vec<OsString>,
 }
 
-/// Collects `tree`. `choose` is asked about each entry but the root, by its path and status, as of the kernel's
-/// `lstat`. It may change the permissions and the size that are packed; a file of no bytes is not read. Extended
+/// Collects `tree`. `choose` is called for each entry except the root, with its path and its status from `lstat`. It
+/// may change the permissions and the size in the status, which are then packed; a file of size 0 is not read. Extended
 /// attributes outside of `user.`, `trusted.` and `security.` are left out. Never follows a link.
 pub fn gather(tree: &Tree, choose: &mut dyn FnMut(&Path, &mut Stat) -> Choice) -> Result<Gathered, Failure> {
     gather_with(tree, choose, &mut |_, _, _, _| None)
 }
 
-/// Like [`gather`]. `unkept` decides about attributes that are left out, those of the root excepted.
+/// Like [`gather`], but calls `unkept` for attributes that are left out, except those of the root.
 pub fn gather_with(
     tree: &Tree,
     choose: &mut dyn FnMut(&Path, &mut Stat) -> Choice,
@@ -81,7 +81,7 @@ struct Gathering<'a> {
     plan: Plan,
     attributes: ExtendedAttributes,
     unkept: Unkept<'a>,
-    /// Objects of several names, by device and inode number.
+    /// Objects with several names, by device and inode number.
     linked: HashMap<(u64, u64), NodeId>,
 }
 
@@ -138,14 +138,14 @@ fn of_status<'a>(found: &Stat, xattrs: &'a [(Vec<u8>, Vec<u8>)]) -> Attributes<'
 /// Reads extended attributes.
 struct ExtendedAttributes {
     not_kept: Vec<OsString>,
-    /// The kernel's limit of the list of names, and of a value, is 64 KiB (xattr(7)).
+    /// Buffer for the list of names; the kernel limits the list and each value to 64 KiB (xattr(7)).
     names: Vec<u8>,
     value: Vec<u8>,
 }
 
 impl ExtendedAttributes {
-    /// Extended attributes of the entry `name` that an image can hold; `path` is for messages. `unkept` may change the
-    /// permissions in `status`.
+    /// Returns those extended attributes of the entry `name` that an image can hold; `path` is for messages. `unkept`
+    /// may change the permissions in `status`.
     fn of(
         &mut self,
         (directory, name): (&Tree, &OsStr),
@@ -153,7 +153,7 @@ impl ExtendedAttributes {
         status: &mut Stat,
         unkept: Unkept,
     ) -> Result<XattrSet, Failure> {
-        // A path through the descriptor spares opening each entry; the last name is not followed.
+        // A path through the directory's descriptor saves opening each entry; the last component is not followed.
         let entry = directory.path().join(name);
         let failed = |error: Errno| Failure::Tree(path.to_owned(), error.into());
         let length = match rustix::fs::llistxattr(&entry, &mut self.names[..]) {
@@ -179,7 +179,7 @@ impl ExtendedAttributes {
     }
 }
 
-/// Opens the files of `tree` for [`write()`](crate::squashfs::write()). A link in the place of a file is not followed.
+/// Opens files of `tree` for [`write()`](crate::squashfs::write()). A link in place of a file is not followed.
 pub fn opener(tree: &Tree) -> impl FnMut(&Path) -> io::Result<File> {
     let mut descent = Descent::of(tree);
     move |path| {

@@ -10,7 +10,7 @@ use crate::squashfs::options::Options;
 use crate::squashfs::reader::{BlockReader, Reader};
 use crate::squashfs::walk::Entry;
 
-/// The checked content of a source image. It takes about 60 bytes for a file, and 4 for each block of a large one.
+/// The checked content of a source image, which takes about 60 bytes for each file and 4 for each block.
 #[derive(Debug)]
 pub struct Inventory {
     file: File,
@@ -19,7 +19,7 @@ pub struct Inventory {
     pub(crate) fragments: Vec<Fragment>,
     files: HashMap<u32, SourceFile>,
     blocks: Vec<u32>,
-    /// Lengths of the content of all fragment blocks, if they were measured.
+    /// Lengths of the content of all fragment blocks; empty if they have not been measured.
     lengths: Vec<u64>,
 }
 
@@ -27,22 +27,23 @@ pub struct Inventory {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct SourceFile {
     pub(crate) size: u64,
-    /// Start of its first block in the image.
+    /// Start of the file's first block in the image.
     pub(crate) start: u64,
-    /// First of its blocks among those of all files, and their number.
+    /// Index of the file's first block in [`Inventory::blocks`].
     first: u32,
+    /// Number of the file's blocks.
     count: u32,
-    /// Index of its fragment block and offset there.
+    /// Index of the file's fragment block, and offset in it.
     pub(crate) fragment: Option<(u32, u32)>,
 }
 
 impl Inventory {
-    /// Reads what the image of `reader` holds.
+    /// Reads the places of all content of the image of `reader`.
     pub fn new(reader: Reader) -> Result<Self, Fault> {
         Self::with(reader, &mut |_| {})
     }
 
-    /// Like [`Inventory::new`], and calls `visit` with each entry: the image is walked through once.
+    /// Like [`Inventory::new`], and calls `visit` with each entry, which saves a second walk through the image.
     pub fn with(reader: Reader, visit: &mut dyn FnMut(&Entry)) -> Result<Self, Fault> {
         let (mut files, mut blocks) = (HashMap::new(), Vec::new());
         reader.walk(false, &mut |entry| {
@@ -56,7 +57,7 @@ impl Inventory {
             let count = u32::try_from(extent.blocks.len()).map_err(too_many)?;
             blocks.extend_from_slice(&extent.blocks);
             let (size, start) = (extent.size, extent.start);
-            // Some writers give a file without a tail a fragment.
+            // Some writers refer to a fragment for a file without a tail.
             let fragment = extent.fragment.filter(|_| size % u64::from(reader.superblock().block_size) > 0);
             files.insert(entry.number(), SourceFile { size, start, first, count, fragment });
             Ok(())
@@ -72,25 +73,25 @@ impl Inventory {
         })
     }
 
-    /// Lengths of the content of all fragment blocks, for [`Inventory::set_lengths`]. Blocks of gzip do not say how
-    /// long they are, and are decompressed; another thread can do that while a tree is collected.
+    /// Returns the length of the content of each fragment block, for [`Inventory::set_lengths`]. Blocks of gzip do not
+    /// state their length and must be decompressed; another thread can do that while a tree is collected.
     pub fn measure(&self) -> Result<Vec<u64>, Fault> {
         let mut blocks = BlockReader::new(&self.file, &self.method);
         let most = self.block_size as usize;
         self.fragments.iter().map(|fragment| blocks.length(fragment.start, fragment.size, most)).collect()
     }
 
-    /// Stores what [`Inventory::measure`] has returned.
+    /// Stores the result of [`Inventory::measure`].
     pub fn set_lengths(&mut self, lengths: Vec<u64>) {
         self.lengths = lengths;
     }
 
-    /// Length of the content of a fragment block, as it was measured.
+    /// Length of the content of a fragment block, if it was measured.
     pub(crate) fn length(&self, fragment: u32) -> Option<u64> {
         self.lengths.get(fragment as usize).copied()
     }
 
-    /// Returns whether an image of these options can hold its blocks.
+    /// Returns whether an image with these options can hold the blocks of this source unchanged.
     pub fn fits(&self, options: &Options) -> bool {
         self.block_size == options.block_size && self.method.number() == options.method.number()
     }
@@ -99,21 +100,21 @@ impl Inventory {
         &self.file
     }
 
-    /// The regular file of that inode number.
+    /// Returns the regular file with this inode number.
     pub(crate) fn file(&self, number: u32) -> Option<SourceFile> {
         self.files.get(&number).copied()
     }
 
-    /// All regular files, in no order.
+    /// All regular files, in arbitrary order.
     pub(crate) fn files(&self) -> impl Iterator<Item = &SourceFile> {
         self.files.values()
     }
 
-    /// The part of its fragment block that a file's tail takes: index, offset and end.
+    /// Returns the part of a fragment block that a file's tail takes: index of the block, offset, and end.
     pub(crate) fn tail(&self, file: &SourceFile) -> Option<(u32, u32, u32)> {
         let (index, offset) = file.fragment?;
         let length = u32::try_from(file.size % u64::from(self.block_size)).unwrap_or(0);
-        // The reader has checked that it ends within a block.
+        // The reader has checked that the tail ends within a block.
         Some((index, offset, offset.saturating_add(length)))
     }
 

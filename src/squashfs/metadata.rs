@@ -1,4 +1,4 @@
-//! Tables of metadata blocks: each block holds 8 KiB, and a header of two bytes with its size in the image.
+//! Tables of metadata blocks: each block has up to 8 KiB of content, and a two-byte header with its size in the image.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -31,7 +31,7 @@ impl MetadataWriter {
         }
     }
 
-    /// Place of the next byte; `None` in a table of 4 GiB, beyond which no reference reaches.
+    /// Returns the place of the next byte; `None` once the table has 4 GiB, beyond which no reference can point.
     pub(crate) fn place(&self) -> Option<Place> {
         let offset = u16::try_from(self.pending.len()).ok()?;
         Some(Place { block: u32::try_from(self.table.len()).ok()?, offset })
@@ -51,7 +51,7 @@ impl MetadataWriter {
     fn end_block(&mut self) {
         let is_smaller = self.compressor.compress(&self.pending, &mut self.compressed);
         let (content, mark) = if is_smaller { (&self.compressed, 0) } else { (&self.pending, STORED_METADATA) };
-        // A block has 8192 bytes at most.
+        // A block has 8192 bytes at most, so its length always fits.
         let header = u16::try_from(content.len()).unwrap_or(0) | mark;
         self.table.extend_from_slice(&header.to_le_bytes());
         self.table.extend_from_slice(content);
@@ -67,8 +67,8 @@ impl MetadataWriter {
     }
 }
 
-/// A table behind an index of its blocks, as those of ids, fragments and exports are: the blocks, which begin at
-/// `start` in the image, then the index. Returns it and the place of the index in the image.
+/// Makes a table with an index of its blocks, as for IDs, fragments and exports: the blocks, which begin at `start` in
+/// the image, then the index. Returns the table, and the place of the index in the image.
 pub(crate) fn indexed_table(content: &[u8], start: u64, method: &Method) -> (Vec<u8>, u64) {
     let mut writer = MetadataWriter::new(method);
     let mut index = Vec::new();
@@ -82,12 +82,12 @@ pub(crate) fn indexed_table(content: &[u8], start: u64, method: &Method) -> (Vec
     (table, at)
 }
 
-/// Most bytes of metadata that are read of one image, each time a byte is read counted. An image of 5,000,000 files
-/// stays below it.
+/// Maximum number of metadata bytes that are read of one image; a byte that is read twice counts twice. An image of
+/// 5,000,000 files stays below this limit.
 const MOST_READ: u64 = 1 << 30;
-/// Most metadata blocks that are decompressed, for the same image: some seconds with gzip.
+/// Maximum number of metadata blocks that are decompressed for one image: some seconds with gzip.
 const MOST_BLOCKS: u64 = 1 << 17;
-/// Blocks that are kept decompressed: 16 MiB.
+/// Number of decompressed blocks that are kept: 16 MiB.
 const KEPT_BLOCKS: usize = 2048;
 
 /// Reads tables of an image, within limits of time and memory.
@@ -150,7 +150,7 @@ impl<'a> MetadataReader<'a> {
         Ok(block)
     }
 
-    /// Begins to read at `place` of the table that lies in `table`.
+    /// Begins to read at `place` of the table whose range in the image is `table`.
     pub(crate) fn at(&self, table: &Range<u64>, place: Place) -> Result<Cursor<'_, 'a>, Fault> {
         let at = table.start.saturating_add(place.block.into());
         let block = self.block(at, table.end)?;
@@ -162,7 +162,7 @@ impl<'a> MetadataReader<'a> {
     }
 }
 
-/// Counts what is read, against a limit.
+/// Adds `by` to a counter, and fails if it is then above its limit `most`.
 fn count(counter: &Cell<u64>, by: u64, most: u64) -> Result<(), Fault> {
     counter.set(counter.get().saturating_add(by));
     if counter.get() > most {
@@ -171,7 +171,7 @@ fn count(counter: &Cell<u64>, by: u64, most: u64) -> Result<(), Fault> {
     Ok(())
 }
 
-/// Reads on through the metadata blocks of a table.
+/// Position in a table, from which bytes are read across its metadata blocks.
 pub(crate) struct Cursor<'r, 'a> {
     reader: &'r MetadataReader<'a>,
     /// End of the table in the image.
@@ -207,7 +207,7 @@ impl Cursor<'_, '_> {
         Ok(out)
     }
 
-    /// Reads `length` bytes, at most a limit that the caller has checked.
+    /// Reads `length` bytes; the caller has checked `length` against a limit.
     pub(crate) fn vector(&mut self, length: usize) -> Result<Vec<u8>, Fault> {
         let mut out = vec![0; length];
         self.read(&mut out)?;

@@ -1,4 +1,4 @@
-//! How an image is written.
+//! Options for writing an image.
 
 use std::thread;
 
@@ -7,26 +7,26 @@ use crate::squashfs::compression::{Compression, Method};
 /// Content that goes into fragment blocks, which hold several files each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fragments {
-    /// Nothing.
+    /// No content.
     Never,
-    /// Files smaller than a block.
+    /// The content of files smaller than a block.
     Small,
-    /// These, and the tails of larger files.
+    /// The content of files smaller than a block, and the tails of larger files.
     Tails,
 }
 
-/// Block size of a new image in bytes; mksquashfs's.
+/// Block size of a new image in bytes; mksquashfs has the same default.
 pub const DEFAULT_BLOCK_SIZE: u32 = 128 << 10;
 
-/// How an image is written.
+/// Options for writing an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Options {
     /// Compression and its options.
     pub method: Method,
-    /// A power of two from 4 KiB to 1 MiB.
+    /// Block size in bytes: a power of two from 4 KiB to 1 MiB.
     pub block_size: u32,
-    /// `SOURCE_DATE_EPOCH`: the time of all objects and of the image, in seconds. Without it, objects keep theirs, and
-    /// the image gets the latest of them.
+    /// `SOURCE_DATE_EPOCH`: the time of all objects and of the image, in seconds. Without it, objects keep their times,
+    /// and the image gets the latest of these.
     pub epoch: Option<u32>,
     /// True if the image has an export table, which NFS needs.
     pub is_exportable: bool,
@@ -40,7 +40,7 @@ pub struct Options {
     pub memory: u64,
 }
 
-/// Memory that leaves room for a plan of 200,000 files below 256 MiB.
+/// Default for [`Options::memory`]; with a plan of 200,000 files, the process stays below 256 MiB.
 const MEMORY: u64 = 96 << 20;
 
 impl Options {
@@ -58,9 +58,9 @@ impl Options {
         }
     }
 
-    /// Number of threads that compress, within the memory.
+    /// Number of threads that compress, as far as the memory allows.
     pub(crate) fn workers(&self) -> usize {
-        // Two blocks a worker wait, and each has its content and its result.
+        // Two blocks for each worker wait, each with its content and its result.
         let each = self.method.memory(self.block_size) + 5 * u64::from(self.block_size);
         let affordable = usize::try_from(self.memory / each).unwrap_or(usize::MAX);
         self.processors.min(affordable).max(1)

@@ -13,13 +13,13 @@ use crate::squashfs::format::{Kind, LONGEST_NAME, LONGEST_TARGET, NONE};
 /// Owner, permissions, time and extended attributes of an object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Attributes<'a> {
-    /// Permission bits, set-user-id, set-group-id and sticky among them. The type's bits are ignored.
+    /// Permission bits, including set-user-ID, set-group-ID and sticky. The bits of the type are ignored.
     pub mode: u32,
     /// Owner.
     pub user: u32,
     /// Group.
     pub group: u32,
-    /// Time of the last modification, in seconds. An image holds 0 to 2³²-1; what is beyond becomes the nearest.
+    /// Time of the last modification, in seconds. An image holds 0 to 2³²-1; times outside are clamped.
     pub modified: i64,
     /// Extended attributes by their full names, in any order. Those outside of `user.`, `trusted.` and `security.` are
     /// an error: see [`can_hold`].
@@ -45,9 +45,9 @@ pub enum Object<'a> {
     },
     /// A symbolic link with its target.
     Symlink(&'a [u8]),
-    /// A block device; its numbers as in `st_rdev`.
+    /// A block device, with its numbers as in `st_rdev`.
     BlockDevice(u64),
-    /// A character device.
+    /// A character device, with its numbers as in `st_rdev`.
     CharacterDevice(u64),
     /// A FIFO.
     Fifo,
@@ -60,8 +60,8 @@ pub enum Object<'a> {
 pub enum Content {
     /// The file is read and compressed.
     Read,
-    /// It is provably that of this inode number of the source. Its blocks are taken over, or it is read where the
-    /// source has no such file of that size.
+    /// The content is provably that of the source's file with this inode number. Its blocks are taken over. If the
+    /// source has no such file of that size, the file is read instead.
     Taken(u32),
 }
 
@@ -78,31 +78,31 @@ impl NodeId {
     }
 }
 
-/// One object: what an inode is made of.
+/// One object, which becomes one inode.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Node {
     pub(crate) mode: u16,
     pub(crate) user: u32,
     pub(crate) group: u32,
     pub(crate) modified: u32,
-    /// Index of its set in [`Plan::xattrs`], or [`NONE`].
+    /// Index of the object's set in [`Plan::xattrs`], or [`NONE`].
     pub(crate) xattrs: u32,
-    /// Names of it; for a directory, directories in it.
+    /// Number of the object's names; for a directory, number of directories in it.
     pub(crate) links: u32,
-    /// The first entry with it.
+    /// The first entry that names the object.
     pub(crate) entry: u32,
     pub(crate) body: NodeBody,
 }
 
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum NodeBody {
-    /// The last entry that was added, or [`NONE`].
+    /// The last entry that was added to the directory, or [`NONE`].
     Directory(u32),
     File {
         size: u64,
         content: Content,
     },
-    /// Range of [`Plan::bytes`].
+    /// Start and length of the target in [`Plan::bytes`].
     Symlink(u64, u16),
     Device {
         is_block: bool,
@@ -130,7 +130,7 @@ pub(crate) type XattrSet = Vec<(Vec<u8>, Vec<u8>)>;
 pub struct Plan {
     nodes: Vec<Node>,
     entries: Vec<Entry>,
-    /// Names and targets.
+    /// Names of entries and targets of symbolic links.
     bytes: Vec<u8>,
     xattrs: Vec<XattrSet>,
     xattr_sets: HashMap<XattrSet, u32>,
@@ -189,7 +189,7 @@ impl Plan {
         self.nodes.len()
     }
 
-    /// False: the root directory is always there.
+    /// Always false: the root directory is always in the plan.
     pub fn is_empty(&self) -> bool {
         self.nodes.is_empty()
     }
@@ -259,7 +259,7 @@ impl Plan {
     }
 
     fn slice(&self, start: u64, length: usize) -> &[u8] {
-        // Only ranges that were appended are ever asked for.
+        // Only ranges that were appended before are requested.
         let start = usize::try_from(start).unwrap_or(usize::MAX);
         self.bytes.get(start..start.saturating_add(length)).unwrap_or(&[])
     }
@@ -280,12 +280,12 @@ impl Plan {
         self.slice(start, length.into())
     }
 
-    /// The directory that an object was added to; the root is its own.
+    /// Returns the directory to which an object was added; the root is its own parent.
     pub(crate) fn parent(&self, node: NodeId) -> NodeId {
         self.entries.get(self.node(node).entry as usize).map_or(NodeId::ROOT, |entry| NodeId(entry.parent))
     }
 
-    /// Path of an object below the root, by its first name.
+    /// Path of an object below the root; an object with several names has the path of the first one added.
     pub(crate) fn path(&self, node: NodeId) -> PathBuf {
         let mut names = Vec::new();
         let mut at = node;
@@ -311,8 +311,8 @@ impl Plan {
         Ok(found)
     }
 
-    /// All objects, each once: the entries of a directory by name, what is below an entry right after it, and the
-    /// directory itself behind all of it. The root is the last one.
+    /// Returns all objects, each once. Entries of a directory come in the order of their names, each after everything
+    /// below it, and the directory itself comes after all its entries. The root is the last object.
     pub(crate) fn in_order(&self) -> Result<Vec<NodeId>, Limit> {
         let mut ordered = Vec::with_capacity(self.nodes.len());
         let mut is_seen = vec![false; self.nodes.len()];
@@ -336,7 +336,7 @@ impl Plan {
     }
 }
 
-/// A device number as a squashfs holds it: 12 bits of the major, 20 of the minor number.
+/// Encodes a device number as a squashfs holds it: 12 bits for the major number, 20 for the minor.
 fn device_number(device: u64) -> Result<u32, Limit> {
     let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
     if major >= 1 << 12 || minor >= 1 << 20 {

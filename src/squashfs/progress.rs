@@ -1,24 +1,24 @@
-//! How far the writing of an image has come.
+//! Progress of writing an image.
 
 use std::sync::{Mutex, PoisonError};
 
-/// How far an image has been written. The bytes of the image are apart: those taken over cost nearly nothing.
+/// Progress of writing an image. Bytes that are taken over are counted separately, since they cost nearly nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Progress {
     /// Bytes of the image that were taken over from the source.
     pub taken: u64,
     /// Bytes of the image that were compressed.
     pub compressed: u64,
-    /// Bytes of files that were read for that.
+    /// Bytes of files that were read.
     pub read: u64,
-    /// Bytes that are to be taken over in all.
+    /// Total bytes that will be taken over.
     pub to_take: u64,
-    /// Bytes of files that are to be read in all. Files that turn out to be equal to others are skipped.
+    /// Total bytes of files that will be read. Files that turn out to be equal to others are skipped.
     pub to_read: u64,
 }
 
 impl Progress {
-    /// Bytes of the image that are done.
+    /// Bytes of the image that have been written.
     pub fn image(&self) -> u64 {
         self.taken + self.compressed
     }

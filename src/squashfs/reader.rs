@@ -1,8 +1,8 @@
-//! Reads an image that may be damaged or made to harm.
+//! Reads an image that may be damaged or malicious.
 //!
-//! Nothing is believed: every place is checked against its table, every block against its size. What is read has limits
-//! of time and memory, whatever the image says of itself: 1 GiB of metadata in all, 16 million entries, directories
-//! nested 65,536 deep. A directory that is its own parent, or has two, is an error.
+//! Nothing is trusted: every place is checked against its table, and every block against its size. Whatever the image
+//! states, time and memory are limited: 1 GiB of metadata in all, 16 million entries, directories nested 65,536 deep. A
+//! directory that is its own parent, or has two parents, is an error.
 
 use std::fs::File;
 use std::ops::Range;
@@ -19,11 +19,11 @@ use crate::squashfs::options::Fragments;
 use crate::squashfs::options::Options;
 use crate::squashfs::plan::XattrSet;
 
-/// Longest value of an extended attribute that is read, in bytes; the kernel's limit (xattr(7)).
+/// Maximum length of an extended attribute's value that is read, in bytes; the kernel's limit (xattr(7)).
 const LONGEST_VALUE: usize = 64 << 10;
-/// Longest table of fragments, ids or sets of extended attributes that is read, in bytes: 4,000,000 fragments.
+/// Maximum length of a table of fragments, IDs or sets of extended attributes, in bytes: 4,000,000 fragments.
 const LONGEST_TABLE: usize = 64 << 20;
-/// Most extended attributes of one object.
+/// Maximum number of extended attributes of one object.
 const MOST_XATTRS: u32 = 1 << 12;
 
 /// An open image.
@@ -105,17 +105,17 @@ impl Reader {
         &self.fragments
     }
 
-    /// Owner or group of that index.
+    /// Returns the owner or group with this index.
     pub(crate) fn id(&self, index: u16) -> Result<u32, Fault> {
         self.ids.get(usize::from(index)).copied().ok_or_else(|| Fault::damaged("an owner is not in the table of ids"))
     }
 
-    /// Reads metadata, with limits of its own.
+    /// Returns a reader of metadata, whose limits count from zero.
     pub(crate) fn metadata(&self) -> MetadataReader<'_> {
         MetadataReader::new(&self.file, self.method.algorithm())
     }
 
-    /// Returns the range of the table that begins at `start`; it ends where the next one begins.
+    /// Returns the range of the table that begins at `start`; the table ends where the next one begins.
     pub(crate) fn table(&self, start: u64) -> Range<u64> {
         let all = &self.superblock;
         let starts =
@@ -183,7 +183,7 @@ impl Reader {
         self.file.read_exact_at(&mut header, at)?;
         let mut fields = Fields(&header);
         let (values, count) = (fields.u64().ok_or_else(outside)?, fields.u32().ok_or_else(outside)?);
-        // mksquashfs has written tables of no set, and of none that begin nowhere.
+        // mksquashfs has written headers that count no sets and state an invalid start of the values.
         if count == 0 {
             return Ok(None);
         }
@@ -200,7 +200,7 @@ impl Reader {
         Ok(Some(XattrTables { values: values..at, sets: sets.collect::<Result<_, _>>()? }))
     }
 
-    /// The extended attributes of set number `index`, sorted by name.
+    /// Reads the set of extended attributes with the number `index`, sorted by name.
     pub(crate) fn xattrs(&self, index: u32, metadata: &MetadataReader) -> Result<XattrSet, Fault> {
         let unknown = || Fault::damaged("a set of extended attributes is not in its table");
         let tables = self.xattrs.as_ref().ok_or_else(unknown)?;
@@ -227,8 +227,8 @@ impl Reader {
         Ok(found)
     }
 
-    /// Checks that blocks of these sizes, which begin at `start`, lie between superblock and inodes. Returns their
-    /// length in the image.
+    /// Checks that blocks of these sizes, the first of which begins at `start`, lie between the superblock and the
+    /// inodes. Returns their total length in the image.
     pub(crate) fn check_data(&self, start: u64, sizes: &[u32]) -> Result<u64, Fault> {
         let mut length = 0;
         for size in sizes {
@@ -243,7 +243,7 @@ impl Reader {
         if length > 0 && !is_inside { Err(Fault::damaged("a block lies outside of the data")) } else { Ok(length) }
     }
 
-    /// Reads the content of a file, block by block, and calls `take` with each part.
+    /// Reads the content of a file block by block, and calls `take` with each part.
     pub(crate) fn extent_content(
         &self,
         extent: &Extent,
@@ -287,7 +287,7 @@ impl<'a> BlockReader<'a> {
         Self { file, algorithm, decompressor: Decompressor::new(algorithm), raw: Vec::new(), content: Vec::new() }
     }
 
-    /// Length of the content of a block, which is only decompressed if it does not say so itself.
+    /// Returns the length of a block's content; decompresses the block only if it does not state the length itself.
     pub(crate) fn length(&mut self, at: u64, size: u32, most: usize) -> Result<u64, Fault> {
         let length = size & !STORED_BLOCK;
         if size & STORED_BLOCK == 0 && length > 0 {
@@ -300,8 +300,8 @@ impl<'a> BlockReader<'a> {
         Ok(self.read(at, size, most)?.len() as u64)
     }
 
-    /// Content of the block at `at` with the size that its inode or fragment has, of at most `most` bytes. A hole has
-    /// all of them.
+    /// Returns the content, at most `most` bytes, of the block at `at` whose inode or fragment states `size`. A hole
+    /// has `most` bytes.
     pub(crate) fn read(&mut self, at: u64, size: u32, most: usize) -> Result<&[u8], Fault> {
         let length = size & !STORED_BLOCK;
         if length == 0 {
@@ -324,7 +324,7 @@ fn value_length(length: u32) -> Result<usize, Fault> {
     length.ok_or_else(|| Fault::damaged("an extended attribute is longer than 64 KiB"))
 }
 
-/// The options of the compressor: a metadata block that is stored as it is, right behind the superblock.
+/// Reads the options of the compressor: an uncompressed metadata block right behind the superblock.
 fn compressor_options(file: &File, length: usize) -> Result<Vec<u8>, Fault> {
     let mut header = [0; 2];
     file.read_exact_at(&mut header, SUPERBLOCK_LENGTH as u64)?;

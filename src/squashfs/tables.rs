@@ -1,4 +1,4 @@
-//! The tables of an image behind its data: inodes, directories, fragments, exports, ids and extended attributes.
+//! The tables that follow the data of an image: inodes, directories, fragments, exports, IDs and extended attributes.
 
 use std::collections::HashMap;
 
@@ -11,12 +11,12 @@ use crate::squashfs::format::{
 use crate::squashfs::metadata::{MetadataWriter, indexed_table};
 use crate::squashfs::plan::{Node, NodeBody, NodeId, Plan, XattrSet};
 
-/// Length of a listing from which it has an index. A shorter one lies in two metadata blocks at most.
+/// Length of a listing, in bytes, from which it gets an index. A shorter listing lies in at most two metadata blocks.
 const INDEXED_LISTING: usize = METADATA_BLOCK;
-/// Longest index of a directory.
+/// Maximum number of entries in a directory's index.
 const MOST_INDEX_ENTRIES: usize = u16::MAX as usize;
 
-/// All tables, and where they lie.
+/// All tables, and their places in the image.
 #[derive(Debug, Default)]
 pub(crate) struct Tables {
     pub(crate) bytes: Vec<u8>,
@@ -36,16 +36,16 @@ pub(crate) struct Parts<'a> {
     pub(crate) plan: &'a Plan,
     /// Result of [`Plan::in_order`].
     pub(crate) order: &'a [NodeId],
-    /// Returns the place of the content of a regular file of that size.
+    /// Returns the place of the content of a regular file with this size.
     pub(crate) content: &'a dyn Fn(NodeId, u64) -> Extent,
     pub(crate) fragments: &'a [Fragment],
-    /// Time of all objects, if it is not their own.
+    /// Time of all objects; `None` if each keeps its own.
     pub(crate) time: Option<u32>,
     pub(crate) is_exportable: bool,
     pub(crate) method: &'a Method,
 }
 
-/// Makes all tables of an image in which they begin at `start`.
+/// Makes all tables of an image whose tables begin at `start`.
 pub(crate) fn make(parts: &Parts, start: u64) -> Result<Tables, Limit> {
     let mut ids = Ids::default();
     let mut xattrs = Xattrs::new(parts.method);
@@ -82,7 +82,7 @@ pub(crate) fn make(parts: &Parts, start: u64) -> Result<Tables, Limit> {
     Ok(made)
 }
 
-/// Owners and groups, in the order in which they come.
+/// Owners and groups, in the order in which they were first needed.
 #[derive(Default)]
 struct Ids {
     list: Vec<u32>,
@@ -94,7 +94,7 @@ impl Ids {
         if let Some(known) = self.known.get(&id) {
             return Ok(*known);
         }
-        // The superblock counts them in 16 bits, so that the last index cannot be used.
+        // The superblock counts the IDs in 16 bits, so 65,535 are possible.
         let next = u16::try_from(self.list.len()).ok().filter(|next| *next < u16::MAX).ok_or(Limit::Ids)?;
         self.list.push(id);
         self.known.insert(id, next);
@@ -102,15 +102,15 @@ impl Ids {
     }
 }
 
-/// The tables of inodes and of listings, and the place of each inode in their order.
+/// The inode table, the directory table, and the place of each inode, in the order of the inodes.
 struct Written {
     inodes: Vec<u8>,
     listings: Vec<u8>,
     places: Vec<Place>,
 }
 
-/// Writes inodes and listings together: a directory's inode points to its listing, which points to the inodes of all
-/// its entries.
+/// Writes inodes and listings in one pass: a directory's inode points to its listing, which points to the inodes of all
+/// its entries, so these must be written first.
 fn inodes_and_directories(parts: &Parts, ids: &mut Ids, xattrs: &mut Xattrs) -> Result<Written, Limit> {
     let plan = parts.plan;
     let mut numbers = vec![0; plan.len()];
@@ -127,7 +127,7 @@ fn inodes_and_directories(parts: &Parts, ids: &mut Ids, xattrs: &mut Xattrs) -> 
             NodeBody::Directory(_) => {
                 let entries = listed(plan, *id, &numbers, &places)?;
                 let (listing, size, index) = write_listing(&entries, &mut listings)?;
-                // The root's parent has the number that no inode has.
+                // The root's parent gets the first number that no inode has.
                 let parent = if *id == NodeId::ROOT { number + 1 } else { numbers[plan.parent(*id).index()] };
                 Body::Directory(Directory { listing, size, parent, index })
             }
@@ -165,7 +165,7 @@ fn listed<'a>(plan: &'a Plan, directory: NodeId, numbers: &[u32], places: &[Plac
     let entries = plan.entries(directory)?.into_iter().map(|entry| {
         let node = plan.node_of(entry);
         let number = numbers[node.index()];
-        // Below a directory all has been written before it.
+        // All entries of a directory were written before it.
         let place = places.get(number.wrapping_sub(1) as usize).copied().ok_or(Limit::Parent)?;
         Ok(Listed { name: plan.name(entry), kind: kind(plan.node(node)), number, place })
     });
@@ -183,7 +183,7 @@ fn kind(node: &Node) -> Kind {
     }
 }
 
-/// Writes a directory's listing. Returns its place, its length with that of the dot entries, and its index.
+/// Writes a directory's listing. Returns the listing's place, its length including the dot entries, and its index.
 fn write_listing(entries: &[Listed], table: &mut MetadataWriter) -> Result<(Place, u32, Vec<IndexEntry>), Limit> {
     let start = table.place().ok_or(Limit::Table)?;
     let length: usize = entries.iter().map(|entry| ListingEntry::LENGTH + entry.name.len()).sum();
@@ -204,7 +204,7 @@ fn write_listing(entries: &[Listed], table: &mut MetadataWriter) -> Result<(Plac
         let count = u32::try_from(count).unwrap_or(0);
         RunHeader { count, block: first.place.block, number: first.number }.encode(&mut encoded);
         for entry in run {
-            // run_length keeps the difference in range.
+            // `run_length` keeps the difference within 16 bits.
             let difference = i64::from(entry.number) - i64::from(first.number);
             let difference = i16::try_from(difference).unwrap_or(0);
             let Listed { name, kind, place, .. } = *entry;
@@ -214,15 +214,15 @@ fn write_listing(entries: &[Listed], table: &mut MetadataWriter) -> Result<(Plac
         offset += encoded.len();
         rest = later;
     }
-    // Nobody reads an empty listing, and at the table's end there may be no block at all.
+    // Nothing reads an empty listing, and if it would lie at the table's end, there may be no block at its place.
     let start = if entries.is_empty() { Place::default() } else { start };
     let size = u32::try_from(offset).ok().and_then(|size| size.checked_add(DOT_ENTRIES)).ok_or(Limit::Listing)?;
     Ok((start, size, index))
 }
 
-/// How many of the entries go below one header: their inodes lie in one metadata block, and their numbers near the
-/// first one's. In a long listing a header does not reach beyond the metadata block it begins in by more than an entry,
-/// so that the index finds each block.
+/// Returns the number of entries that fit below one header: their inodes lie in one metadata block, and their numbers
+/// are close to the first one's. In a long listing, at most one entry of a run crosses the end of the metadata block in
+/// which the header begins, so that the index can have an entry for each block.
 fn run_length(entries: &[Listed], offset: usize, is_indexed: bool) -> usize {
     let Some(first) = entries.first() else { return 0 };
     let mut end = offset + RunHeader::LENGTH;
@@ -238,14 +238,14 @@ fn run_length(entries: &[Listed], offset: usize, is_indexed: bool) -> usize {
 /// Sets of extended attributes. Equal sets are stored once, and so are long values.
 struct Xattrs {
     values: MetadataWriter,
-    /// Entry of each set: its place, number of attributes and length.
+    /// Entry of each set: place, number of attributes, and length.
     sets: Vec<u8>,
     known_sets: HashMap<u32, u32>,
     known_values: HashMap<Vec<u8>, Place>,
 }
 
 impl Xattrs {
-    /// A value of this length takes as much as the reference to it.
+    /// Maximum length of a value that is always stored in place, since a reference would take as many bytes.
     const SHORT: usize = 8;
 
     fn new(method: &Method) -> Self {
@@ -270,7 +270,7 @@ impl Xattrs {
         Ok(next)
     }
 
-    /// Returns the length of the attribute as listxattr(2) and the values count it.
+    /// Writes an attribute; returns its length as listxattr(2) and the values count it.
     fn write(&mut self, name: &[u8], value: &[u8]) -> Result<usize, Limit> {
         let (prefix, rest) = split_xattr(name).ok_or_else(|| Limit::Xattr(name.to_owned()))?;
         let known = if value.len() > Self::SHORT { self.known_values.get(value).copied() } else { None };
@@ -297,7 +297,7 @@ impl Xattrs {
         Ok(name.len() + 1 + value.len())
     }
 
-    /// Appends both tables to `image`, which begins at `start`. Returns the place of the header.
+    /// Appends the values and the sets to `image`, which begins at `start`. Returns the place of the sets' header.
     fn finish(self, start: u64, image: &mut Vec<u8>, method: &Method) -> u64 {
         if self.known_sets.is_empty() {
             return NO_TABLE;

@@ -1,8 +1,8 @@
-//! Parts of a source image that go unchanged into a new one: compressed data blocks, and fragment blocks of which all
-//! is live. The tails in other fragment blocks are moved into new ones.
+//! Takes parts of a source image unchanged into a new one: compressed data blocks, and fragment blocks whose whole
+//! content is live. The tails in other fragment blocks are moved into new fragment blocks.
 //!
-//! The blocks are copied in the order of the source, without gaps, so that nothing of other files is copied. Files that
-//! share blocks in the source share them in the new image.
+//! The blocks are copied in the order of the source, and only those that are live, so that no content of other files is
+//! copied. Files that share blocks in the source share them in the new image.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -25,7 +25,7 @@ use crate::squashfs::reader::BlockReader;
 /// Bytes that are copied between two reports of progress.
 const STEP: u64 = 16 << 20;
 
-/// Ranges of numbers, without overlaps: those that overlap are one, those that touch are not.
+/// Sorted ranges of numbers. Overlapping ranges are merged; ranges that only touch stay separate.
 #[derive(Debug, Default, Clone)]
 struct Ranges(Vec<(u64, u64)>);
 
@@ -49,7 +49,7 @@ impl Ranges {
         (at < self.0[index].1).then_some(index)
     }
 
-    /// Returns whether they cover all of `0..length`.
+    /// Returns whether the ranges cover all of `0..length`.
     fn cover(&self, length: u64) -> bool {
         let mut covered = 0;
         self.0.iter().all(|(start, end)| (*start == covered).then(|| covered = *end).is_some()) && covered == length
@@ -62,21 +62,21 @@ pub(crate) struct Takeover<'a> {
     source: Option<&'a Inventory>,
     /// Ranges of the source that are copied, in their order.
     copied: Ranges,
-    /// Place of each of them in the new image.
+    /// Place of each copied range in the new image.
     places: Vec<u64>,
     total: u64,
-    /// Fragment blocks that are copied: index in the source, and new place.
+    /// Fragment blocks that are copied: index in the source, and place in the new image.
     kept: Vec<(u32, Fragment)>,
-    /// Parts of other fragment blocks that are live, by index.
+    /// Live parts of the other fragment blocks, by the index of the block.
     moved: BTreeMap<u32, Ranges>,
 }
 
-/// Places of the moved tails: fragment block of the source and start there, fragment block of the new image and start.
+/// Places of moved tails: fragment block and start in the source, mapped to fragment block and start in the new image.
 pub(crate) type Moved = HashMap<(u32, u64), (u32, u32)>;
 
 impl<'a> Takeover<'a> {
-    /// Decides what of `source` is copied to an image whose data begins at `start`, if these files are taken over.
-    /// `has_more` says that other files are added.
+    /// Decides which parts of `source` are copied to an image whose data begins at `start`, if `files` are taken over.
+    /// `has_more` says whether other files are added.
     pub(crate) fn new(
         source: &'a Inventory,
         files: &[(NodeId, SourceFile)],
@@ -97,8 +97,8 @@ impl<'a> Takeover<'a> {
         }
         let live: BTreeMap<u32, Ranges> = live.into_iter().map(|(index, tails)| (index, Ranges::of(tails))).collect();
         let whole = whole_fragments(source, &live, options.processors)?;
-        // With a new fragment block to fill, those that are less than half full are filled up: otherwise each
-        // generation of an image would leave one behind.
+        // If a new fragment block is filled anyway, the tails of blocks that are less than half full are moved into it:
+        // otherwise each generation of an image would leave such a block behind.
         let has_new = (has_more && options.fragments != Fragments::Never) || whole.len() < live.len();
         let half = u64::from(options.block_size) / 2;
         let (mut kept, mut moved) = (Vec::new(), BTreeMap::new());
@@ -127,18 +127,18 @@ impl<'a> Takeover<'a> {
         Ok(made)
     }
 
-    /// New place of the byte at `at` of the source.
+    /// Returns the place in the new image of the byte at `at` of the source.
     fn place(&self, at: u64) -> Result<u64, Fault> {
         let index = self.copied.find(at).ok_or_else(|| Fault::damaged("a block is not among those copied"))?;
         Ok(self.places[index] + (at - self.copied.0[index].0))
     }
 
-    /// Bytes that are copied.
+    /// Number of bytes that are copied.
     pub(crate) fn to_take(&self) -> u64 {
         self.total
     }
 
-    /// Bytes of tails that are compressed again.
+    /// Number of bytes of tails that are compressed again.
     pub(crate) fn to_read(&self) -> u64 {
         self.moved.values().flat_map(|ranges| &ranges.0).map(|(start, end)| end - start).sum()
     }
@@ -159,7 +159,7 @@ impl<'a> Takeover<'a> {
         let mut pieces: Vec<(u64, u64, u64)> = Vec::new();
         for ((from, end), to) in self.copied.0.iter().zip(&self.places) {
             match pieces.last_mut() {
-                // Neighbours in both images.
+                // Ranges that touch in the source also touch in the new image.
                 Some((last_from, length, _)) if *last_from + *length == *from => *length += end - from,
                 _ => pieces.push((*from, end - from, *to)),
             }
@@ -174,7 +174,7 @@ impl<'a> Takeover<'a> {
         Ok(())
     }
 
-    /// Puts the live tails of fragment blocks that are not copied into new ones.
+    /// Moves the live tails of fragment blocks that are not copied into new fragment blocks.
     pub(crate) fn move_tails(&self, queue: &Queue, reading: &mut Reading) -> Result<Moved, Halt<Failure>> {
         let mut places = Moved::new();
         let Some(source) = self.source else { return Ok(places) };
@@ -217,7 +217,7 @@ impl<'a> Takeover<'a> {
     }
 }
 
-/// Indices of the fragment blocks that hold nothing but the live tails, in their order.
+/// Returns the sorted indices of the fragment blocks that contain nothing but live tails.
 fn whole_fragments(source: &Inventory, live: &BTreeMap<u32, Ranges>, processors: usize) -> Result<Vec<u32>, Fault> {
     let mut ends: HashMap<u32, u64> = HashMap::new();
     for (index, _, end) in source.files().filter_map(|file| source.tail(file)) {
@@ -226,7 +226,7 @@ fn whole_fragments(source: &Inventory, live: &BTreeMap<u32, Ranges>, processors:
     }
     let candidates: Vec<_> =
         live.iter().filter(|(index, tails)| ends.get(index).is_some_and(|end| tails.cover(*end))).collect();
-    // Something may lie behind the tails of all files. Blocks of gzip have to be decompressed for that.
+    // A fragment block may be longer than all tails in it. A gzip block must be decompressed to find its length.
     let is_whole = |part: &[(&u32, &Ranges)]| {
         let mut blocks = BlockReader::new(source.source(), &source.method);
         let mut whole = Vec::new();
@@ -250,7 +250,7 @@ fn whole_fragments(source: &Inventory, live: &BTreeMap<u32, Ranges>, processors:
     })
 }
 
-/// Copies at most `length` bytes, and returns how many.
+/// Copies at most `length` bytes, and returns the number of copied bytes.
 fn copy_some(source: &File, from: u64, output: &File, to: u64, length: u64) -> Result<u64, Failure> {
     let (mut from_offset, mut to_offset) = (from, to);
     let most = usize::try_from(length).unwrap_or(usize::MAX);
@@ -258,7 +258,7 @@ fn copy_some(source: &File, from: u64, output: &File, to: u64, length: u64) -> R
         Ok(0) => Err(Failure::Source(Fault::damaged("it was cut off meanwhile"))),
         Ok(done) => Ok(done as u64),
         Err(Errno::INTR) => Ok(0),
-        // Two file systems that the kernel does not copy between, or a sandbox that does not know the call.
+        // The kernel cannot copy between these two file systems, or a sandbox does not allow the call.
         Err(Errno::XDEV | Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP | Errno::PERM) => {
             let mut buffer = vec![0; most.min(1 << 20)];
             source.read_exact_at(&mut buffer, from).map_err(|error| Failure::Source(error.into()))?;

@@ -14,17 +14,17 @@ use crate::squashfs::metadata::{Cursor, MetadataReader};
 use crate::squashfs::plan::XattrSet;
 use crate::squashfs::reader::Reader;
 
-/// Most entries that are read of an image.
+/// Maximum number of entries that are read of an image.
 const MOST_ENTRIES: u64 = 16 << 20;
-/// Deepest nesting of directories that is read.
+/// Maximum nesting of directories that is read.
 const DEEPEST: usize = 1 << 16;
-/// Most whole blocks of one file; 4 TiB in blocks of 4 KiB.
+/// Maximum number of whole blocks of one file: 4 TiB in blocks of 4 KiB.
 const MOST_BLOCKS: u64 = 1 << 30;
 
 /// An entry of an image.
 #[derive(Debug)]
 pub struct Entry<'a> {
-    /// Path below the root, which itself is empty.
+    /// Path below the root; the root's is empty.
     pub path: &'a Path,
     /// Owner.
     pub user: u32,
@@ -36,7 +36,7 @@ pub struct Entry<'a> {
 }
 
 impl Entry<'_> {
-    /// Inode number, which is `st_ino` where the kernel has mounted the image.
+    /// Inode number. If the kernel mounts the image, `st_ino` has the same value.
     pub fn number(&self) -> u32 {
         self.inode.header.number
     }
@@ -51,12 +51,12 @@ impl Entry<'_> {
         self.inode.header.modified
     }
 
-    /// Returns whether it has extended attributes.
+    /// Returns whether the entry has extended attributes.
     pub fn has_xattrs(&self) -> bool {
         self.inode.xattrs != NONE
     }
 
-    /// Number of names.
+    /// Number of names that the object has.
     pub fn links(&self) -> u32 {
         self.inode.links
     }
@@ -74,12 +74,12 @@ impl Entry<'_> {
         }
     }
 
-    /// Length of a regular file in bytes; of others 0.
+    /// Length of a regular file in bytes; 0 for other types.
     pub fn size(&self) -> u64 {
         if let Body::File(extent) = &self.inode.body { extent.size } else { 0 }
     }
 
-    /// Target of a symbolic link; of others empty.
+    /// Target of a symbolic link; empty for other types.
     pub fn target(&self) -> &[u8] {
         if let Body::Symlink(target) = &self.inode.body { target } else { &[] }
     }
@@ -96,7 +96,7 @@ impl Entry<'_> {
     }
 }
 
-/// An entry of a listing: its name, and place, number and type of its inode.
+/// An entry of a listing: its name, and the place, number and type of its inode.
 struct Found {
     name: Vec<u8>,
     place: Place,
@@ -108,18 +108,18 @@ struct Found {
 struct Open<'r, 'a> {
     /// `None` if it has no entries.
     listing: Option<Cursor<'r, 'a>>,
-    /// Bytes of the listing that were not read yet.
+    /// Bytes of the listing that have not been read yet.
     left: u32,
     run: RunHeader,
-    /// Entries of the run that were not read yet.
+    /// Entries of the run that have not been read yet.
     left_in_run: u32,
     /// Length of the path without the name of the current entry.
     path: usize,
 }
 
 impl Reader {
-    /// Calls `visit` with each entry: the root first, and each directory before what is in it. An object with several
-    /// names comes as often. With `with_xattrs`, extended attributes are read too.
+    /// Calls `visit` with each entry: the root first, and each directory before its entries. An object with several
+    /// names is visited for each of them. With `with_xattrs`, extended attributes are read too.
     pub fn walk(&self, with_xattrs: bool, visit: &mut dyn FnMut(&Entry) -> Result<(), Fault>) -> Result<(), Fault> {
         let (metadata, xattr_metadata) = (self.metadata(), self.metadata());
         let root = Place::decode(self.superblock().root).ok_or_else(|| Fault::damaged("it has no root"))?;
@@ -167,14 +167,14 @@ impl Reader {
 }
 
 impl Reader {
-    /// Reads the content of a regular file, and calls `take` with each part of it, which is a block at most.
+    /// Reads the content of a regular file, and calls `take` with each part, which is one block at most.
     pub fn content(&self, entry: &Entry, take: &mut dyn FnMut(&[u8]) -> Result<(), Fault>) -> Result<(), Fault> {
         entry.extent().map_or(Ok(()), |extent| self.extent_content(extent, take))
     }
 }
 
 impl Open<'_, '_> {
-    /// The next entry.
+    /// Reads the next entry.
     fn next(&mut self) -> Result<Option<Found>, Fault> {
         let cut = || Fault::damaged("a directory's listing is cut off");
         let Some(listing) = &mut self.listing else { return Ok(None) };
@@ -216,7 +216,7 @@ struct Walk<'r, 'a> {
     metadata: &'r MetadataReader<'a>,
     /// Place of each inode by its number.
     known: HashMap<u32, Place>,
-    /// Numbers of directories.
+    /// Inode numbers of the directories that were entered.
     directories: HashSet<u32>,
 }
 
@@ -233,7 +233,7 @@ impl<'r, 'a> Walk<'r, 'a> {
         Ok(Open { listing, left, run, left_in_run: 0, path })
     }
 
-    /// Reads the inode at `place`; a directory entry says which number and type it has.
+    /// Reads the inode at `place`. `expected` is the number and type that the directory entry states.
     fn inode(&mut self, place: Place, expected: Option<(u32, Kind)>) -> Result<Inode, Fault> {
         let table = self.reader.table(self.reader.superblock().inode_table);
         let mut cursor = self.metadata.at(&table, place)?;
@@ -252,7 +252,7 @@ impl<'r, 'a> Walk<'r, 'a> {
     }
 }
 
-/// Decodes the inode at the cursor, and checks what it says against the image.
+/// Decodes the inode at the cursor, and checks its fields against the image.
 fn decode(from: &mut Cursor, reader: &Reader) -> Result<Inode, Fault> {
     let unknown = || Fault::damaged("an inode is of an unknown type");
     let fixed = from.array::<16>()?;
@@ -300,7 +300,7 @@ fn decode_directory(from: &mut Cursor, is_extended: bool, inode: &mut Inode) -> 
     if is_extended {
         inode.links = word(from)?;
         (size, block, parent) = (word(from)?, word(from)?, word(from)?);
-        // The index follows; it only makes lookups faster.
+        // Skip the index, which follows: it only makes lookups faster.
         half(from)?;
         offset = half(from)?;
         inode.xattrs = word(from)?;
@@ -334,7 +334,7 @@ fn decode_file(from: &mut Cursor, is_extended: bool, inode: &mut Inode, reader: 
     if count > MOST_BLOCKS {
         return Err(Fault::TooLarge(format!("a file of {size} bytes")));
     }
-    // Block by block: memory is only taken for what is there.
+    // Grow the vector block by block, so that a false count takes no memory.
     let mut blocks = Vec::new();
     for _ in 0..count {
         blocks.push(word(from)?);

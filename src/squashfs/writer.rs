@@ -1,4 +1,4 @@
-//! Writes an image: data, tables, and the superblock last, so that a file that was cut off is no squashfs.
+//! Writes an image: data, tables, and last the superblock, so that an interrupted write leaves no valid squashfs.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -24,18 +24,19 @@ pub struct Summary {
     pub length: u64,
     /// Number of objects.
     pub objects: u32,
-    /// Files whose content was taken over, at least in part.
+    /// Number of files whose content was taken over, at least in part.
     pub files_taken: u64,
-    /// Files that were read and compressed, or found to be equal to others.
+    /// Number of files that were read and compressed, or found to be equal to others.
     pub files_read: u64,
-    /// Files that are equal to others that were read or taken over.
+    /// Number of files that are equal to others that were read or taken over.
     pub duplicates: u64,
     /// Bytes that were taken over, compressed and read.
     pub progress: Progress,
 }
 
-/// Writes the image that `plan` describes into `output`, an empty file or one whose content is replaced. `source` has
-/// what the plan takes over; without it, or if it does not fit `options`, all is read. The image is not synced to disk.
+/// Writes the image that `plan` describes into `output`, whose old content is replaced. `source` contains the content
+/// that the plan takes over; without it, or if it does not fit `options`, all files are read. The image is not synced
+/// to disk.
 pub fn write(
     plan: &Plan,
     source: Option<&Inventory>,
@@ -68,7 +69,7 @@ pub fn write(
     let mut located = Located::new(plan.len());
     let mut reading = Reading::new(plan, options, &taken, open, takeover.fragments());
     let mut moved = Moved::new();
-    // The tables are made while the blocks are copied.
+    // Compress new blocks and make the tables while the old blocks are copied.
     let (copied, made) = thread::scope(|scope| {
         let copying = scope.spawn(|| {
             let copied = takeover.copy(output, &meter);
@@ -100,7 +101,7 @@ pub fn write(
         (copying.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), made)
     });
     let (tables, fragments, end) = match (copied, made) {
-        // A source that cannot be copied stops the other side, whose error says less.
+        // Prefer the error of the copying: it stops the other side, whose own error says less.
         (Err(failure), _) | (Ok(()), Err(failure)) => return Err(failure),
         (Ok(()), Ok(made)) => made,
     };
@@ -160,7 +161,7 @@ fn divided(plan: &Plan, order: &[NodeId], source: Option<&Inventory>) -> Divided
     (taken, read)
 }
 
-/// The latest time of all objects.
+/// The latest modification time of all objects.
 fn latest(plan: &Plan, order: &[NodeId]) -> u32 {
     order.iter().map(|node| plan.node(*node).modified).max().unwrap_or(0)
 }
