@@ -21,8 +21,8 @@ use crate::volume::layout::{ARCHIVE, DROPPED, FRESH, INVENTORY, KEPT_SOURCE, OVE
 use crate::volume::mounts_below::mounts_below;
 use crate::volume::{holds, open_tree};
 
-/// Makes the image root from `source` beside the one that exists, then drops that one with all changes and what was
-/// packed from it. After an error the old one is as it was.
+/// Makes the image root from `source` in a directory beside the old image root, then drops the old one with all changes
+/// and the images packed from it. After an error, the old one is as it was.
 pub(crate) fn prepare(
     work: &Work,
     settings: &Settings,
@@ -45,7 +45,7 @@ pub(crate) fn prepare(
     settings_beside.job.parent = beside.path();
     let there = beside.path().join(settings.job.image_root());
     let made = prepare::make(work, &settings_beside, source, Some(open), &there).and_then(|(overlay, archive)| {
-        // The mounts have shown that it can be opened; they are made once more in its own place.
+        // These mounts have shown that the source can be opened; they are made again in the final place.
         overlay.map(Overlay::unmount).transpose()?;
         work.heed()?;
         old.replace(&volume, &beside, settings, source, (image_root, open), archive)
@@ -91,13 +91,13 @@ pub(crate) fn clear(work: &Work, volume: &Tree) -> Result<()> {
     Ok(())
 }
 
-/// The directory beside the old image root in which the new one is made. It is removed with this value.
+/// The directory beside the old image root in which the new one is made. Dropping the value removes the directory.
 struct Beside<'a> {
     volume: &'a Tree,
 }
 
 impl<'a> Beside<'a> {
-    /// Creates it.
+    /// Creates the directory.
     fn make(volume: &'a Tree) -> Result<Self> {
         let beside = Self { volume };
         volume.make_private(FRESH).attempt(|| format!("create the directory {}", beside.path().display()))?;
@@ -129,7 +129,7 @@ struct Old {
 }
 
 impl Old {
-    /// Finds what is dropped. A file that this program did not make, and the new source, stay.
+    /// Finds the files to drop. Keeps files that this program did not make, and the new source.
     fn find(volume: &Tree, settings: &Settings, source: &Source) -> Result<Self> {
         let source = match source {
             Source::Here(path) => std::fs::metadata(path).map(|found| (found.dev(), found.ino())).ok(),
@@ -149,7 +149,7 @@ impl Old {
         Ok(Self { paths: own.chain(archives).map(PathBuf::from).collect() })
     }
 
-    /// Puts the new image root, which is complete in `beside`, in the place of this one.
+    /// Replaces the old image root by the new one, which is complete in `beside`.
     fn replace(
         &self,
         volume: &Tree,
@@ -165,7 +165,7 @@ impl Old {
         let identity = Record::on(&made, settings)?.read();
         let identity = identity
             .ok_or_else(|| Error::new(attempted()).because(format!("{} has vanished", beside.path().display())))?;
-        // The mount table has no links.
+        // Use the real path, because the mount table contains no symbolic links.
         let real = volume.shown();
         let ours = [real.join(settings.job.image_root()), real.join(OVERLAY).join(LOWER)];
         // A place can be mounted more than once.
@@ -194,7 +194,7 @@ impl Old {
             record.write(&identity)?;
             match archive.filter(|_| open == Open::Overlay) {
                 Some(archive) => Overlay::mount(&archive, &parent.join(OVERLAY), image_root).map(Some),
-                // It gets its name last: one that has it is complete.
+                // The image root gets its name last, because one that has its name counts as complete.
                 None => {
                     let path = settings.job.image_root();
                     let above = Path::new(path).parent().filter(|above| *above != Path::new(""));
@@ -210,7 +210,7 @@ impl Old {
                 let _ = above_of(volume, path).and_then(|(above, name)| above.remove_whole(name.as_ref()));
             }
             if let Err(e) = aside.put_back() {
-                // A name that no later run removes.
+                // Choose a name that no later run removes.
                 let kept = format!("{DROPPED}.{}", std::process::id());
                 let _ = volume.rename(DROPPED, &kept);
                 tracing::error!("cannot put the old image root back: {e}; it is in {}", parent.join(kept).display());

@@ -1,4 +1,4 @@
-//! The squashfs that an image root was made from, for the packer to take unchanged files over from it.
+//! The squashfs that an image root was made from, from which the packer copies unchanged files.
 
 use std::fs::File;
 use std::io::{Read, Seek};
@@ -24,15 +24,16 @@ use crate::volume::layout::{ARCHIVE, FETCHING, KEPT_SOURCE, OVERLAY, UNPACKED};
 /// Label under which the inventory of an unpacked image root is authenticated.
 const KIND: &str = "unpacked";
 
-/// Largest inventory in bytes: a million files with long names.
+/// Maximum size of an inventory in bytes: that of a million files with long names.
 const LIMIT: u64 = 256 << 20;
 
-/// How many times the size of a source has to be free for it to be kept.
+/// Free space that is needed to keep a source, as a multiple of its size.
 const ROOM: u64 = 3;
 
-/// The source of `image_root`, whose records are in `directory`, and what is unchanged of it. `None` if the image is to
-/// be packed from scratch; the reason is logged if there could be a source. With `is_last`, a source that was kept for
-/// this is removed once the image is packed. The only error is that of a signal.
+/// Source of `image_root`, whose records are in `directory`, with the evidence by which unchanged files are recognized.
+/// Returns `None` if the image is to be packed from scratch, and logs the reason if there could be a source. With
+/// `is_last`, a source that was kept for this purpose is removed once the image is packed. Fails only if a signal
+/// interrupts.
 pub(crate) fn of(
     work: &Work,
     settings: &Settings,
@@ -61,7 +62,7 @@ pub(crate) fn of(
     Ok(source)
 }
 
-/// The source of an image root that is an overlay; `None` if it is none, or above a directory.
+/// Source of an image root that is an overlay; `None` if it is no overlay, or one above a directory.
 fn below_overlay(settings: &Settings, directory: &Tree, image_root: &Tree) -> Result<Option<Source>> {
     let attempted = || format!("find the source of {}", image_root.shown().display());
     if directory.look(OVERLAY).attempt(attempted)?.is_none() {
@@ -77,7 +78,7 @@ fn below_overlay(settings: &Settings, directory: &Tree, image_root: &Tree) -> Re
     unchanged::of_overlay(&overlay, image_root, opened.into_file()?).attempt(attempted)?.map(Some)
 }
 
-/// The source of an image root that was unpacked; `None` if there is no inventory of it.
+/// Source of an image root that was unpacked; `None` if there is no inventory of it.
 fn unpacked(settings: &Settings, directory: &Tree, image_root: &Tree) -> Result<Option<Source>> {
     let attempted = || format!("use {}", directory.shown().join(UNPACKED).display());
     if directory.look(UNPACKED).attempt(attempted)?.is_none() {
@@ -85,7 +86,8 @@ fn unpacked(settings: &Settings, directory: &Tree, image_root: &Tree) -> Result<
     }
     let seal = seal_of(settings, directory)?;
     let inventory = load(directory, seal.as_ref())?;
-    // The sidecar sees files that those who can write to the volume do not see.
+    // The sidecar can read files that others who can write to the volume cannot, so do not open any path that they
+    // recorded.
     if inventory.source().is_some() && seal.is_none() && !is_own(directory, settings, 0o022)? {
         return Err(Error::new(attempted())
             .because("it names a squashfs outside the volume, and other programs could have written it")
@@ -106,8 +108,8 @@ fn open_source(directory: &Tree, inventory: &Inventory) -> Result<File> {
 }
 
 /// Takes the inventory of `root`, which was just unpacked from `archive` in `directory`, and keeps a fetched squashfs
-/// if there is room for it. Nothing else needs either: without them the image is packed from scratch. The only error is
-/// that of a signal.
+/// if there is room for it. Both serve only to pack faster: without them, the image is packed from scratch. Fails only
+/// if a signal interrupts.
 pub(crate) fn keep(
     work: &Work,
     settings: &Settings,
@@ -140,7 +142,8 @@ fn try_to_keep(
     root: &Tree,
 ) -> Result<()> {
     let attempted = || "keep its source".to_owned();
-    // A sidecar without a secret opens only what is on the volume: other containers could have named anything else.
+    // A sidecar without a secret opens only a source on the volume: other containers could have recorded any other
+    // path.
     let is_copied = !is_fetched && settings.keep_source == Some(true);
     let copied = is_copied.then(|| copy(work, squashfs, directory, KEPT_SOURCE)).transpose()?;
     let squashfs = copied.as_ref().unwrap_or(squashfs);
@@ -171,7 +174,7 @@ pub(crate) fn copy(work: &Work, mut from: &File, volume: &Tree, name: &str) -> R
     let attempted = || format!("copy the image to {}", volume.shown().join(name).display());
     let mut to = volume.create_file(FETCHING).attempt(attempted)?;
     let mut fill = || {
-        // It was read to see what it is.
+        // The file was read before, to find out its type.
         from.rewind().attempt(attempted)?;
         loop {
             work.heed()?;
@@ -184,14 +187,14 @@ pub(crate) fn copy(work: &Work, mut from: &File, volume: &Tree, name: &str) -> R
     Ok(to)
 }
 
-/// Removes a source that is kept, and its inventory.
+/// Removes a source that was kept, and its inventory.
 pub(crate) fn forget(directory: &Tree) {
     for name in [UNPACKED, KEPT_SOURCE] {
         let _ = directory.remove(name);
     }
 }
 
-/// Moves both from the private directory `from` to `to`, with the image root.
+/// Moves a kept source and its inventory from the private directory `from` to `to`, along with the image root.
 pub(crate) fn move_to(from: &Tree, to: &Tree, settings: &Settings) -> Result<()> {
     let attempted = || format!("move the image's source to {}", to.shown().display());
     if from.look(UNPACKED).attempt(attempted)?.is_none() {
@@ -205,7 +208,8 @@ pub(crate) fn move_to(from: &Tree, to: &Tree, settings: &Settings) -> Result<()>
     save(to, seal_of(settings, to)?.as_ref(), &inventory)
 }
 
-/// Seal for the inventory of an image root in `directory`, if the job has a secret, whoever can reach the directory.
+/// Seal for the inventory of an image root in `directory`, regardless of who can reach that directory; `None` if the
+/// job has no secret.
 fn seal_of(settings: &Settings, directory: &Tree) -> Result<Option<Seal>> {
     Seal::has_secret(settings).then(|| Seal::of(settings, directory, false)).transpose()
 }
@@ -219,8 +223,8 @@ fn save(directory: &Tree, seal: Option<&Seal>, inventory: &Inventory) -> Result<
     directory.replace(UNPACKED, &[line.as_bytes(), &bytes].concat()).attempt(attempted)
 }
 
-/// Reads an inventory, if this job has written it. Without a seal, anybody may have; the line of one with a seal, which
-/// cannot be verified then, is worth no less.
+/// Reads an inventory. With a seal, refuses one that this job has not written. Without one, anybody may have written
+/// the inventory; so one whose line has a seal, which cannot be verified then, is accepted like any other.
 fn load(directory: &Tree, seal: Option<&Seal>) -> Result<Inventory> {
     let attempted = || format!("use {}", directory.shown().join(UNPACKED).display());
     let read = directory.read(UNPACKED, LIMIT).attempt(attempted)?;

@@ -1,4 +1,4 @@
-//! Download: streams a file to disk, resumes after a broken connection, and computes the checksum on the way.
+//! Downloads a file: streams it to disk, resumes after a broken connection, and computes the checksum meanwhile.
 
 use std::fs::File;
 use std::io::{Seek, Write};
@@ -13,12 +13,12 @@ use crate::transfer::checksum::{Expected, Sums, etag_is_md5, is_weak, text_of};
 use crate::transfer::progress::Progress;
 use crate::transfer::{Fault, Outage, Work, complaint, in_full, is_transient, retry, without_query};
 
-/// A connection that receives fewer bytes than this within the stall limit has stalled. Progress of this many bytes
+/// Bytes that a connection must receive within the stall limit; with fewer, it has stalled. Progress of this many bytes
 /// past the previous maximum restarts the retry clock.
 const LEAST: u64 = 64 * 1024;
 
-/// Bytes between two looks at the disk, and bytes that stay free on it, if the server does not say how long the file
-/// is.
+/// If the server does not say how long the file is: number of bytes between two checks of the disk, and number of bytes
+/// that must stay free on it.
 const WITHOUT_LENGTH: u64 = 16 << 20;
 
 /// Download of one file.
@@ -36,8 +36,8 @@ struct Download<'a> {
     etag: Option<String>,
     /// Last-Modified, as the server writes it.
     modified: Option<String>,
-    /// True if the rest may be requested: a strong validator tells that it belongs to the same content, or a checksum
-    /// tells it at the end.
+    /// True if the rest of the file may be requested separately: either a strong validator shows that the rest belongs
+    /// to the same content, or a checksum will show it at the end.
     is_resumable: bool,
     /// True if a checksum is given.
     is_verified: bool,
@@ -46,8 +46,8 @@ struct Download<'a> {
     progress: Progress,
 }
 
-/// Fetches `url` into a new file `name` in a directory, replacing any other, and returns the open file: somebody may
-/// have renamed it meanwhile. The disk must have room for `copies` files of its size.
+/// Fetches `url` into a new file `name` in a directory, replacing any other. Returns the open file, because its name
+/// may lead to another one by then. The disk must have room for `copies` files of its size.
 pub(crate) fn fetch(
     work: &Work,
     url: &str,
@@ -108,9 +108,9 @@ pub(crate) fn fetch(
 }
 
 impl Download<'_> {
-    /// Sends one request, for the part after what was received.
+    /// Sends one request, for the bytes after those received so far.
     async fn go_on(&mut self, copies: u64) -> std::result::Result<(), Fault> {
-        // The rest may belong to another file.
+        // If it is not resumable, start over: the rest may belong to another file.
         if !self.is_resumable {
             if self.length > 0 {
                 tracing::warn!(
@@ -193,7 +193,7 @@ impl Download<'_> {
                 check_space(&self.file, &self.path, WITHOUT_LENGTH.saturating_add(copies))?;
             }
             self.progress.at(self.length);
-            // Lets the signal check run, as `whole` does.
+            // Lets the signal check run, as in `transfer::whole`.
             tokio::task::yield_now().await;
             if self.total.is_some_and(|total| self.length > total) {
                 let longer = Error::new(format!("fetch {}", without_query(self.url)))
@@ -241,7 +241,7 @@ impl Download<'_> {
 /// Last-Modified names, even if the two clocks differ (RFC 9110, 8.8.2.2; RFC 7232 names this time).
 const LONG_AGO: Duration = Duration::from_mins(1);
 
-/// Returns whether two answers with the validators of this one have the same bytes (RFC 9110, 8.8.1).
+/// Returns whether any two answers with the same validators as this one have the same bytes (RFC 9110, 8.8.1).
 fn has_strong_validator(headers: &HeaderMap) -> bool {
     if text_of(headers, ETAG.as_str()).is_some_and(|etag| !is_weak(etag)) {
         return true;

@@ -1,5 +1,5 @@
-//! Identity of the source of an image root, or of changes: the same command must not continue with them on another
-//! source that has taken the name of the first.
+//! Identity of the source that an image root or changes were made from. If another source takes the name of the first,
+//! the same command must not continue with them.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -26,26 +26,26 @@ use crate::volume::layout::SOURCE;
 /// Label under which the record is authenticated.
 const KIND: &str = "source";
 
-/// Largest record, in bytes.
+/// Maximum size of a record, in bytes.
 const LIMIT: u64 = 64 << 10;
 
 /// Number of bytes at each end of a file that identify it: a squashfs has its superblock with times and its tables
 /// there, a compressed archive its checksum.
 const END: u64 = 64 << 10;
 
-/// Properties that tell one source from another.
+/// Properties that distinguish one source from another.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Identity {
     /// Path, or URL without its signature.
     source: String,
-    /// Checksums that it was verified against.
+    /// Checksums that the source was verified against.
     sums: Option<String>,
     size: u64,
-    /// Time of the last change, for a file on this machine.
+    /// Time of modification, for a file on this machine.
     modified: Option<String>,
     /// Digest of both ends of a file; inode number and birth time of a directory.
     content: String,
-    /// Time at which it was recorded: that of the record's file.
+    /// Time at which the identity was recorded: that of the record's file.
     #[serde(skip)]
     recorded: Option<String>,
 }
@@ -65,7 +65,7 @@ impl Identity {
                     digest.update(&bytes);
                 }
                 let content = URL_SAFE_NO_PAD.encode(digest.finish());
-                // A file without a name is a copy that was made just now.
+                // A file without a name is a copy that was made just now, so its time means nothing.
                 let is_source = matches!(source, Source::Here(_)) && found.nlink() > 0;
                 let modified = is_source.then(|| format!("{}.{}", found.mtime(), found.mtime_nsec()));
                 (found.len(), modified, format!("file {content}"))
@@ -89,7 +89,8 @@ impl Identity {
         if !is_ours(of_directory(root)) {
             return false;
         }
-        // A directory in a snapshot of the file system has the same identity, but not this path.
+        // A directory in a snapshot of the file system has the same inode number and birth time. So if the recorded
+        // path leads to such a directory, it must be `root` itself.
         let mut open = File::options();
         open.read(true).custom_flags(libc::O_DIRECTORY | libc::O_NONBLOCK);
         let Ok(there) = open.open(&self.source) else { return true };
@@ -97,7 +98,7 @@ impl Identity {
         place(there.as_fd()) == place(root.as_fd()) || !is_ours(of_directory(&there))
     }
 
-    /// Warns of a file that is the same image, but was written or copied since.
+    /// Warns about a file whose time differs although it is the same image, because it was written or copied since.
     pub(crate) fn tell_other_time(&self, now: &Self) {
         if self.sums.is_none()
             && let (Some(before), Some(modified)) = (&self.modified, &now.modified)
@@ -138,7 +139,7 @@ impl Identity {
         &self.source
     }
 
-    /// Describes it for messages, with the time at which it was recorded.
+    /// Describes the source for messages, with the time at which the identity was recorded.
     pub(crate) fn shown(&self) -> String {
         let size = if self.size == 0 { String::new() } else { format!(" ({} bytes)", self.size) };
         let time = self.recorded.as_ref().map_or_else(String::new, |time| format!(", {time}"));
@@ -146,7 +147,7 @@ impl Identity {
     }
 }
 
-/// Identity of a directory, whatever its path. The device number is no part of it: it may change on a reboot.
+/// Identity of a directory, whatever its path. The device number is not part of it, because it may change on a reboot.
 fn of_directory(directory: impl AsFd) -> std::io::Result<String> {
     let (inode, made) = inode_and_birth(directory)?;
     Ok(format!("directory {inode} {}.{}", made.0, made.1))
@@ -169,7 +170,7 @@ fn sums(expected: &Expected) -> Option<String> {
 /// File that holds an identity.
 pub(crate) struct Record<'a> {
     volume: &'a Tree,
-    /// `None` in a directory that nobody else can reach, and for a job without a secret.
+    /// Authenticates the record; `None` in a directory that nobody else can reach, and for a job without a secret.
     seal: Option<Seal>,
 }
 
@@ -244,8 +245,9 @@ pub(crate) fn is_in_pod(settings: &Settings) -> bool {
     settings.job.id.is_some() || settings.job.action.is_some()
 }
 
-/// Returns whether no program but this user's own wrote the records in `directory`: it is this user's, and nobody else
-/// has any of the rights `closed` to it. In a pod that says nothing: sessions of other containers are root as well.
+/// Returns whether only programs of this user can have written the records in `directory`: the directory belongs to
+/// this user, and its mode has none of the bits `closed`. In a pod this is never certain, because sessions of other
+/// containers are root as well.
 pub(crate) fn is_own(directory: &Tree, settings: &Settings, closed: u32) -> Result<bool> {
     let found = rustix::fs::fstat(directory).attempt(|| format!("look at {}", directory.shown().display()))?;
     Ok(!is_in_pod(settings) && found.st_uid == nix::unistd::geteuid().as_raw() && found.st_mode & closed == 0)

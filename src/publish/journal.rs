@@ -1,5 +1,5 @@
-//! Journal on the volume: records how far a job is, so that a sidecar that restarts after a crash continues from there.
-//! Sessions of a plain job can write to the volume too, so every line is authenticated, and a line that is not
+//! Journal on the volume: records the progress of a job, so that a sidecar that restarts after a crash continues from
+//! there. Sessions of a plain job can write to the volume too, so every line is authenticated, and a line that is not
 //! authentic is ignored.
 
 use std::cell::OnceCell;
@@ -19,20 +19,21 @@ use crate::volume::signal_files::SignalFiles;
 
 const LIMIT: u64 = 16 << 20;
 
-/// Largest number of parts of one multipart upload.
+/// Maximum number of parts of one multipart upload.
 pub(crate) const MOST_PARTS: usize = 10_000;
 
-/// Labels under which lines are authenticated, one for each file.
+/// Label under which the line of the journal is authenticated.
 const JOURNAL: &str = "journal";
+/// Label under which the first line of an upload's record is authenticated.
 const KIND_OF_UPLOAD: &str = "upload";
 
 /// Directory of the journal, and the key that authenticates it.
 pub(crate) struct JournalDirectory<'a> {
     files: &'a SignalFiles,
     settings: &'a Settings,
-    /// True if nobody else writes there.
+    /// True if nobody else writes to the directory.
     is_private: bool,
-    /// Made on first use: the key may be kept in a store, which need not exist if nothing is published.
+    /// Created on first use: its key may be kept in a store, which need not exist if nothing is published.
     seal: OnceCell<Seal>,
 }
 
@@ -42,7 +43,7 @@ impl<'a> JournalDirectory<'a> {
         Self { files, settings, is_private: false, seal: OnceCell::new() }
     }
 
-    /// The same in a directory that nobody else writes to.
+    /// Like [`Self::new`], for a directory that nobody else writes to.
     pub(crate) fn private(files: &'a SignalFiles, settings: &'a Settings) -> Self {
         Self { is_private: true, ..Self::new(files, settings) }
     }
@@ -55,7 +56,7 @@ impl<'a> JournalDirectory<'a> {
         Ok(self.seal.get_or_init(|| made))
     }
 
-    /// Text of a file; `None`, with a warning unless the file is missing, if it cannot be read.
+    /// Text of a file; `None` if it cannot be read, with a warning unless it is missing.
     fn text(&self, name: &str) -> Option<String> {
         let text = self.files.parent().read(name, LIMIT);
         let text = text.and_then(|text| String::from_utf8(text).map_err(std::io::Error::other));
@@ -96,7 +97,7 @@ impl<'a> JournalDirectory<'a> {
         format!("{}/{name}", self.files.path().display())
     }
 
-    /// Removes the journal: everything is done, or rolled back.
+    /// Removes the journal, once everything is done or rolled back.
     pub(crate) fn clear(&self) -> Result<()> {
         clear(self.files)
     }
@@ -113,14 +114,15 @@ fn irregular(kind: FileType) -> Option<&'static str> {
     }
 }
 
-/// Returns whether there is a journal: an image was published in part.
+/// Returns whether there is a journal, which means that an image was published in part.
 pub(crate) fn is_begun(files: &SignalFiles) -> Result<bool> {
     let found =
         files.parent().look(PUBLICATION).attempt(|| format!("look for {}/{PUBLICATION}", files.path().display()))?;
     Ok(found.is_some())
 }
 
-/// How the job of `settings` has ended, as the journal says, whoever wrote it: good enough for a message.
+/// Outcome of the job of `settings` according to the journal, if the job has ended. Anybody may have written the
+/// journal, so the result is good enough only for a message.
 pub(crate) fn ended(files: &SignalFiles, settings: &Settings) -> Option<&'static str> {
     #[derive(Deserialize)]
     struct End {
@@ -154,7 +156,8 @@ pub(crate) enum Phase {
     Ready,
     /// The environment has closed, and the image was not marked failed.
     Packing,
-    /// The image is packed. Packing it again would give other bytes, which do not continue a begun upload.
+    /// The image is packed. It must not be packed again: this would give other bytes, with which a begun upload could
+    /// not continue.
     Packed,
     /// The job has ended: its image is published.
     Published,
@@ -168,17 +171,17 @@ pub(crate) struct Journal {
     job: Option<String>,
     /// Progress of the sidecar.
     pub(crate) phase: Phase,
-    /// ID of the request for the image's record, also in its metadata; `None` before the request.
+    /// ID of the request that creates the image's record, which has it in its metadata; `None` before the request.
     pub(crate) request: Option<Id>,
     /// ID of the new image.
     pub(crate) image: Option<Id>,
     /// Link to the manifest, once that is uploaded.
     pub(crate) link: Option<Link>,
-    /// True if this run has set the link, or found it set and the published image to be the same. A link in a journal
-    /// that was restored is no proof: the image may have been published long ago.
+    /// True if this run has set the link, or has found it set and the published image to be the same as its own. A link
+    /// in the journal alone is no proof: with a restored journal, the image may have been published long ago.
     #[serde(skip)]
     pub(crate) is_own_link: bool,
-    /// True if IMS may know the job as a success. Nothing is rolled back then, until IMS says otherwise.
+    /// True if IMS may have recorded the job as a success. Nothing is rolled back then, until IMS says otherwise.
     #[serde(rename = "told")]
     pub(crate) is_told: bool,
 }
@@ -190,7 +193,8 @@ struct Claim {
 }
 
 impl Journal {
-    /// Reads the journal of this job. Called once: later the value in memory counts, even if the file is changed.
+    /// Reads the journal of this job. Call it once: from then on the value in memory counts, even if the file is
+    /// changed.
     pub(crate) fn read(directory: &JournalDirectory) -> Result<Self> {
         let job = &directory.settings.job.id;
         let new = Self { job: job.clone(), ..Self::default() };
@@ -210,18 +214,18 @@ impl Journal {
             return Ok(new);
         }
         directory.ignored(PUBLICATION, "this job's sidecar has not written it, or its keys have changed");
-        // An environment that is open, or has closed, is not started again. A forger of the journal can create 'ready',
-        // too.
+        // If 'ready' is there, the environment is open or has closed, so do not start it again. Forging the journal
+        // gains nothing here, since a forger can create 'ready' too.
         Ok(Self { phase: if may_be_open { Phase::Ready } else { Phase::Begun }, ..new })
     }
 
-    /// Removes the new image from the journal: it is published, rolled back, or not this job's.
+    /// Removes the new image from the journal, because it is published, rolled back, or not this job's.
     pub(crate) fn forget_image(&mut self) {
         (self.request, self.image, self.link) = (None, None, None);
         (self.is_own_link, self.is_told) = (false, false);
     }
 
-    /// Writes the journal; called before the step that it records.
+    /// Writes the journal. Call it before the step that it records.
     pub(crate) fn write(&self, directory: &JournalDirectory) -> Result<()> {
         directory.write(PUBLICATION, &directory.seal()?.line(JOURNAL, &json!(self).to_string()))
     }
@@ -285,7 +289,7 @@ impl Upload {
         let line = self.line(directory.seal()?, number, etag);
         let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::NOFOLLOW;
         let file = directory.files.parent().open_regular(UPLOAD, flags);
-        // Somebody may have removed the file.
+        // Somebody may have removed the file; write it anew.
         file.and_then(|mut file| file.write_all(line.as_bytes())).or_else(|_| self.write(directory))
     }
 
@@ -302,7 +306,7 @@ impl Upload {
         format!("part of {}", self.id)
     }
 
-    /// Removes the record: the object is complete, or the upload aborted.
+    /// Removes the record, because the object is complete or the upload was aborted.
     pub(crate) fn clear(directory: &JournalDirectory) -> Result<()> {
         directory.files.remove(UPLOAD)
     }
@@ -417,7 +421,7 @@ mod tests {
     }
 
     proptest! {
-        /// Replaces a byte, inserts text, or truncates: what is read was written.
+        /// Replaces a byte, inserts text, or truncates; only lines that were written may be read back.
         #[test]
         fn damaged_or_forged_lines_are_never_read(
             at in 0.0..1.0_f64, byte: u8, inserted in proptest::option::of("[ -~\n]{0,80}"), cut: bool

@@ -1,4 +1,4 @@
-//! manifest.json, which lists the files of an image; byte for byte as boot services expect it. And reports in JSON.
+//! manifest.json, which lists the files of an image, byte for byte as boot services expect it; and reports in JSON.
 
 use std::time::SystemTime;
 
@@ -12,7 +12,7 @@ use crate::log::output::say;
 use crate::log::redaction;
 use crate::printable;
 
-/// ID and name of an image, for the manifest in a directory whose name is neither.
+/// ID and name of an image, for a manifest in a directory whose name is neither of them.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub(crate) struct Identity<'a> {
     /// ID of the image.
@@ -41,12 +41,13 @@ pub(crate) fn text(artifacts: &[Artifact], created: SystemTime, identity: Option
 fn indented(value: &impl Serialize) -> Vec<u8> {
     let mut text = Vec::new();
     let mut serializer = Serializer::with_formatter(&mut text, PrettyFormatter::with_indent(b"    "));
-    // Keys are sorted in a `Value`. Neither step fails: every value has a form in JSON, and a vector takes any length.
+    // Converting to `Value` sorts the keys. Neither step fails: every value has a form in JSON, and a vector takes any
+    // length.
     let _ = json!(value).serialize(&mut serializer);
     text
 }
 
-/// Prints the report of a publication in upstream's format: people and scripts search pod logs for it.
+/// Prints the report of a publication in upstream's format, since people and scripts search pod logs for it.
 pub(crate) fn say_result(report: &serde_json::Value) {
     let text = String::from_utf8_lossy(&indented(report)).into_owned();
     // The report quotes answers of servers, which may contain control characters.

@@ -1,4 +1,5 @@
-//! Multipart upload of a large file. Uploaded parts are recorded, so that after a crash only the missing ones are sent.
+//! Multipart upload of a large file. Uploaded parts are recorded, so that after a crash only the missing parts are
+//! sent.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -24,7 +25,7 @@ pub(crate) struct Sender<'a> {
     pub(crate) work: &'a Work,
     /// The store.
     pub(crate) store: &'a Store,
-    /// Settings, to open another store.
+    /// Settings of the store. A recorded upload to another store is aborted with the same keys.
     pub(crate) settings: &'a Place,
     /// Directory of the journal.
     pub(crate) directory: &'a JournalDirectory<'a>,
@@ -72,8 +73,8 @@ impl Sender<'_> {
         }
     }
 
-    /// Finds an unfinished upload of the same content to the same key. Any other one is aborted: its parts take space
-    /// in the store.
+    /// Finds an unfinished upload of the same content to the same key. Aborts any other recorded upload, whose parts
+    /// would take space in the store.
     fn unfinished(&self, object: &Large) -> Result<Option<Upload>> {
         let url = self.store.url_of(object.place);
         match Upload::read(self.directory)? {
@@ -94,8 +95,8 @@ impl Sender<'_> {
         Ok(())
     }
 
-    /// Aborts the recorded upload. The keys of this store are used for another one, too: keys apply to all buckets of a
-    /// server.
+    /// Aborts the recorded upload. If it is in another store, uses the keys of this one there: keys apply to all
+    /// buckets of a server.
     pub(crate) fn abort(&self) -> Result<()> {
         let Some(upload) = Upload::read(self.directory)? else { return Ok(()) };
         let attempted = format!("abort the unfinished upload of {}", upload.url);
@@ -156,14 +157,14 @@ impl Sender<'_> {
         let parts = upload.parts.into_iter().flatten().collect();
         match self.store.complete(object.place, &upload.id, parts).await {
             // An earlier attempt or run may have completed the upload without receiving the answer. Some stores then no
-            // longer know it.
+            // longer know the upload's ID.
             Err(_) if self.store.holds(object.place, object.size, object.md5).await => Ok(()),
             ended => ended.map_err(told),
         }
     }
 }
 
-/// Size of a part of an object of `size` bytes.
+/// Size, in bytes, of a part of an object of `size` bytes.
 pub(crate) fn part_of(size: u64) -> u64 {
     PART.max(size.div_ceil(MOST_PARTS as u64))
 }

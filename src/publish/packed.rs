@@ -1,5 +1,5 @@
-//! Record of the image root that an image was packed from: with another one's kernel and initrd, the image would not
-//! boot. The record is no proof: whoever can write to its directory can also replace the packed image.
+//! Records which image root an image was packed from: with the kernel and initrd of another one, the image would not
+//! boot. The record is no proof, because anybody who can write to its directory can also replace the packed image.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -23,17 +23,19 @@ use crate::sys::tree::{Tree, inode_and_birth};
 use crate::transfer::Work;
 use crate::volume::layout::{ARCHIVE, PACKED};
 
-/// Size limit of the record in bytes, and the number of archives in it.
+/// Maximum size of the record, in bytes.
 const LIMIT: u64 = 64 << 10;
+/// Maximum number of archives in the record.
 const MOST: usize = 64;
 
-/// Time for another run to write the record.
+/// Time to wait while another run writes the record.
 const TIME_TO_RECORD: Duration = Duration::from_secs(30);
 
 /// An archive that was packed.
 #[derive(Serialize, Deserialize)]
 struct Entry {
-    /// Its path; of earlier releases, its name in the directory of the record.
+    /// Path of the archive. Earlier releases recorded only its name; the archive is then in the directory of the
+    /// record.
     #[serde(alias = "name")]
     file: PathBuf,
     archive: String,
@@ -54,11 +56,12 @@ enum Record {
     Last(Entry),
 }
 
-/// Extended attribute of an archive with what it was packed from. It is found in any directory, and holds the inode, so
-/// that it says nothing about a copy.
+/// Extended attribute of an archive that says what it was packed from. Unlike the record, it stays with an archive that
+/// is moved. It includes the inode number, so that it does not count for a copy.
 const MARK: &str = "trusted.ims-sshd.packed";
 
-/// Records in `directory` that `packed`, which is `archive`, was packed from `image_root` when its [`State`] was `was`.
+/// Records in `directory` that `packed`, which is `archive`, was packed from `image_root`, whose [`State`] was `was`
+/// then.
 fn record(
     work: &Work,
     directory: &Tree,
@@ -76,7 +79,7 @@ fn record(
         state: Some(was),
         sha256: Some(sha256),
     };
-    // Some file systems have no such attributes; the record does then.
+    // Some file systems have no such attributes, so ignore errors; the record suffices.
     let _ = rustix::fs::fsetxattr(packed, MARK, new.mark().as_bytes(), XattrFlags::empty());
     // Runs that record in one directory take turns. Otherwise each would overwrite an entry that the other has added.
     let mut file = record.create_part(work, TIME_TO_RECORD)?;
@@ -87,7 +90,7 @@ fn record(
     let written = writeln!(file, "{}", json!(Record::Archives { archives }))
         .and_then(|()| file.sync_all())
         .and_then(|()| directory.rename(&record.part(), PACKED))
-        // Before that, another run would take the file for somebody else's.
+        // Change the mode only now: before, another run would have taken the `.part` file for somebody else's.
         .and_then(|()| Ok(rustix::fs::fchmod(&file, Mode::from_raw_mode(0o644))?));
     if written.is_err() {
         let _ = directory.remove(record.part());
@@ -123,7 +126,8 @@ pub(crate) fn pack(
     source: Option<&Source>,
 ) -> Result<(File, Result<()>)> {
     let packing = &settings.packing;
-    // Before it is packed: what is changed meanwhile counts as changed later. Our own packer tells it of what it packs.
+    // Our own packer reports the state of what it packs. Otherwise, determine the state before packing, so that changes
+    // made meanwhile are noticed later.
     let is_told = packing.packer == Packer::Own && exclude.is_empty();
     let was = (!is_told).then(|| state(image_root)).transpose();
     let Packed { file, state, sha256 } = packing::pack(work, image_root, archive, packing, exclude, source)?;
@@ -174,7 +178,7 @@ pub(crate) fn refuse_source(directory: &Tree, archive: &Archive, settings: &Sett
 }
 
 /// Refuses to publish `packed`, which is `archive`, with the boot files of `image_root` if it was packed from another
-/// image root. Without a record, as another program leaves it, `packed` must not be older than the image root.
+/// image root. If there is no record, since another program packed it, `packed` must not be older than the image root.
 pub(crate) fn check(directory: &Tree, archive: &Archive, packed: &File, image_root: &Tree) -> Result<()> {
     let attempted = || format!("publish {} with the kernel of {}", archive.shown(), image_root.shown().display());
     let refused = |why| {
@@ -190,8 +194,8 @@ pub(crate) fn check(directory: &Tree, archive: &Archive, packed: &File, image_ro
     }
 }
 
-/// Refuses to publish `packed`, which is `archive`, if `image_root` was changed since. An archive without a record, as
-/// another program leaves it, is accepted.
+/// Refuses to publish `packed`, which is `archive`, if `image_root` was changed since. Accepts an archive without a
+/// record, because another program may have packed it.
 pub(crate) fn check_unchanged(directory: &Tree, archive: &Archive, packed: &File, image_root: &Tree) -> Result<()> {
     let Some(was) = recorded(directory, packed).and_then(|record| record.state) else { return Ok(()) };
     if state(image_root)? == was {
@@ -207,7 +211,7 @@ pub(crate) fn checksum(directory: &Tree, packed: &File) -> Option<String> {
     recorded(directory, packed)?.sha256
 }
 
-/// Names of the files in `directory` that were packed, and are as they were then.
+/// Names of the files in `directory` that are recorded as packed and were not changed since.
 pub(crate) fn names(directory: &Tree) -> Vec<String> {
     let here = directory.shown();
     let as_it_was = |packed: Entry| {

@@ -24,7 +24,7 @@ use crate::transfer::Work;
 use crate::transfer::checksum::{OfFile, Parts, is_other_md5, sums_of};
 use crate::transfer::progress::size_in_words;
 
-/// Keys below the image's ID, and their media types.
+/// Key of each file of an image, below the image's ID, and its media type.
 const ROOTFS: (&str, &str) = ("rootfs", "application/vnd.cray.image.rootfs.squashfs");
 const KERNEL: (&str, &str) = ("kernel", "application/vnd.cray.image.kernel");
 const INITRD: (&str, &str) = ("initrd", "application/vnd.cray.image.initrd");
@@ -39,7 +39,7 @@ const KEYS: [&str; 6] = [ROOTFS.0, KERNEL.0, INITRD.0, DEBUG_KERNEL.0, PARAMETER
 pub(crate) struct Image {
     /// The packed image.
     pub(crate) rootfs: File,
-    /// Its SHA-256 when it was packed, if that was recorded.
+    /// SHA-256 of the packed image when it was packed, if that was recorded.
     pub(crate) recorded: Option<String>,
     /// Kernel, initrd and parameters; `None` for an image that is never booted.
     pub(crate) boot: Option<BootFiles>,
@@ -60,7 +60,7 @@ struct Piece {
 pub(crate) struct Publication<'a> {
     /// Sends requests.
     pub(crate) work: &'a Work,
-    /// The variables.
+    /// The settings of the job.
     pub(crate) settings: &'a Settings,
     /// Client of IMS.
     pub(crate) ims: &'a Ims<'a>,
@@ -82,7 +82,7 @@ impl Publication<'_> {
         let recorded = match &result {
             Err(_) if journal.is_told || is_published => journal.write(self.directory),
             Err(_) if self.roll_back(&store, journal) => self.begin_again(journal),
-            // The next run rolls back what is left.
+            // Something is left, so keep the journal: the next run rolls it back.
             Err(_) => journal.write(self.directory),
             // Even if this cannot be recorded, the image stays published.
             Ok(_) => self.end(journal, Phase::Published),
@@ -93,7 +93,7 @@ impl Publication<'_> {
         result
     }
 
-    /// Rolls back what an earlier run, which was killed, published in part. The journal keeps what cannot be rolled
+    /// Rolls back what an earlier run that was killed has published in part. The journal keeps what cannot be rolled
     /// back.
     pub(crate) fn give_up(&self, journal: &mut Journal) -> Result<()> {
         if journal.image.is_none() && journal.request.is_none() || journal.is_told {
@@ -109,8 +109,8 @@ impl Publication<'_> {
         self.directory.clear()
     }
 
-    /// Removes what was rolled back from the journal, but keeps that the environment has ended: the next run of the
-    /// sidecar publishes its image.
+    /// Removes the image, which was rolled back, from the journal. If the environment has ended, the journal still says
+    /// so: the next run of the sidecar publishes its image.
     fn begin_again(&self, journal: &mut Journal) -> Result<()> {
         journal.forget_image();
         if journal.phase < Phase::Packing {
@@ -132,16 +132,18 @@ impl Publication<'_> {
         journal.write(self.directory)
     }
 
-    /// Looks whether the image in the journal is complete. Without an IMS, it is if its manifest is in the store, since the
-    /// manifest is uploaded last; outside a job, if its record has the link that the journal has, since that is set last.
-    /// Returns whether it consists of `pieces`, so that it need not be uploaded again. Any other is removed from the
-    /// journal: somebody may have restored an old journal, and the image must be neither overwritten nor deleted.
+    /// Checks whether an earlier run published the image in the journal completely. Without an IMS, it did if the
+    /// manifest is in the store, since the manifest is uploaded last. With an IMS and outside a job, it did if the
+    /// image's record has the link in the journal, since the link is set last. Returns true if such an image consists
+    /// of `pieces`, so that nothing has to be uploaded again. Any other complete image is removed from the journal:
+    /// somebody may have restored an old journal, and the image must be neither overwritten nor deleted.
     fn forget_published(&self, store: &Store, journal: &mut Journal, pieces: &[Piece]) -> Result<bool> {
         let Some(id) = journal.image.clone() else { return Ok(false) };
         let is_complete = if self.ims.is_there() {
             self.settings.job.id.is_none() && self.is_linked(&id, journal)?
         } else {
-            // In a directory, an image is renamed from its ID to its name when it is complete.
+            // In a directory, an image is renamed from its ID to its name when it is complete, so one below its ID is
+            // not.
             let manifest = format!("{id}/{}", MANIFEST.0);
             let attempted = format!("inspect {}", store.url_of(&manifest));
             !self.is_named(store) && self.wait(&attempted, store.is_there(&manifest))?
@@ -181,7 +183,7 @@ impl Publication<'_> {
         let (mut record, is_new) = self.register(journal)?;
         let (id, is_published) = (record.id.clone(), is_published && !is_new);
         if !self.is_place_ours(store, &id, is_new)? {
-            // Nothing of it is deleted either.
+            // Forget the image, so that nothing of it is deleted either.
             journal.forget_image();
             let upload = Error::new(format!("upload to {}", store.url_of(id.as_str())));
             return Err(upload
@@ -213,8 +215,8 @@ impl Publication<'_> {
         }))
     }
 
-    /// Sets the link in the image's record, and returns the record. IMS may have set it although the answer was lost, or
-    /// is not the expected one: then the record tells.
+    /// Sets the link in the image's record, and returns the record. If the answer is lost or unexpected, IMS may have
+    /// set the link nevertheless, so this reads the record to find out.
     fn link(&self, journal: &Journal, id: &Id, link: Link) -> Result<records::Image> {
         let unknown = match self.ims.link_image(id, &link) {
             Ok(record) => return Ok(record.unwrap_or_else(|| self.local_record(id.clone(), Some(link)))),
@@ -230,8 +232,8 @@ impl Publication<'_> {
         }
     }
 
-    /// Sets the job's status to success, last: that ends the job, its volume and this pod. Once IMS may know it,
-    /// nothing is rolled back, even after a signal. Returns the job's record.
+    /// Sets the job's status to success. This comes last, because it ends the job, its volume and this pod. Once IMS
+    /// may have the status, nothing is rolled back, even after a signal. Returns the job's record.
     fn tell_success(&self, journal: &mut Journal, id: &Id) -> Result<Option<records::Job>> {
         if self.settings.job.id.is_none() || !self.ims.is_there() {
             return Ok(None);
@@ -286,8 +288,8 @@ impl Publication<'_> {
         Ok(record)
     }
 
-    /// Creates the image's record, or finds the one that an earlier run created. The flag says whether nothing can have
-    /// been uploaded for it yet.
+    /// Creates the image's record, or finds the one that an earlier run created. The flag is true if nothing can have
+    /// been uploaded for the image yet.
     fn register(&self, journal: &mut Journal) -> Result<(records::Image, bool)> {
         let name = &self.settings.name;
         if !self.ims.is_there() {
@@ -319,11 +321,11 @@ impl Publication<'_> {
                 made?
             }
         };
-        // A refused record is not deleted.
+        // Forget the request for a refused record, so that the rollback does not delete that record.
         self.ims.refuse_foreign(&record, name, &request).inspect_err(|_| journal.request = None)?;
         journal.image = Some(record.id.clone());
         if !self.ims.takes_metadata() {
-            // No record names the request.
+            // The record could not store the request's ID, so it cannot be found by that.
             journal.request = None;
         }
         journal.write(self.directory)?;
@@ -331,14 +333,14 @@ impl Publication<'_> {
         Ok((record, true))
     }
 
-    /// Why a record is not that of the image `id` that this job created; `None` if it may be. Outside a job, a record
-    /// with a link that this run has neither set nor compared is that of an image whose publication has ended.
+    /// Reason why `record` is not that of the image `id` which this job created; `None` if it may be. Outside a job, a
+    /// record with a link that this run has neither set nor compared belongs to an image whose publication has ended.
     fn difference(&self, record: &records::Image, id: &Id, journal: &Journal) -> Option<String> {
         let is_known = self.settings.job.id.is_some() || journal.is_own_link;
         self.differs(record, id, journal, journal.link.as_ref().filter(|_| is_known))
     }
 
-    /// The same, where the record may have this link.
+    /// Like [`Self::difference`], except that the record may have `link`.
     fn differs(&self, record: &records::Image, id: &Id, journal: &Journal, link: Option<&Link>) -> Option<String> {
         let Settings { name, job, .. } = self.settings;
         if record.name != *name {
@@ -369,7 +371,8 @@ impl Publication<'_> {
         store.is_directory() && !self.ims.is_there()
     }
 
-    /// Files of an image, with their checksums; those of parts too, which a directory does not compare.
+    /// Files of an image, with their checksums. Large files also have a checksum for each part, unless the store is a
+    /// directory, which does not compare those.
     fn pieces(&self, image: Image, store: &Store) -> Result<Vec<Piece>> {
         let (kernel, initrd, parameters) = match image.boot {
             Some(boot) => (Some(boot.kernel), boot.initrd, boot.parameters),
@@ -393,7 +396,8 @@ impl Publication<'_> {
         files.into_iter().filter_map(|(what, content)| Some((what, content?))).map(piece).collect()
     }
 
-    /// Refuses a packed image with another SHA-256 than the recorded one: the times of a file can be set.
+    /// Refuses a packed image whose SHA-256 differs from the recorded one. Times would not show a change, because they
+    /// can be set.
     fn refuse_changed(&self, pieces: &[Piece], recorded: Option<&str>) -> Result<()> {
         let is_same = |piece: &Piece| piece.key != ROOTFS.0 || recorded.is_none_or(|sum| sum == piece.sums.sha256);
         if pieces.iter().all(is_same) {
@@ -404,8 +408,8 @@ impl Publication<'_> {
             .advise("'ims-sshd package' packs it again"))
     }
 
-    /// Uploads everything unless it `is_published`. Returns the artifacts, the link to the manifest, and the place and
-    /// size for the log.
+    /// Uploads everything unless it `is_published`. Returns the artifacts, the link to the manifest, and a text for the
+    /// log with location and size.
     fn upload(
         &self,
         store: &Store,
@@ -479,7 +483,7 @@ impl Publication<'_> {
         Ok(Link::new(store.url_of(&format!("{name}/{}", MANIFEST.0)), etag))
     }
 
-    /// Name of the image's directory.
+    /// Name of the image's directory, in a store that is a directory.
     fn directory_name(&self) -> String {
         let is_kept = |c: char| c.is_alphanumeric() || "._-+".contains(c);
         let name: String = self.settings.name.chars().map(|c| if is_kept(c) { c } else { '_' }).take(200).collect();
@@ -489,7 +493,7 @@ impl Publication<'_> {
         }
     }
 
-    /// Object metadata that tells this image's objects from others'.
+    /// Object metadata that distinguishes this image's objects from others'.
     fn owner_metadata(&self, id: &Id) -> [(&'static str, String); 2] {
         let job = self.settings.job.id.clone().unwrap_or_default();
         [("x-shasta-ims-image-id", id.to_string()), ("x-shasta-ims-job-id", job)]
@@ -510,8 +514,9 @@ impl Publication<'_> {
         Sender { work: self.work, store, settings: &self.settings.store, directory: self.directory }
     }
 
-    /// ETag of an object that was uploaded. Refuses one with another size, or with another MD5 than `expected` if its ETag
-    /// is one: of the object, or of the MD5s of its parts, with their number.
+    /// ETag of an object that was uploaded. Refuses an object of another size, or one whose ETag is an MD5 that differs
+    /// from `expected`. Such an ETag is the MD5 of the object, or that of the MD5s of its parts followed by their
+    /// number.
     fn etag(&self, store: &Store, place: &str, size: u64, expected: &str) -> Result<String> {
         let attempted = format!("inspect {}", store.url_of(place));
         let refuse = |why: String| Err(Error::new(&attempted).because(why));
@@ -536,21 +541,21 @@ impl Publication<'_> {
         records::Image { id, name, link, arch, metadata: None, further: Map::new() }
     }
 
-    /// Aborts unfinished uploads of which only the store knows: their ID was never received.
+    /// Aborts unfinished uploads that only the store knows, because their ID was never received.
     fn sweep(&self, store: &Store, id: &Id) -> Result<()> {
         let image = id.as_str();
         self.wait(&format!("look for unfinished uploads to {}", store.url_of(image)), store.sweep(image))
     }
 
-    /// Deletes the objects and the record of an unfinished image, even after a signal; leaves what cannot be this
-    /// job's. Returns whether nothing of this job's is left. The record stays as long as objects may: it says whose
-    /// they are.
+    /// Deletes the objects and the record of an unfinished image, even after a signal. Leaves an image that may be
+    /// somebody else's. Returns true if nothing of this job is left. The record stays as long as there may be objects,
+    /// because it says whose they are.
     fn roll_back(&self, store: &Store, journal: &Journal) -> bool {
         const AGAIN: &str = "run the same again, which rolls it back, or delete it by hand";
         self.work.roll_back();
         let image = match (&journal.image, &journal.request) {
             (Some(id), _) => Ok(Some(id.clone())),
-            // The request may have been sent, and its answer not recorded.
+            // The request may have been sent without its answer having been recorded.
             (None, Some(request)) => self.ims.find_image(request).map(|record| Some(record?.id)),
             (None, None) => Ok(None),
         };
@@ -581,7 +586,7 @@ impl Publication<'_> {
             }
         }
         let aborted = self.sender(store).abort();
-        // The rootfs is deleted last: its metadata tells a later run that the objects are this job's.
+        // The rootfs is deleted last, because its metadata shows a later run that the objects are this job's.
         let deleted = KEYS.iter().rev().try_for_each(|key| {
             let key = format!("{id}/{key}");
             self.wait(&format!("delete {}", store.url_of(&key)), store.delete(&key))
@@ -605,7 +610,7 @@ impl Publication<'_> {
         failed.is_empty()
     }
 
-    /// Why an image is somebody else's, by what its record and its objects say; `None` if it is this job's.
+    /// Reason why an image is somebody else's, according to its record and its objects; `None` if it is this job's.
     fn foreign(&self, store: &Store, id: &Id, journal: &Journal) -> Result<Option<String>> {
         if let Some(why) = self.ims.image(id)?.and_then(|record| self.difference(&record, id, journal)) {
             return Ok(Some(why));

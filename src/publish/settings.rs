@@ -21,7 +21,7 @@ use crate::transfer::network::Network;
 /// Settings for fetching and publishing an image.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// The job. Its action may be missing or unknown: only the sidecar needs one, and reports that to IMS.
+    /// The job. Its action may be missing or unknown: only the sidecar needs one, and it reports a wrong one to IMS.
     pub(crate) job: Job,
     /// `IMAGE_ROOT_ARCHIVE_NAME`: the new image's name.
     pub(crate) name: String,
@@ -39,12 +39,12 @@ pub struct Settings {
     pub ims: Option<ims::place::Place>,
     /// TLS settings and timeouts.
     pub network: Network,
-    /// `IMS_START_LIMIT`: longest time in which the build environment must start.
+    /// `IMS_START_LIMIT`: maximum time for the build environment to start.
     pub start_limit: Duration,
 }
 
 impl Settings {
-    /// Reads `variables`. Of two with the same name the later one counts. One error names all wrong values.
+    /// Reads `variables`. If a name occurs twice, the later value counts. One error lists all wrong values.
     pub fn read(argument: Option<PathBuf>, variables: impl IntoIterator<Item = (OsString, OsString)>) -> Result<Self> {
         let mut reader = Reader::of(variables);
         let job = Job::read(&mut reader, argument);
@@ -89,8 +89,8 @@ impl Settings {
         reader.finish(Some(Self { job, name, boot, expected, packing, keep_source, store, ims, network, start_limit }))
     }
 
-    /// Settings with which the refusal of `variables` is reported to IMS. Fails if those that name IMS and the job are
-    /// refused as well, such as an invalid job ID: then nothing can be reported.
+    /// Settings with which the refusal of `variables` is reported to IMS. Fails if the variables that name IMS and the
+    /// job are wrong as well, such as an invalid job ID, since nothing can be reported then.
     pub(crate) fn to_report(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Result<Self> {
         let known = ["IMS_URL", "IMS_TOKEN_FILE", "OAUTH_CONFIG_DIR", "IMS_JOB_ID", "CA_CERT"];
         Self::read(None, variables.into_iter().filter(|(name, _)| known.iter().any(|known| name == *known)))
