@@ -9,7 +9,7 @@ use crate::session::account::Account;
 use crate::sys::architecture::{Architecture, HEADER};
 use crate::sys::tree::Tree;
 
-/// Programs of the image's own architecture, of which most images have one.
+/// Programs that are for the image's own architecture; most images have at least one of them.
 const TELLTALES: [&str; 6] = [
     "bin/sh",
     "usr/bin/env",
@@ -39,9 +39,9 @@ pub(crate) struct Emulation {
 }
 
 /// Sets up emulation if the image is for another architecture than this machine. `told` is `BUILD_ARCH`; if the image's
-/// programs differ from it, they decide. `parent` is the image root parent, whose identity names the registration. A
-/// jail of tier `user` has a table of its own (binfmt_misc is per user namespace), where a registration affects nobody
-/// else and needs no privilege.
+/// programs are for another architecture, theirs is used. `parent` is the image root parent, whose identity names the
+/// registration. A jail of tier `user` has a table of its own (binfmt_misc is per user namespace), where a registration
+/// affects nobody else and needs no privilege.
 pub(crate) fn prepare(
     image_root: &Tree,
     told: Option<Architecture>,
@@ -73,8 +73,8 @@ pub(crate) fn prepare(
     // A volume has one environment at a time, so its identity is unique in the kernel's table and the same after a
     // restart.
     let owner = format!("{:x}x{:x}", place.st_dev, place.st_ino);
-    // Run in a thread of its own, since it may leave the mount namespace. Only the tier `namespace` needs that:
-    // sessions in plain mode and in the chroot tier are root of the container anyway.
+    // Run `provide` in a thread of its own, since it may leave the mount namespace. Only the tier `namespace` needs a
+    // QEMU of its own: sessions in plain mode and in the chroot tier are root of the container anyway.
     let own = tier == Some(Tier::Namespace);
     let provided = std::thread::scope(|scope| scope.spawn(|| binfmt::provide(architecture, &owner, own)).join());
     match provided.unwrap_or_else(|panic| std::panic::resume_unwind(panic))? {

@@ -15,7 +15,7 @@ use crate::volume::layout::MOUNT_POINTS;
 /// A mount point that the image lacks or, where nothing can be mounted, a device node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MountPoint {
-    /// Relative to the image root.
+    /// Path relative to the image root.
     pub path: PathBuf,
     /// Kind of file to create.
     pub(crate) kind: Kind,
@@ -80,8 +80,8 @@ pub fn mount_points(image_root: &Tree, table: impl Iterator<Item = Mount>) -> Re
     Ok(missing)
 }
 
-/// Device nodes that a shell needs where nothing can be mounted. Without them `>/dev/null` would create a file, and
-/// that would be packed.
+/// Device nodes that a shell needs where nothing can be mounted. Without them `>/dev/null` would create a file, which
+/// would be packed.
 const DEVICES: [(&str, u32, u32); 6] =
     [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
 
@@ -133,8 +133,8 @@ impl<'a> Made<'a> {
                     if matches!(mount_point.kind, Kind::Device(..)) && e.kind() == io::ErrorKind::PermissionDenied =>
                 {
                     made.without_devices = true;
-                    // Create /dev/null as a file: a program that discards its output would create it anyway, and one
-                    // that only opens it, such as sftp-server, would not start.
+                    // Create /dev/null as a file: a program that discards its output would create it anyway, and a
+                    // program that only opens /dev/null, such as sftp-server, would not start without it.
                     if mount_point.path == Path::new("dev/null") {
                         image_root
                             .make_mount_point(&mount_point.path, false)
@@ -157,7 +157,7 @@ impl<'a> Made<'a> {
             .collect()
     }
 
-    /// Mount points that an earlier environment on the same parent recorded and, being killed, did not remove.
+    /// Mount points that an earlier environment on the same parent recorded and did not remove, because it was killed.
     pub(crate) fn left_over(image_root: &'a Tree, record_directory: &'a Tree) -> Option<Self> {
         let record = record_directory.read(MOUNT_POINTS, 1 << 16).ok()?;
         let mount_points = String::from_utf8_lossy(&record).lines().filter_map(MountPoint::parse).collect();

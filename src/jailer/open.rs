@@ -79,29 +79,29 @@ const TIME_TO_MAKE: Duration = Duration::from_secs(10);
 /// Time for the init to exit by itself, which it does unless a session keeps all processors busy.
 const TIME_TO_FINISH: Duration = Duration::from_millis(200);
 
-/// Limit of the wait for the kernel to end a killed jail, as long as it goes on with that.
+/// Longest wait for the kernel to end a killed jail whose processes keep ending.
 const END_TIME: Duration = Duration::from_mins(1);
 
-/// Interval of looking at a jail's processes that are being ended: it takes a moment where there are thousands.
+/// Poll interval for a jail's processes that are being ended: a check of thousands takes a moment.
 const END_POLL: Duration = Duration::from_millis(500);
 
 /// Poll interval for sealing the image root; the kernel raises no event when another process closes a file.
 const TIME_BETWEEN_SEALS: Duration = Duration::from_millis(50);
 
-/// Minimum time for a process outside to close a file whose descriptor a session has sent it.
+/// Minimum time that a process outside gets to close a file whose descriptor a session has sent it.
 pub(crate) const TIME_TO_CLOSE_FILES: Duration = Duration::from_secs(1);
 
 /// Progress of ending a jail's killed processes.
 #[derive(Debug, Default)]
 struct Ending {
-    /// The ones that were left when their number last changed, and when that was.
+    /// Processes that were left at the last change, and the time of that change, counted from the first check.
     left: HashSet<Identity>,
     since: Duration,
 }
 
 impl Ending {
-    /// Returns whether to wait on, `waited` after the first look. Processes that only wait for a processor end in time;
-    /// if all that are left are stuck, they have to become fewer.
+    /// Returns whether to keep waiting, `waited` after the first check. Processes that only wait for a processor end in
+    /// time. If all that are left are stuck, the wait goes on only while some of them end.
     fn goes_on(&mut self, left: &[Entry], all_stuck: bool, waited: Duration) -> bool {
         let now: HashSet<_> = left.iter().map(Entry::identity).collect();
         if now != self.left {
@@ -116,7 +116,7 @@ fn pid_namespace(pid: Pid) -> Option<PathBuf> {
     std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok()
 }
 
-/// Describes the process that has a file open for writing on the mount of this number. `init` is that of the jail.
+/// Describes the process that has a file open for writing on the mount of this number. `init` is the jail's.
 fn holder(mount: u64, init: Pid) -> String {
     let name = |entry: &Entry| format!("process {} ({})", entry.pid, without_secrets(&entry.command_line()));
     let is_inside = |entry: &Entry| pid_namespace(init).is_some_and(|own| pid_namespace(entry.pid) == Some(own));
@@ -134,8 +134,8 @@ fn holder(mount: u64, init: Pid) -> String {
 }
 
 impl OpenJail {
-    /// Makes the jail and records in `state` how to enter it. This process has to be a subreaper (or PID 1).
-    /// `keep` is called once its init has begun, and returns the names of variables that sessions keep.
+    /// Makes the jail and records in `state` how to enter it. This process has to be a subreaper (or PID 1). `keep` is
+    /// called once the jail's init has started, and returns the names of variables that sessions keep.
     pub(crate) fn open(
         mut wanted: Wanted<'_>,
         state: &StateDirectory,
@@ -223,7 +223,7 @@ impl OpenJail {
         self.namespaces.get(self.tier.namespaces().iter().position(|(name, _)| *name == kind)?)
     }
 
-    /// Name of that namespace, as in the links below `/proc/PID/ns`.
+    /// Name of the jail's own namespace of this kind, as in the links below `/proc/PID/ns`.
     pub(crate) fn namespace_name(&self, kind: &str) -> Option<PathBuf> {
         let found = rustix::fs::fstat(self.namespace_fd(kind)?).ok()?;
         Some(format!("{kind}:[{}]", found.st_ino).into())
@@ -259,8 +259,9 @@ impl OpenJail {
         Ok(())
     }
 
-    /// Waits for the kernel to end the killed processes of the jail, which on a loaded machine takes long for many. The
-    /// init's end has killed all of them, and none can be started (zap_pid_ns_processes in the kernel).
+    /// Waits for the kernel to end the killed processes of the jail, which takes long for many of them on a loaded
+    /// machine. The init's end has killed all of them, and no other can be started (zap_pid_ns_processes in the
+    /// kernel).
     fn await_end(&self) -> Result<()> {
         let failed = |why: String, advice| Err(Error::new("end the jail").because(why).advise(advice));
         let (began, mut ending, mut is_logged) = (Instant::now(), Ending::default(), false);
@@ -293,7 +294,7 @@ impl OpenJail {
         }
     }
 
-    /// Processes of the jail besides its init, or that alone. In the chroot tier only the init is found.
+    /// Processes of the jail without its init, or the init if it is alone. In the chroot tier only the init is found.
     fn processes(&self) -> Vec<Entry> {
         let own = self.namespace_name("pid");
         let is_inside = |pid: &Pid| *pid != self.init.pid && own.is_some() && pid_namespace(*pid) == own;
@@ -301,9 +302,9 @@ impl OpenJail {
         if found.is_empty() { Entry::read(self.init.pid).into_iter().collect() } else { found }
     }
 
-    /// Makes sure that no process outside can write to the image root any more, after the jail's end: a session can
-    /// have sent descriptors of its files to such a process. Waits until `limit` for files that are open for writing to
-    /// be closed, then fails.
+    /// Makes sure, after the jail's end, that no process outside can write to the image root any more: a session can
+    /// have sent descriptors of files in the image root to such a process. Waits until `limit` for files that are open
+    /// for writing to be closed, then fails.
     pub(crate) fn seal(state: &StateDirectory, limit: Instant) -> Result<()> {
         let attempted = || "release the image root";
         let init = Record::read(&state.jail()).attempt(attempted)?.init;
@@ -497,7 +498,8 @@ pub(crate) fn helper_output(arguments: &Arguments) -> std::result::Result<String
 }
 
 /// Time for the kernel to end a process after SIGKILL. A process that hangs in a dead network file system never ends.
-/// With the time to ask, this is less than the 5 s that a close may take after the grace period.
+/// With the time that processes get after SIGTERM, this is less than the 5 s that a close may take after the grace
+/// period.
 pub(crate) const KILL_TIME: Duration = Duration::from_millis(3500);
 
 /// Returns the processes that have a file open for writing on the mount of this number.

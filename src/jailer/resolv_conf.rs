@@ -1,8 +1,9 @@
 //! Replaces the image's /etc/resolv.conf with the container's text while the jail is open, and restores it afterwards.
 //!
-//! It is not a mount, so that programs can rename, remove and replace it as on a node. A link into /run is left as it
-//! is, and leads to a file in the jail's own /run. Anything else is renamed into a directory of ours, and a new file
-//! takes its name. At the close, or after a crash, it is renamed back unless somebody has touched the new file.
+//! The container's text comes as a file, not as a mount, so that programs can rename, remove and replace it as on a
+//! node. A link into /run is left as it is, and leads to a file in the jail's own /run. Anything else at
+//! /etc/resolv.conf is renamed into a directory of ours, and a new file takes its name. At the close, or after a crash,
+//! the image's own file is renamed back unless somebody has touched the new one.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -34,10 +35,10 @@ pub(crate) fn needs_replacing(image_root: &Tree, text: &[u8], own_run: bool) -> 
     })
 }
 
-/// Puts the pod's resolv.conf, or the node's, into the image until [`SIDECAR`] restores the image's own, for programs that run
-/// while no jail is open, and for plain sessions.
+/// Puts the pod's resolv.conf, or the node's, into the image until [`SIDECAR`] restores the image's own, for programs
+/// that run while no jail is open, and for plain sessions.
 pub(crate) fn lend(image_root: &Tree) -> Result<()> {
-    // An earlier run may have been killed during this.
+    // An earlier run may have been killed before it restored the file.
     SIDECAR.restore(image_root)?;
     match of_container() {
         // Decided for plain mode, in which /run is the image's own.
@@ -61,21 +62,21 @@ pub(crate) const ENVIRONMENT: Replacer = Replacer(layout::RESOLV_CONF);
 pub(crate) const SIDECAR: Replacer = Replacer(layout::SIDECAR_RESOLV_CONF);
 
 /// Directories of the image that can contain a replacer's directory, best first. A jail covers /proc and /sys with its
-/// own mounts, so that no session sees the saved file there. An image without either has no packages that would notice
-/// it in /etc.
+/// own mounts, so that no session sees the saved file there. An image without these two has no packages that would
+/// notice the saved file in /etc.
 fn locations(image_root: &Tree) -> impl Iterator<Item = Tree> {
     let covered = ["proc", "sys"].into_iter().filter_map(|name| image_root.directory_of_same_mount(name).ok());
     covered.chain(image_root.directory("etc"))
 }
 
 /// Files in a replacer's directory: the image's own resolv.conf; the new file until it is renamed to /etc; and the
-/// record, which holds the inode number of the new file and the SHA-256 of its text. They lie in the image root, where
-/// a session can change them, so they decide about this file only.
+/// record, which holds the inode number of the new file and the SHA-256 of its text. A session can change these files,
+/// which lie in the image root, so they decide about resolv.conf only.
 const ORIGINAL: &str = "original";
 const NEW: &str = "new";
 const RECORD: &str = "note";
 
-/// These files, and the temporary names under which the latter two are written.
+/// Names of these files, and the temporary names under which the new file and the record are written.
 const OURS: [&str; 5] = [ORIGINAL, NEW, RECORD, ".new.ims-sshd", ".note.ims-sshd"];
 
 fn is_directory(tree: &Tree, name: &str) -> bool {
@@ -112,7 +113,7 @@ impl Replacer {
             let mode = Mode::from_raw_mode(0o700);
             match location.keeping_times(|| rustix::fs::mkdirat(&location, self.0, mode).map_err(Into::into)) {
                 Ok(()) => return Ok(location),
-                // The replacer lives: the directory of a killed one was removed at the start.
+                // A replacer of this name is alive: the directory of a killed one was removed at the start.
                 Err(_) if location.directory_without_links(self.0).is_ok() => {
                     return Err(io::ErrorKind::ResourceBusy.into());
                 }
@@ -122,8 +123,8 @@ impl Replacer {
         Err(last)
     }
 
-    /// Restores the image's own file after a replacer of this name was killed. Returns `None` if there was none or it
-    /// lives, else whether the new file was changed.
+    /// Restores the image's own file after a replacer of this name was killed. Returns `None` if none was killed or one
+    /// is alive, else whether the new file was changed.
     pub(crate) fn restore(&self, image_root: &Tree) -> Result<Option<bool>> {
         for location in locations(image_root) {
             let Ok(saved) = location.directory_without_links(self.0) else { continue };
@@ -142,8 +143,8 @@ impl Replacer {
     }
 }
 
-/// Locks a replacer's directory. Fails with [`io::ErrorKind::ResourceBusy`] if another process has locked it. On a file
-/// system without locks (NFS) nobody has.
+/// Locks a replacer's directory. Fails with [`io::ErrorKind::ResourceBusy`] if another process has locked it, which
+/// cannot be seen on a file system without locks (NFS).
 fn lock(saved: &Tree) -> io::Result<OwnedFd> {
     let directory = saved.reopen()?;
     match rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive) {
@@ -170,8 +171,8 @@ impl Replaced {
         })
     }
 
-    /// Restores the image's own file unless somebody has changed the new one, which then stays. Returns whether it was
-    /// changed.
+    /// Restores the image's own file unless somebody has changed the new file, which then stays. Returns whether the
+    /// new file was changed.
     pub(crate) fn restore(&self) -> Result<bool> {
         let restore = || -> io::Result<bool> {
             let saved = match self.directory() {
@@ -199,7 +200,7 @@ impl Replaced {
             .advise("remove that directory from the image"))
     }
 
-    /// Renames the saved file back unless the new one was changed. Returns whether it was.
+    /// Renames the saved file back unless the new file was changed. Returns whether the new file was changed.
     fn restore_from(&self, saved: &Tree) -> io::Result<bool> {
         let has_original = saved.look(ORIGINAL)?.is_some();
         let record = saved.read(RECORD, LIMIT).unwrap_or_default();

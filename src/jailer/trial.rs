@@ -21,7 +21,7 @@ use crate::volume::state_directory::StateDirectory;
 pub(crate) struct Choice {
     /// Tier of the jail.
     pub(crate) tier: Tier,
-    /// Kind of its /proc: a new procfs or the container's.
+    /// Kind of the jail's /proc: a new procfs or the container's.
     pub(crate) proc: Proc,
     /// Mount namespace of the trial jail, which contains nothing but the empty directory. A jail cloned from this
     /// namespace does not copy the container's mounts. Only the tier `namespace` uses it: in a user namespace the

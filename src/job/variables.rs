@@ -498,7 +498,7 @@ impl Reader {
         seconds
     }
 
-    /// Number of seconds of a limit that ends something: 0 would end it at once.
+    /// Reads a limit in seconds after which something ends. 0, which would end it at once, is refused.
     pub(crate) fn limit(&mut self, name: &str) -> Option<Duration> {
         let limit = self.seconds(name)?;
         if limit.is_zero() {

@@ -42,7 +42,7 @@ pub fn start(format: Option<Format>) -> Result<()> {
         "error" | "critical" => Ok(LevelFilter::ERROR),
         _ => Err(Error::bad_input(format!("LOG_LEVEL is '{level}': expected DEBUG, INFO, WARNING or ERROR"))),
     };
-    // Text on standard error needs no log; a collector expects JSON of every line.
+    // If the level is refused, only JSON needs a log for that error: a collector expects JSON in every line.
     if filter.is_ok() || format == Format::Json {
         let level = *filter.as_ref().unwrap_or(&LevelFilter::INFO);
         let subscriber = subscriber(format, level, std::io::stderr().is_terminal(), std::io::stderr);

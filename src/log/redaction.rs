@@ -34,17 +34,18 @@ const SECRET: [&str; 20] = [
     "sharedaccesssignature",
 ];
 
-/// Suffixes of parts (between separators) of such names.
+/// Suffixes of a name's parts (between separators) that make the name's value secret.
 const SECRET_ENDS: [&str; 3] = ["token", "pass", "pwd"];
 
-/// Whole parts of such names.
+/// Whole parts of a name that make the name's value secret.
 const SECRET_PARTS: [&str; 7] = ["pw", "rootpw", "bindpw", "psk", "otp", "auth", "authtok"];
 
-/// Words and variables that only look similar.
+/// Names that only look like those of secrets.
 const HARMLESS: [&str; 10] =
     ["pwd", "oldpwd", "compass", "bypass", "trespass", "surpass", "encompass", "overpass", "underpass", "multipass"];
 
-/// Prefixes and suffixes of names that describe a secret, such as where it is stored.
+/// First parts of names that describe a secret, such as where it is stored; `HARMLESS_ENDS` has last parts of such
+/// names.
 const HARMLESS_STARTS: [&str; 10] =
     ["no", "ask", "without", "max", "min", "num", "number", "permit", "require", "prompt"];
 const HARMLESS_ENDS: [&str; 27] = [
@@ -220,7 +221,7 @@ impl Lines {
     }
 }
 
-/// A text and its quotes and words. It is not parsed like a shell would: it may be a program's output, or truncated.
+/// A text with its quotes and words. It is not parsed as by a shell: it may be a program's output, or truncated.
 struct Line<'a> {
     text: &'a str,
     /// Ranges between outermost quotes.
@@ -272,7 +273,7 @@ impl Line<'_> {
             let quote = quote_at(text, value);
             let is_quoted = quote.is_some();
             let spaced = separator == ":" && text[at..value].contains([' ', '\t']);
-            // Both '--password=a b' and "PASSWORD=a b".
+            // A quote before the name ends the value too: '--password=a b', "PASSWORD=a b".
             let around = quote_before(text, start)
                 .map(|quote| self.close(start - quote.len(), quote).map_or(limit, |close| close - quote.len()));
             found.push(if let Some(quote) = quote.filter(|_| separator == ":") {
@@ -381,7 +382,7 @@ impl Line<'_> {
         found
     }
 
-    /// End of the enclosing quotes, or of the text.
+    /// End of the quotes around this position, or of the text.
     fn limit(&self, at: usize) -> usize {
         self.quoted.iter().find(|quoted| quoted.start <= at && at <= quoted.end).map_or(self.text.len(), |q| q.end)
     }
@@ -565,7 +566,7 @@ pub(crate) fn login(text: &str, authority: usize) -> Option<Range<usize>> {
     let rest = &text[authority..];
     let word = &rest[..rest.find(|c: char| c.is_whitespace() || "\"'<>".contains(c)).unwrap_or(rest.len())];
     let host = &word[..word.find(['/', '?', '#']).unwrap_or(word.len())];
-    // A password with an unescaped '/': text that is no port follows the colon.
+    // A password may contain an unescaped '/': the text after the colon is then no port.
     let odd = || {
         let (_, port) = host.split_once(':')?;
         port.contains(|c: char| !c.is_ascii_digit()).then(|| word.rfind('@')).flatten()

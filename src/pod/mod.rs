@@ -1,4 +1,4 @@
-//! Programs in a pod beside the build environment.
+//! Programs of a pod other than the build environment.
 
 pub mod pod_files;
 pub mod sidecar;

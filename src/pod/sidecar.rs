@@ -39,7 +39,7 @@ use crate::volume::image_root;
 use crate::volume::layout::{BUILD_FAILED, EXITING, POD_ERROR, READY, SOURCE, SSHD_LISTENING, TRANSFER};
 use crate::volume::signal_files::{LOOK_EVERY, SignalFiles, Stamp, Step, Watch};
 
-/// Longest reason of a failed build that is told, in bytes.
+/// Maximum length of a failed build's reason in a message, in bytes.
 const LONGEST_REASON: u64 = 16 << 10;
 
 /// Longest time for which an environment may have no claim on the volume; it has none while its container restarts.
@@ -51,7 +51,7 @@ const LOOK_SOON: Duration = Duration::from_millis(20);
 /// Time for the environment to close after this container was asked to terminate.
 const CLOSE_TIME: Duration = Duration::from_secs(20);
 
-/// Longest reason of a failed image that is told, in bytes.
+/// Maximum length of a failed image's reason in a message, in bytes.
 const LONGEST_CAUSE: u64 = 200;
 
 /// Report of an image that was packed without a store to publish it in.
@@ -64,9 +64,9 @@ fn packed_only(archive: &Path) -> Value {
 pub struct Places {
     /// Public keys of users who may log in.
     pub authorized_keys: PathBuf,
-    /// Configuration of sshd, unless the default.
+    /// Configuration of sshd; `None` for the default.
     pub sshd_config: Option<PathBuf>,
-    /// Directory from which sshd in the other container reads both.
+    /// Directory from which sshd in the other container reads keys and configuration.
     pub sshd_directory: PathBuf,
     /// Directory of CA certificates for the image.
     pub authorities: PathBuf,
@@ -83,8 +83,8 @@ enum Ended {
     Failed,
 }
 
-/// Runs a sidecar from start to end. Refused `settings` are reported to the build environment and, if they name one, to
-/// IMS. `given` are the argument and variables that they were read from.
+/// Runs a sidecar from start to end. Refused `settings` are reported to the build environment and, if an IMS is named,
+/// to IMS. `given` are the argument and variables that the settings were read from.
 pub fn run(
     settings: Result<Settings>,
     given: (Option<PathBuf>, Vec<(OsString, OsString)>),
@@ -114,7 +114,7 @@ pub fn run(
     let files = match files {
         Ok(files) => files,
         Err(error) => {
-            // Another sidecar may be running.
+            // Close the environment only if no other sidecar is running.
             let files = parent.and_then(|parent| SignalFiles::open(&parent).ok()?);
             if let Some(files) = files
                 && let Ok(_claim) = files.claim_for(Step::Sidecar)
@@ -142,7 +142,8 @@ pub fn run(
         };
         sidecar.old = sidecar.stamps();
         let result = sidecar.live();
-        // Rolled back before IMS hears of the failure, which ends the job with its volume. `publish` rolls back itself.
+        // Roll back before the failure is reported to IMS: that ends the job and its volume. `publish` rolls back
+        // itself.
         if result.is_err()
             && !sidecar.has_published
             && let Err(e) = sidecar.publication().give_up(&mut sidecar.journal)
@@ -167,8 +168,8 @@ pub fn run(
 /// Marks the image failed, to close an environment that waits for `ready` or is open: nobody would publish its image.
 fn close_environment(files: &SignalFiles) {
     let stands = |name| files.stands(name).unwrap_or(false);
-    // A closed environment has its verdict. Without 'ready', 'exiting' is left from an earlier environment; beside a
-    // claim, a session created it.
+    // A closed environment has its verdict. It is not closed if 'ready' is missing, since 'exiting' is then left from
+    // an earlier environment, nor if the volume is claimed, since a session then created 'exiting'.
     if stands(READY) && stands(EXITING) && !files.is_claimed() {
         return;
     }
@@ -246,13 +247,14 @@ impl<'a> Sidecar<'a> {
                 }
                 let ended = self.shell(image_root.as_ref())?;
                 if let Some(image_root) = &image_root {
-                    // An environment that was killed left its own text in place of ours.
+                    // A killed environment has left its own text in place of ours.
                     ENVIRONMENT.restore(image_root)?;
                     if SIDECAR.restore(image_root)? == Some(true) {
                         tracing::info!("/{RESOLV_CONF} of the image was changed, and keeps its new content");
                     }
                 }
-                // IMS records images of recipes: one that was mended by hand is not what its recipe makes.
+                // Publish nothing that was mended by hand: IMS records images of recipes, and this is not what its
+                // recipe makes.
                 if action == Action::Create && self.settings.ims.is_some() && self.settings.job.id.is_some() {
                     return Err(
                         self.build_failed("correct the recipe; a tree that was mended by hand is not published")
@@ -267,7 +269,7 @@ impl<'a> Sidecar<'a> {
             self.journal.phase = Phase::Packing;
             self.journal.write(self.directory)?;
         } else if wants_shell && !self.files.stands(EXITING)? && !self.files.stands(READY)? {
-            // The pod has started over, and its environment has nothing left to do.
+            // The pod was started again, and its environment has nothing left to do: close it.
             tracing::info!("the image was marked complete before: publishing it, without another session");
             self.files.mark_instead_of_ready(Verdict::Complete)?;
         }
@@ -292,7 +294,7 @@ impl<'a> Sidecar<'a> {
         Error::new("publish the image").because(format!("its build failed{why}")).advise(advice)
     }
 
-    /// Returns whether there is a verdict file, as an environment leaves it before `exiting`.
+    /// Returns whether there is a verdict file, which an environment creates before `exiting`.
     fn has_verdict(&self, image_root: Option<&Tree>) -> Result<bool> {
         Ok(self.files.stands(Verdict::Complete.signal_file())? || self.is_marked_failed(image_root))
     }
@@ -316,7 +318,7 @@ impl<'a> Sidecar<'a> {
         Ok(self.say_failed(action))
     }
 
-    /// Says that the image failed, and why if an environment has left a reason: nobody need have marked it.
+    /// Says that the image failed, and why if an environment has left a reason. An image can fail without a mark.
     fn failed(&self) -> String {
         let why = self.files.parent().read(Verdict::Failed.signal_file(), LONGEST_CAUSE).unwrap_or_default();
         match String::from_utf8_lossy(&why).trim() {
@@ -342,7 +344,7 @@ impl<'a> Sidecar<'a> {
             "nothing is left to do; for another image in {}, run 'ims-sshd prepare --fresh' first",
             self.files.path().display()
         );
-        // The pod has started over, and its environment has nothing left to do.
+        // The pod was started again, and its environment has nothing left to do: close it.
         if !self.files.stands(EXITING)? && !self.files.stands(READY)? {
             self.files.mark_instead_of_ready(verdict)?;
         }
@@ -365,10 +367,10 @@ impl<'a> Sidecar<'a> {
         Ok(Some(0))
     }
 
-    /// Ends a job that IMS calls a success. That alone proves nothing, and the volume may be new: verifies the image
-    /// first.
+    /// Ends a job whose status in IMS is success. The status alone proves nothing, and the volume may be new, so the
+    /// image is verified first.
     fn published_before(&mut self, job: &records::Job) -> Result<u8> {
-        // In any case the status stays, and nothing of the image is rolled back.
+        // In any case the job's status stays, and nothing of the image is rolled back.
         self.journal.is_told = true;
         let refused = |why: &dyn std::fmt::Display| {
             let refused = Error::new("accept the job as published, although its status in IMS is success").because(why);
@@ -379,7 +381,7 @@ impl<'a> Sidecar<'a> {
         let publication = self.publication();
         let record = self.work.unless_interrupted(publication.look_at(&image)).map_err(|e| refused(&e))?;
         if !self.files.stands(EXITING)? && !self.files.stands(READY)? {
-            // The pod has started over, and its environment has nothing left to do.
+            // The pod was started again, and its environment has nothing left to do: close it.
             self.files.mark_instead_of_ready(Verdict::Complete)?;
         }
         let place = record.link.as_ref().map_or("", |link| &link.path);
@@ -418,10 +420,11 @@ impl<'a> Sidecar<'a> {
         [Verdict::Failed.signal_file(), EXITING].map(|name| self.files.stamp(name))
     }
 
-    /// Checks, before anybody changes the image, that it can be published. Only warns of what may be corrected by then.
+    /// Checks, before anybody changes the image, that it can be published. Only warns of what a session may still
+    /// correct.
     fn check(&mut self, image_root: Option<&Tree>, action: Action) -> Result<()> {
         check_public_keys("--authorized-keys", &self.places.authorized_keys)?;
-        // With a job, its record was read from IMS already.
+        // With a job ID, IMS has answered before: the job's record was read.
         if self.settings.job.id.is_none() {
             self.ims.check()?;
         }
@@ -437,7 +440,8 @@ impl<'a> Sidecar<'a> {
             );
             return Ok(());
         }
-        // A session may install a missing file. A failed build has none.
+        // Only warn: a session may install a missing boot file. A failed build is not checked, since it has no boot
+        // files.
         if let (Action::Customize, Some(image_root)) = (action, image_root)
             && let Err(missing) = boot::find(image_root, boot, job.arch())
         {
@@ -451,7 +455,7 @@ impl<'a> Sidecar<'a> {
     fn has_failed_early(&self) -> Result<bool> {
         let Some((_, seconds, nanoseconds)) = self.files.stamp(SOURCE) else { return Ok(false) };
         let is_since = |mark: &Option<Stamp>| mark.is_some_and(|mark| (mark.1, mark.2) > (seconds, nanoseconds));
-        // Beside a claim, an environment waits for 'ready', and the marks are of one before it.
+        // If the volume is claimed, an environment waits for 'ready', and the marks belong to an earlier one.
         Ok(self.old.iter().all(is_since) && !self.files.stands(READY)? && !self.files.is_claimed())
     }
 
@@ -540,7 +544,7 @@ impl<'a> Sidecar<'a> {
             if is_claimed {
                 last_seen = Instant::now();
             }
-            // Sessions of a plain job can create 'exiting'. The environment does so just before it drops its claim.
+            // Sessions of a plain job can create 'exiting'. The environment creates it just before it drops its claim.
             let since = exiting_since.filter(|_| is_exiting).unwrap_or_else(Instant::now);
             exiting_since = is_exiting.then_some(since);
             if is_claimed && !is_warned && since.elapsed() > LOOK_EVERY {
@@ -603,7 +607,7 @@ impl<'a> Sidecar<'a> {
     /// anything.
     fn pack(&mut self, image_root: Option<&Tree>) -> Result<Image> {
         self.ims.set_status(Status::PackagingArtifacts)?;
-        // Missing boot files are reported before packing.
+        // Find the boot files now, so that missing ones are reported before packing.
         let has_store = self.settings.store.url.is_some();
         let (parent, settings) = (self.files.parent(), self.settings);
         let is_transferred = self.files.stands(TRANSFER)?;
@@ -619,7 +623,7 @@ impl<'a> Sidecar<'a> {
         let boot = has_store.then(find).transpose()?;
         let archive = Archive { directory: parent, name: &settings.archive() };
         let rootfs = if is_transferred {
-            // Recorded before the rename: afterwards only the journal says that there is no image root.
+            // Record this before the rename: afterwards only the journal says that there is no image root.
             self.journal.phase = Phase::Packed;
             self.journal.write(self.directory)?;
             parent.rename(TRANSFER, archive.name).attempt(|| format!("rename {TRANSFER}"))?;
@@ -642,7 +646,7 @@ impl<'a> Sidecar<'a> {
             self.journal.write(self.directory)?;
             packed
         } else {
-            // Packed before a restart; another file may have this name now.
+            // The image was packed before a restart. Check the file, since another may have this name now.
             let packed = archive.open_squashfs()?;
             if let Some(image_root) = image_root {
                 packed::check(parent, &archive, &packed, image_root)?;

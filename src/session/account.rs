@@ -1,4 +1,4 @@
-//! The account of the image's root, from any content of its passwd and group files.
+//! The account of the image's root, read from passwd and group files of any content.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -28,7 +28,7 @@ pub struct Account {
 pub(crate) const DEFAULT_SHELL: &str = "/bin/sh";
 
 /// Largest passwd or group file that is read, in bytes: enough for 50,000 users. A larger file counts as missing,
-/// because every session reads them.
+/// because every session reads both files.
 const LIMIT: u64 = 4 << 20;
 
 /// Longest line of passwd; a longer one counts as missing. The home directory is an argument of every program, and the
@@ -87,8 +87,8 @@ impl Account {
 /// Most supplementary groups. The kernel allows 65536, but no root needs that many.
 const MOST_GROUPS: usize = 1024;
 
-/// Unlike getpwuid, getgrouplist knows no comments: on the booted image too, root is in a group whose line is commented
-/// out.
+/// Supplementary groups of the user `name`. Comments are not skipped: getgrouplist, unlike getpwuid, knows none, so on
+/// the booted image too, root is in a group whose line is commented out.
 fn groups_of(name: &[u8], group: &[u8]) -> Vec<u32> {
     let lines = group.split(|&b| b == b'\n').map(|line| line.splitn(4, |&b| b == b':').collect::<Vec<_>>());
     lines
@@ -239,7 +239,7 @@ mod tests {
         }
     }
 
-    /// Mostly pieces that mean something in these files.
+    /// Text of pieces that mostly mean something in passwd and group files.
     fn soup() -> impl Strategy<Value = Vec<u8>> {
         let known =
             prop::sample::select(&["root", "root:x:0:0:", "g:x:5:root", ":", "0", ",", "/", "#", "\n", "\n", "\0"][..]);

@@ -39,8 +39,8 @@ impl Outside {
         // A killed process with the same ID may have left its socket.
         let name = format!("ssh-agent.{}", getpid());
         run.remove(&name)?;
-        // A name without a slash: whatever a session puts there, the kernel creates the socket in this directory or not
-        // at all.
+        // Bind to a name without a slash: whatever a session puts in /run, the kernel creates the socket in this
+        // directory or not at all.
         rustix::process::fchdir(&run)?;
         // Only for root, like sshd's own socket.
         let umask = rustix::process::umask(Mode::from_raw_mode(0o177));
@@ -116,7 +116,7 @@ impl Agent {
         Ok(Connection { ends: [inside, outside], flows: Default::default() })
     }
 
-    /// Removes the socket. If a session has put another file there, that one is removed, from the jail's tmpfs.
+    /// Removes the socket, or a file that a session has put in its place; either is in the jail's tmpfs.
     pub(crate) fn remove(&self) {
         let _ = self.run.remove(&self.name);
     }

@@ -37,7 +37,7 @@ const PASSED_ON: [Signal; 8] = [
     Signal::SIGTSTP,
 ];
 
-/// Streams that this process serves beside the session's program.
+/// Streams that this process serves while the session's program runs.
 pub(crate) struct Beside {
     /// The client's agent.
     pub(crate) agent: Option<Agent>,
@@ -46,8 +46,8 @@ pub(crate) struct Beside {
 }
 
 /// Starts the `inner` stage in the jail that was [`join`](crate::jail::enter::join)ed, with these `streams`, in
-/// `directory` or else in the current directory, which is inside. Serves what is `beside` it meanwhile. Calls `ended`,
-/// and then ends as the inner stage did, with its exit code or by the same signal.
+/// `directory` or else in the current directory, which is inside. Serves `beside` meanwhile. When the inner stage has
+/// ended, calls `ended`, and then ends in the same way, with its exit code or by the same signal.
 pub(crate) fn run(
     record: &Record,
     joined: &Joined,
@@ -75,7 +75,7 @@ pub(crate) fn run(
     let child = child.attempt(|| "start a process in the jail")?;
     streams.close();
     beside.typed.iter().for_each(|typed| typed.join(child));
-    // Without cleanup: the client waits for this process to end.
+    // Exit without cleanup: the client waits for this process to end.
     exit_now(attend(child, &signals, &mut terminal, streams, beside, ended))
 }
 
@@ -144,7 +144,7 @@ fn attend(
         sources.extend(typed.iter().map(|typed| PollFd::new(typed, PollFlags::IN)));
         let _ = rustix::event::poll(&mut sources, None);
         let ready: Vec<_> = sources[of_agent].iter().map(|source| !source.revents().is_empty()).collect();
-        // Read without waiting.
+        // Needs no event, since its socket does not block.
         if typed.as_mut().is_some_and(|typed| !typed.pass_on()) {
             typed = None;
         }
@@ -180,7 +180,7 @@ impl Terminal {
     fn of_this_process() -> Self {
         let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
         let mut streams = [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()].into_iter();
-        // The kernel tells the foreground process group only of the controlling terminal.
+        // tcgetpgrp(3) succeeds for the controlling terminal only.
         let terminal = streams.find(|stream| tcgetpgrp(stream).is_ok());
         let fd = terminal.and_then(|terminal| terminal.try_clone_to_owned().ok());
         let mut this = Self { fd, leader: getsid(None) == Ok(getpid()), lent: false };
@@ -213,8 +213,8 @@ impl Terminal {
     /// Handles a child that was stopped.
     fn stopped(&mut self, child: Pid, signal: Signal) {
         if self.leader {
-            // Nobody could continue it. After a plain login its process group would be orphaned and these signals would
-            // have no effect; continuing it at once has the same result.
+            // Nobody could continue the child. After a plain login, its process group would be orphaned and these
+            // signals would have no effect; continuing the child at once has the same result.
             if matches!(signal, Signal::SIGTSTP | Signal::SIGTTIN | Signal::SIGTTOU) {
                 self.show_in_front(child);
                 let _ = killpg(child, Signal::SIGCONT);

@@ -43,7 +43,8 @@ pub struct Errand {
 }
 
 impl Errand {
-    /// The inner stage with these words, for [`Exec::replace_this_process_by`]. EINVAL for a string with a NUL byte.
+    /// The inner stage with this errand as its command line, for [`Exec::replace_this_process_by`]. EINVAL for a string
+    /// with a NUL byte.
     pub(crate) fn program(&self, environment: &[(OsString, OsString)]) -> nix::Result<Exec> {
         let words = Arguments::Inside(self.to_words()).to_argv();
         let environment = environment.iter().map(|(name, value)| (name.as_os_str(), value.as_os_str()));
@@ -100,7 +101,7 @@ pub fn run(errand: &Errand) -> Result<u8> {
     if transfer {
         check_what_sftp_server_opens(&image_root)?;
     }
-    // The container's sftp-server needs no setting of the image, and one could keep it from starting.
+    // The container's sftp-server needs no variable from the image, and one could keep it from starting.
     let of_image = if transfer { Vec::new() } else { etc_environment::read(&image_root) };
     let mut environment = session_environment(std::env::vars_os().collect(), &account, of_image);
     let is_entered = matches!(request, Request::Program(words) if words.is_empty());
@@ -118,7 +119,7 @@ pub fn run(errand: &Errand) -> Result<u8> {
     if !errand.beside {
         go_home(&image_root, &account.home);
     }
-    // The Rust runtime ignores SIGPIPE, which `yes | head` would inherit.
+    // This program ignores SIGPIPE, and `yes | head` would not end if it inherited that.
     default_disposition(Signal::SIGPIPE).attempt(|| "restore SIGPIPE")?;
     umask::restore_callers();
     let programs = programs.iter().map(|program| Ok((program, program.prepared(&environment)?)));
@@ -163,7 +164,7 @@ fn programs(request: &Request, account: &Account) -> Vec<Program> {
         let arguments = match request {
             Request::Command(command) => vec![name.to_owned(), "-c".into(), command.clone()],
             _ => {
-                // A name that begins with a dash makes it a login shell.
+                // An argv[0] that begins with a dash makes it a login shell.
                 let mut dashed = OsString::from("-");
                 dashed.push(name);
                 vec![dashed]
@@ -192,15 +193,17 @@ fn on_path(words: &[OsString]) -> Vec<Program> {
     directories.split(':').map(candidate).collect()
 }
 
-/// sftp-server's options where it is started in a working directory outside the root. It must leave that directory, but
-/// stays there if it cannot change to its start directory. So anything that could override our `-d` (another `-d`, the
-/// end of options) is dropped, the start directory must exist, and a `%`, which sftp-server expands, is doubled.
+/// sftp-server's options where it is started in a working directory outside the root. sftp-server must leave that
+/// directory, but stays there if it cannot change to its start directory. So anything that could override our `-d`
+/// (another `-d`, the end of options) is dropped, the start directory must exist, and a `%`, which sftp-server expands,
+/// is doubled.
 fn beginning_in_image(options: &[OsString], home: &Path, image_root: &Tree) -> Vec<OsString> {
     let mut kept = Vec::new();
     let mut wanted = None;
     let mut words = options.iter();
     while let Some(word) = words.next() {
-        // Options of sftp-server(8). Each is a word of its own here, and its value is the next word.
+        // Options of sftp-server(8). Each has to be a word of its own, with its value in the next word; at any other
+        // word, the rest is dropped.
         match word.as_encoded_bytes() {
             b"-c" | b"-e" | b"-h" | b"-R" => kept.push(word.clone()),
             b"-f" | b"-l" | b"-P" | b"-p" | b"-Q" | b"-u" => {
@@ -320,7 +323,7 @@ fn advice(error: Errno, interpreter: Option<&str>) -> String {
         }
         Some(line) if missing => format!("its first line names {}, which the image lacks", Printable(line)),
         _ if missing => "the program or its loader does not exist".to_owned(),
-        // binfmt_script and a chain of links end in it.
+        // ELOOP is the error of scripts that interpret each other (binfmt_script), and of a cycle of links.
         Some(line) if error == Errno::ELOOP => {
             format!("its first line names {}, which leads to itself", Printable(line))
         }

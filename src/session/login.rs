@@ -25,12 +25,12 @@ use crate::sys::tree::Tree;
 
 /// Enters the jail of the record at `jail` and carries out `request` there. This process ends as the request does.
 pub fn run(jail: &Path, request: Request) -> Result<Infallible> {
-    // First of all: it must not keep open what is opened here.
+    // Start the listener first: it must not inherit the descriptors that are opened here.
     let typed = typed_signals(&request);
     let mut streams = Streams::of_this_process()?;
     let record = &Record::read(jail)?;
     let at_terminal = std::io::stdin().is_terminal();
-    // Reported now, while the container's sockets can still be reached.
+    // Report the session now, while the container's sockets can still be reached.
     let told = Report::begin(jail, Beginning::of_this_session(&request, at_terminal));
     let beside = outside_sftp_directory(jail, record, &request)?;
     let agent = agent_outside(record, &request);
@@ -49,7 +49,7 @@ pub fn run(jail: &Path, request: Request) -> Result<Infallible> {
     environment.extend(agent.as_ref().map(|agent| ("SSH_AUTH_SOCK".into(), agent.path().into())));
     let transfer = matches!(request, Request::Sftp(_));
     let (job, image) = (record.job.clone(), record.image.clone());
-    // One of `enter` has no login.
+    // A session of `enter` has no login, so a message must not advise another one.
     let is_login = !matches!(request, Request::Program(_));
     let parent = std::os::unix::process::parent_id();
     let errand = Errand { request, beside: beside.is_some(), job, image, in_place: record.in_place };
@@ -71,25 +71,25 @@ pub fn run(jail: &Path, request: Request) -> Result<Infallible> {
     front::run(record, &joined, &inner, streams, beside.as_ref(), Beside { agent, typed }, ended)
 }
 
-/// Listens for signals typed at the terminal of `enter`, whose command is not always told alone of them.
+/// Listens for signals typed at the terminal of `enter`, which the kernel sends to the command's process group only.
 fn typed_signals(request: &Request) -> Option<Typed> {
     let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
     let is_at_terminal = stdin.is_terminal() || stdout.is_terminal() || stderr.is_terminal();
-    // Without it, the command alone hears them.
+    // Without a listener, the command alone gets typed signals.
     (is_at_terminal && matches!(request, Request::Program(_))).then(|| Typed::start().ok()).flatten()
 }
 
-/// Tells systemctl that systemd is not running. Older versions do not notice it without /proc.
+/// Tells systemctl that systemd is not running. Older versions of systemctl do not notice that without /proc.
 const OFFLINE: &str = "SYSTEMD_OFFLINE";
 
-/// Time for a killed init to end after this session's process: it ends only after it has waited for all others in the
+/// Time for a killed init to end after this session's process: the init's end waits for all other processes of the
 /// jail.
 const TIME_TO_FOLLOW: Duration = Duration::from_millis(200);
 
 const JAIL_ENDED: &str = "the jail has ended: the environment is closing, or its init was killed; if it is not closing, log in again in \
     a moment";
 
-/// For a command of `enter`, or one that runs unattended.
+/// Message for a command of `enter`, or one that runs unattended.
 const KILLED: &str =
     "ims-sshd was killed, and everything in the image ended with it; 'ims-sshd status' shows what is left";
 

@@ -108,7 +108,7 @@ impl Packet {
 pub(crate) struct Report(Option<Packets>);
 
 impl Report {
-    /// Reports the beginning to the socket beside the record at `jail`.
+    /// Reports the beginning to the supervisor's socket, which is next to the record `jail`.
     pub(crate) fn begin(jail: &Path, beginning: Beginning) -> Self {
         let packets = Packets::connect(&jail.with_file_name(SOCKET)).ok();
         Self(packets.filter(|p| p.send(&Packet::Begin(beginning).to_bytes()).is_ok()))

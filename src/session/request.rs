@@ -18,8 +18,8 @@ pub enum Request {
 impl Request {
     /// Parses `SSH_ORIGINAL_COMMAND`, which sshd leaves unset for a shell.
     ///
-    /// For the sftp subsystem it has the server's command from sshd_config: literally `internal-sftp` with its options,
-    /// or the path of the container's sftp-server. A person who types one of these means the same.
+    /// For the sftp subsystem, the variable has the server's command from sshd_config: literally `internal-sftp` with
+    /// its options, or the path of the container's sftp-server. A person who types such a command gets the same.
     pub fn from_original_command(command: Option<&OsStr>) -> Self {
         let Some(command) = command else { return Self::Shell };
         match command.to_str().and_then(sftp_options) {
@@ -37,7 +37,7 @@ fn sftp_options(command: &str) -> Option<Vec<OsString>> {
     }
     let mut words = command.split_ascii_whitespace();
     let server = words.next()?;
-    // Compared as text: as a path, one with a trailing `/` or `/.` would be equal, and names no program.
+    // Compare as text: a path with a trailing `/` or `/.` would compare equal, but names no program.
     let known = server == "internal-sftp" || server.starts_with('/') && server.ends_with("/sftp-server");
     known.then(|| words.map(OsString::from).collect())
 }

@@ -8,8 +8,8 @@ use crate::sys::tree::Tree;
 /// Directories of terminfo databases in the distributions' builds of ncurses (terminfo(5)).
 const DATABASES: [&str; 4] = ["etc/terminfo", "lib/terminfo", "usr/lib/terminfo", "usr/share/terminfo"];
 
-/// True if the image has terminfo databases but no entry for this terminal. An image without any has no program that
-/// needs one.
+/// True if the image has terminfo databases but no entry for this terminal. An image without any database has no
+/// program that needs an entry.
 pub(crate) fn is_unknown(terminal: &OsStr, image_root: &Tree) -> bool {
     let name = terminal.as_bytes();
     let [first, ..] = name else { return false };

@@ -1,8 +1,8 @@
 //! Signals typed at the terminal of a command of `enter`. The kernel sends them to the command's process group alone,
-//! so that a process of ours listens in that group.
+//! so a process of ours, the listener, is in that group.
 //!
-//! The listener is started before the jail is entered: it is in no PID namespace of the jail, and only signals to the
-//! whole group reach it from inside.
+//! The listener is started before the jail is entered, so that it is not in the jail's PID namespace, and only signals
+//! to the whole group reach it from inside.
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -25,7 +25,7 @@ const TYPED: [Signal; 2] = [Signal::SIGINT, Signal::SIGQUIT];
 /// Time for the listener to report what it has heard.
 const TIME_TO_REPORT: Duration = Duration::from_secs(1);
 
-/// The listener, and this process's parent, which it tells of typed signals.
+/// The listener, and this process's parent, to which typed signals are passed on.
 pub(crate) struct Typed {
     socket: UnixStream,
     listener: Pid,
@@ -33,7 +33,7 @@ pub(crate) struct Typed {
 }
 
 impl Typed {
-    /// Starts the listener. It hears nothing yet.
+    /// Starts the listener, which gets no signals before [`Typed::join`].
     pub(crate) fn start() -> Result<Self> {
         let attempted = || "start a process that listens for Ctrl-C";
         let (socket, other) = UnixStream::pair().attempt(attempted)?;
@@ -54,8 +54,8 @@ impl Typed {
         let _ = setpgid(self.listener, group);
     }
 
-    /// Sends what was typed to the parent, which tells it from other signals by its sender. Returns false if the
-    /// listener has ended.
+    /// Sends typed signals to the parent, which distinguishes them from other signals by their sender. Returns false if
+    /// the listener has ended.
     pub(crate) fn pass_on(&mut self) -> bool {
         let mut heard = [0; 16];
         match self.socket.read(&mut heard) {
@@ -70,8 +70,8 @@ impl Typed {
         }
     }
 
-    /// Ends the listener once the command has ended. What was typed before that has reached it: the kernel sends a
-    /// signal to a whole group before a process of the group can end (`tasklist_lock`).
+    /// Ends the listener once the command has ended. All signals typed before the command's end have reached the
+    /// listener: the kernel sends a signal to a whole group before a process of the group can end (`tasklist_lock`).
     pub(crate) fn end(mut self) {
         let _ = kill(self.listener, Signal::SIGCONT);
         let _ = self.socket.shutdown(Shutdown::Write);
@@ -84,7 +84,7 @@ impl Typed {
     }
 
     fn tell(&self, number: u8) {
-        // A parent that was killed is replaced by another process.
+        // If the parent was killed, another process is the parent now, and must not get the signal.
         if let Ok(signal) = Signal::try_from(i32::from(number))
             && getppid() == self.parent
         {
@@ -99,7 +99,7 @@ impl AsFd for Typed {
     }
 }
 
-/// Reports typed signals until the other end of `socket` closes. No signal but SIGKILL ends it.
+/// Reports typed signals until the other end of `socket` closes. Only SIGKILL ends the listener earlier.
 fn listen(socket: &UnixStream) -> Result<()> {
     let attempted = || "listen for Ctrl-C";
     let all: Vec<_> = Signal::iterator().collect();

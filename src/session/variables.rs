@@ -14,8 +14,8 @@ const DROPPED: &[&str] = &["SSH_AUTH_SOCK", "SSH_USER_AUTH", "SSH_ORIGINAL_COMMA
 /// Names that describe the client or the job, which no file of the image may set.
 const RESERVED: &[&str] = &["SSH_*", "IMS_*"];
 
-/// Names that /etc/environment of the image overrides, as on the booted image, where its locale also precedes the
-/// client's.
+/// Names that /etc/environment of the image overrides, as on the booted image, where the locale in that file also takes
+/// precedence over the client's.
 const CHANGED: &[&str] = &["PATH", "MAIL", "LANG", "LANGUAGE", "LC_*", "SYSTEMD_OFFLINE"];
 
 /// Login PATH before any profile is read.
@@ -25,7 +25,7 @@ pub(crate) const LOGIN_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/u
 const OWN: [&str; 6] = ["USER", "LOGNAME", "HOME", "SHELL", "PATH", "MAIL"];
 
 /// Variables that enter the jail: those of `given` that match [`KEPT`] or `keep` (names from the server's
-/// configuration). The container's own variables (PATH, HOME, `LD_*`, `BASH_ENV` and all others) do not.
+/// configuration). The container's own variables (PATH, HOME, `LD_*`, `BASH_ENV` and all others) do not enter.
 pub(crate) fn client_environment(
     given: impl IntoIterator<Item = (OsString, OsString)>,
     keep: &[String],
@@ -67,7 +67,7 @@ pub fn variable(text: &str) -> std::result::Result<(String, String), String> {
 }
 
 /// Variables of a session: the client's, then the account's, then those of the image's /etc/environment, which override
-/// none of the client's or the job's.
+/// only names in [`CHANGED`] and add none in [`RESERVED`].
 pub(crate) fn session_environment(
     client: Vec<(OsString, OsString)>,
     account: &Account,

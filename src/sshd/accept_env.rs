@@ -1,7 +1,7 @@
 //! Variables that clients may set, judged by every `AcceptEnv` in sshd's configuration.
 //!
-//! `sshd -T` answers for one address only, and a `Match` block that applies to another adds its patterns to the list.
-//! (For the other keywords checked here, sshd uses the first value found, which is our fragment's.) So every
+//! `sshd -T` answers for one address only, and a `Match` block that applies to another address adds its patterns to the
+//! list. (For the other keywords checked here, sshd uses the first value found, which is our fragment's.) So every
 //! configuration file is read, and a pattern is judged wherever it stands.
 
 use std::collections::BTreeSet;
@@ -140,8 +140,8 @@ fn each_line(config: &Path, options: &Options, found: &mut dyn FnMut(&str, Line)
     Ok(())
 }
 
-/// sshd has just read this path whole, but it may have been replaced since: a FIFO must not block, nor a large file
-/// fill memory.
+/// Reads at most [`LARGEST`] bytes of a regular file. sshd has just read the whole file at this path, but another may
+/// have taken its place since: a FIFO must not block, nor a large file fill memory.
 fn read_regular(path: &Path) -> io::Result<String> {
     let file = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
     if !file.metadata()?.is_file() {
@@ -201,7 +201,7 @@ impl Line {
         let (keyword, arguments) = read.split_first()?;
         let mut arguments = arguments.to_vec();
         arguments.extend(words(&joined).into_iter().skip(1));
-        // A path with spaces in it.
+        // Words as a shell would split them: a quoted path may contain spaces.
         arguments.extend(shell_words::split(line).unwrap_or_default().into_iter().skip(1));
         match keyword.to_ascii_lowercase().as_str() {
             "acceptenv" => Some(Self::AcceptEnv(arguments)),

@@ -17,8 +17,8 @@ pub fn including(config: &[u8], fragment: &Path) -> Vec<u8> {
     [line.as_bytes(), &without_include(config)].concat()
 }
 
-/// Removes every line that includes a fragment of ours, from whichever environment. sshd does not require UTF-8, nor
-/// does this.
+/// Removes every line that includes a fragment of ours, from whichever environment. Does not require UTF-8, since sshd
+/// does not either.
 pub(crate) fn without_include(config: &[u8]) -> Vec<u8> {
     let is_ours = |line: &[u8]| line.starts_with(b"Include /") && line.trim_ascii_end().ends_with(MARK.as_bytes());
     config.split_inclusive(|&b| b == b'\n').filter(|line| !is_ours(line)).flatten().copied().collect()
@@ -32,9 +32,9 @@ const RAISED_LIMITS: [(&str, &str); 2] = [("maxsessions", "MaxSessions 1000\n"),
 /// Marks our line, at its end.
 const MARK: &str = "# ims-sshd";
 
-/// Text of the fragment. The job's `variables` override `set_env`, those of the configuration without our fragment.
-/// `keywords` are those that the configuration sets. Without `agent`, agent forwarding is off, whatever the
-/// configuration says. With `force_command`, root's sessions are jailed.
+/// Text of the fragment. `variables` of the job override `set_env`, the variables that the configuration sets without
+/// our fragment. `keywords` are those that the configuration sets. Without `agent`, agent forwarding is off, whatever
+/// the configuration says. With `force_command`, root's sessions are jailed.
 pub fn fragment(
     variables: &[(String, String)],
     set_env: &[(String, String)],

@@ -53,7 +53,7 @@ impl Daemon {
         // process.
         let before = Self::children();
         let mut command = Command::new(sshd::program()?);
-        // Sessions get it from sshd, which adds 022.
+        // Sessions get this umask from sshd, which adds 022.
         umask::with_callers(&mut command);
         command.args(&options.words).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         // In a thread of its own: the mount namespace and seccomp filter are for sshd only.
@@ -109,16 +109,16 @@ impl Daemon {
         std::fs::write(path, identity.to_string()).attempt(|| format!("write {}", path.display()))
     }
 
-    /// The listener recorded in the file `path`, if it still runs. A zombie, whose parent does not reap, does not.
+    /// The listener recorded in the file `path`, if it is still running. A zombie that its parent does not reap is not.
     pub fn recorded(path: &Path) -> Option<Entry> {
         let recorded = Identity::parse(&std::fs::read_to_string(path).ok()?)?;
         Entry::read(Pid::from_raw(recorded.pid)).filter(|e| e.identity() == recorded && !e.has_ended())
     }
 
-    /// Every sshd process that has this log open, listener or connection. Until this environment starts sshd, they
-    /// belong to an earlier one.
+    /// Every sshd process that has this log open, listener or connection. Before this environment starts sshd, such
+    /// processes belong to an earlier environment.
     pub(crate) fn with_log(log: &Path) -> Vec<Entry> {
-        // The log may have been removed while they kept it open.
+        // The log may have been removed while the processes keep it open.
         let removed = PathBuf::from(format!("{} (deleted)", log.display()));
         let is_open = |entry: &Entry| {
             std::fs::read_dir(format!("/proc/{}/fd", entry.pid)).is_ok_and(|mut descriptors| {
@@ -206,8 +206,8 @@ pub(crate) struct Clients {
 }
 
 impl Clients {
-    /// Processes below this one that serve clients. Sessions are children of connections; those of a listener that has
-    /// ended count too.
+    /// Processes below this one that serve clients. Sessions are children of connections; connections of a listener
+    /// that has ended count too.
     pub(crate) fn look(&mut self, listener: Option<Pid>) -> Running {
         let mut running = Running::default();
         let mut before = std::mem::take(&mut self.connections);
@@ -219,7 +219,7 @@ impl Clients {
             } else if within_sshd && (!is_sshd || entry.command_line().ends_with("@internal-sftp")) {
                 running.sessions.push(entry);
             } else if is_sshd {
-                // sshd has reaped a session in between, however short that was.
+                // More page faults of children show that sshd has reaped a session since the last poll, however short.
                 let (faults, last_end) = before.remove(&entry.identity()).unwrap_or((0, None));
                 let last_end = if entry.faults_of_children > faults { Some(Instant::now()) } else { last_end };
                 running.last_end = running.last_end.max(last_end);

@@ -33,8 +33,8 @@ impl LoginShell {
         let attempted = || format!("make {} the shell that sshd starts for root", self.program.display());
         let before = std::fs::read(PASSWD).attempt(attempted)?;
         let Some(text) = with_shell(&before, &self.program) else { return Ok(()) };
-        // World-readable: other accounts read it too, such as an AuthorizedKeysCommand's. Its directory keeps everybody
-        // else out.
+        // World-readable, since other accounts read it too, such as the one that runs AuthorizedKeysCommand. The copy's
+        // directory keeps everybody else out.
         std::fs::write(&self.passwd, text).attempt(attempted)?;
         rustix::fs::chmod(&self.passwd, Mode::from_raw_mode(0o644)).attempt(attempted)?;
         nix::sched::unshare(CloneFlags::CLONE_NEWNS).attempt(attempted)?;

@@ -18,7 +18,7 @@ use caps::Capability;
 use crate::error::{Advise, Error, Result};
 use crate::jail::capabilities::lacks;
 
-/// Paths of sshd in distributions. It insists on being started by an absolute path.
+/// Paths of sshd in distributions. sshd insists on being started by an absolute path.
 const SSHD_PLACES: [&str; 3] = ["/usr/sbin/sshd", "/usr/local/sbin/sshd", "/sbin/sshd"];
 
 /// Timeout for sshd to answer or go into the background, normally milliseconds. It may block for ever, on a FIFO in its

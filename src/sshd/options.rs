@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 pub struct Options {
     /// The words as sshd gets them.
     pub(crate) words: Vec<String>,
-    /// The same without `-E`, so that `sshd -T` complains on standard error.
+    /// The words without `-E`, so that `sshd -T` complains on standard error.
     pub(crate) asking: Vec<String>,
     /// `-f`: configuration file.
     pub(crate) config: Option<PathBuf>,
@@ -21,7 +21,7 @@ pub struct Options {
 /// Default of `-f`.
 pub(crate) const DEFAULT_CONFIG: &str = "/etc/ssh/sshd_config";
 
-/// Options with an argument, then those without (sshd(8)).
+/// Letters of options with an argument; `WITHOUT` has those of options without one (sshd(8)).
 const WITH_ARGUMENT: &str = "bCcEfghkopu";
 const WITHOUT: &str = "46eq";
 

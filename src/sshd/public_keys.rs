@@ -47,8 +47,8 @@ pub(crate) fn check_public_keys(option: &str, file: &Path) -> Result<()> {
 const HOST_KEYS: [&str; 5] =
     ["ssh-ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521", "ssh-rsa"];
 
-/// The host key in `text`, without its comment, as a line of known_hosts takes it. `None` unless `text` is one line with
-/// one key of a known kind.
+/// The host key in `text`, without its comment, as a line of known_hosts takes it. `None` unless `text` is one line
+/// with one key of a known kind.
 pub(crate) fn host_key(text: &str) -> Option<String> {
     let line = text.strip_suffix('\n').unwrap_or(text);
     let mut words = line.split(' ');
@@ -62,8 +62,8 @@ pub(crate) fn host_key(text: &str) -> Option<String> {
     is_one.then(|| format!("{kind} {key}"))
 }
 
-/// Returns whether a line holds a key: it follows its type's name, which may follow options, and begins with the
-/// encoded length of that name.
+/// Returns whether a line holds a key: perhaps options, then the name of the key's type, then the key, which begins
+/// with the encoded length of that name.
 fn is_key(line: &str) -> bool {
     let words: Vec<_> = line.split_whitespace().collect();
     let is_type = |word: &str| ["ssh-", "ecdsa-", "sk-"].iter().any(|begin| word.starts_with(begin));
@@ -76,8 +76,8 @@ pub(crate) fn has_option(line: &str, name: &str) -> bool {
     !line.trim_start().starts_with('#') && options(line).into_iter().any(is_it)
 }
 
-/// Value of the option `expiry-time` because of which sshd refuses a key at `now`: it is past, or no time at all
-/// (parse_absolute_time in OpenSSH's misc.c). sshd reads times in its time zone, `local`.
+/// Value of the option `expiry-time` because of which sshd refuses a key at `now`: a time that has passed, or text that
+/// is no time (parse_absolute_time in OpenSSH's misc.c). sshd reads times in its time zone, `local`.
 fn expired_by<'a>(line: &'a str, now: DateTime<Utc>, local: &impl TimeZone) -> Option<&'a str> {
     let mut times = options(line).into_iter().filter_map(|option| {
         let (name, value) = option.split_once('=')?;

@@ -1,10 +1,11 @@
 //! Refused logins, copied from sshd's log into ours: people read the pod's log, while sshd's is a file in the
 //! container.
 //!
-//! sshd writes several lines for a connection; the last one ends it. That one is logged, with the reason given before.
-//! Connections without a login attempt (probes, port scanners) are not logged. sshd may also end an accepted login
-//! before its session begins; the client does not see that reason either. No session is reported for such a login, and
-//! either its connection is gone without a line that names the client, or sshd gave a reason before that line.
+//! sshd writes several lines for a connection, and the last one ends it. That last line is logged, with the reason
+//! given before. Connections without a login attempt (probes, port scanners) are not logged. sshd may also end an
+//! accepted login before its session begins; the client does not see that reason either. No session is reported for
+//! such a login, and either its connection is gone without a line that names the client, or sshd gave a reason before
+//! that line.
 
 use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr};
@@ -19,7 +20,8 @@ use crate::sys::tree::Tree;
 /// Most bytes of sshd's log read at once.
 const LONGEST_READ: usize = 64 << 10;
 
-/// Lines logged per [`PERIOD`]; the rest are only counted, so that password guessing does not fill the node's disk.
+/// Maximum number of refusals logged per [`PERIOD`]. The rest are only counted, so that password guessing does not fill
+/// the node's disk.
 const MOST_LINES: u64 = 10;
 const PERIOD: Duration = Duration::from_mins(1);
 
@@ -27,7 +29,8 @@ const PERIOD: Duration = Duration::from_mins(1);
 const TOO_MANY: &str = "Too many authentication failures";
 
 /// Prefixes of the lines with which a child of sshd ends a session that has not begun (OpenSSH's session.c, uidswap.c,
-/// auth-pam.c, audit-linux.c). Where short sessions are not reported, only these tell such an end from a session.
+/// auth-pam.c, audit-linux.c). If short sessions are not reported, only these lines distinguish such an end from the
+/// end of a short session.
 const ENDS_SESSION: [&str; 10] = [
     "linux_audit_write_entry failed",
     "PAM: pam_setcred(): ",
@@ -55,7 +58,7 @@ const NO_REASON: [&str; 9] = [
     "Close session: ",
 ];
 
-/// Most accepted logins that are followed at once.
+/// Maximum number of accepted logins that are followed at once.
 const MOST_ACCEPTED: usize = 256;
 
 /// A line of sshd's log that concerns logins.
@@ -69,7 +72,7 @@ enum Line<'a> {
     Accepted(&'a str, (&'a str, u16)),
     /// The connection of this client has ended.
     Disconnected((&'a str, u16)),
-    /// It may be the reason why an accepted login ended.
+    /// Any other line, which may be the reason why an accepted login ended.
     Other(&'a str),
 }
 
@@ -157,11 +160,11 @@ struct Login {
     user: String,
     client: String,
     port: u16,
-    /// The last line that may be the reason of its end.
+    /// The last line that may be the reason why the login ended.
     last: Option<String>,
-    /// True if sshd has told the end of its connection.
+    /// True if sshd has logged the end of the login's connection.
     is_disconnected: bool,
-    /// True if its connection was gone before the log was read last.
+    /// True if the login's connection was gone already before the log was last read.
     is_gone: bool,
 }
 
@@ -189,8 +192,8 @@ impl Refusals {
         Self { log: log.to_owned(), position, reason: None, accepted, knows_sessions, period, count: 0 }
     }
 
-    /// Logs new refusals. `has_begun` says whether a client, by address and port, had a session. To be called about once
-    /// a second.
+    /// Logs new refusals. `has_begun` says whether a client, by address and port, had a session. Must be called about
+    /// once a second.
     pub(crate) fn look(&mut self, has_begun: impl Fn(&str, u16) -> bool) {
         self.read();
         self.accepted.retain(|login| !has_begun(&login.client, login.port));
@@ -208,8 +211,8 @@ impl Refusals {
         self.end_period();
     }
 
-    /// Logs accepted logins that have ended. A connection has to be gone at the last look already: sshd's line about it
-    /// would have been read by now.
+    /// Logs accepted logins that have ended. A connection that is gone counts only at the next call: a line of sshd
+    /// about its end has been read by then.
     fn tell_ended(&mut self) {
         let ended: Vec<_> = self.accepted.extract_if(.., |login| login.is_disconnected || login.is_gone).collect();
         if self.accepted.iter().any(|login| login.last.is_some()) {
@@ -278,7 +281,7 @@ impl Refusals {
                 let is_its = |login: &&mut Login| (login.client.as_str(), login.port) == (client, port);
                 self.accepted.iter_mut().filter(is_its).for_each(|login| login.is_disconnected = true);
             }
-            // The line does not say of which connection it is.
+            // The line does not say to which connection it belongs.
             Some(Line::Other(line)) => {
                 let may_end = self.accepted.iter_mut().filter(|login| !login.is_disconnected);
                 may_end.for_each(|login| login.last = Some(line.to_owned()));
@@ -407,7 +410,7 @@ mod tests {
             (Some("chown(/dev/pts/0, 0, 5) failed: Operation not permitted"), false, false, true),
             (Some("linux_audit_write_entry failed: Operation not permitted"), true, false, true),
             (Some("something else"), true, true, true),
-            // It may have had a short session.
+            // The login may have had a short session.
             (Some("something else"), true, false, false),
             (None, true, true, false),
             (None, false, true, false),
