@@ -1,7 +1,7 @@
-//! Requests to a bucket that the object_store crate does not send. Only ListMultipartUploads finds an unfinished
-//! multipart upload whose ID was lost with a connection or a crash. Objects are deleted one by one: the crate deletes by
-//! DeleteObjects, and takes an answer that names no object for a success. Parts are sent from their file and signed with
-//! a checksum that is known already: the crate holds each in memory, and reads it once more to sign it.
+//! Requests to a bucket that the object_store crate does not send. ListMultipartUploads is the only way to find an
+//! unfinished multipart upload whose ID was lost with a connection or in a crash. DeleteObject deletes a single object;
+//! the crate uses DeleteObjects instead, and takes an answer that names no object for a success. Parts are sent from
+//! their file and signed with a known checksum; the crate holds each part in memory, and reads it once more to sign it.
 
 use object_store::MultipartId;
 use object_store::aws::{AmazonS3, AwsAuthorizer};
@@ -18,9 +18,9 @@ use crate::transfer::checksum::{Sha256, etag_can_be_md5, text_of};
 
 /// Sends requests to a bucket.
 pub(crate) struct Asked<'a> {
-    /// The bucket; knows its URL and credentials.
+    /// The bucket, which knows its URL and credentials.
     pub(crate) bucket: &'a AmazonS3,
-    /// Sends them.
+    /// Sends the requests.
     pub(crate) requests: &'a Requests,
     /// Region for which requests are signed.
     pub(crate) region: &'a str,
@@ -31,31 +31,32 @@ impl Asked<'_> {
     pub(crate) async fn below(&self, prefix: &Path) -> object_store::Result<Vec<(String, MultipartId)>> {
         let query = [("uploads", ""), ("prefix", &format!("{prefix}/"))];
         let answer = self.ask(Method::GET, &Path::default(), &query).await?;
-        // The bucket does not exist.
+        // A missing bucket has no uploads.
         if answer.status() == StatusCode::NOT_FOUND {
             return Ok(Vec::new());
         }
         refuse(prefix, &answer)?;
-        // One answer lists up to 1000 uploads; an image has six keys.
+        // One answer lists up to 1000 uploads, which suffices: an image has six keys.
         let text = answer.into_body().bytes().await.map_err(|e| failure(prefix.as_ref(), e))?;
         Ok(parse(&String::from_utf8_lossy(&text)))
     }
 
-    /// Deletes an object. The answer does not say whether it is gone.
+    /// Deletes an object. The answer does not say whether the object existed.
     pub(crate) async fn delete(&self, key: &Path) -> object_store::Result<()> {
         let answer = self.ask(Method::DELETE, key, &[]).await?;
         if answer.status() == StatusCode::NOT_FOUND { Ok(()) } else { refuse(key, &answer) }
     }
 
-    /// Returns whether the ETag of an object can be made of MD5s, by its headers, which the crate does not show.
+    /// Returns whether the ETag of an object can be made of MD5s, according to its headers, which the crate does not
+    /// show.
     pub(crate) async fn can_have_md5(&self, key: &Path) -> object_store::Result<bool> {
         let answer = self.ask(Method::HEAD, key, &[]).await?;
         refuse(key, &answer)?;
         Ok(etag_can_be_md5(answer.headers()))
     }
 
-    /// Uploads part `number`, and returns its ETag. A server refuses a part whose content has not the SHA-256 that it
-    /// is signed with; without one, the content is not signed.
+    /// Uploads part `number`, and returns its ETag. If `sha256` is given, the request is signed with it, and a server
+    /// refuses a part whose content has another one; otherwise the content is not signed.
     pub(crate) async fn put_part(
         &self,
         key: &Path,
@@ -90,7 +91,7 @@ impl Asked<'_> {
 
     /// A request that is not signed yet.
     async fn request(&self, method: Method, key: &Path, query: &[(&str, &str)]) -> object_store::Result<HttpRequest> {
-        // Only the address is taken from this URL: requests are signed in their headers.
+        // Use only the address of this presigned URL: requests are signed in their headers.
         let mut url = self.bucket.signed_url(method.clone(), key, SIGNED_FOR).await?;
         url.set_query(None);
         if !query.is_empty() {
@@ -117,7 +118,7 @@ fn refuse(key: &Path, answer: &HttpResponse) -> object_store::Result<()> {
     Err(failure(key.as_ref(), std::io::Error::other(format!("the server answers {status}"))))
 }
 
-/// Parses a listing. The last segment of an image's key contains nothing that XML would escape.
+/// Parses a listing. Escapes of XML are ignored, because the last segment of an image's key needs none.
 fn parse(listing: &str) -> Vec<(String, MultipartId)> {
     let field = |text: &str, name: &str| {
         let (_, rest) = text.split_once(&format!("<{name}>"))?;

@@ -1,6 +1,7 @@
 //! A store that is a directory. Other users may write to it, as in a group that publishes together, and could rename
-//! entries or replace them by links. Therefore each image's directory is opened once, checked to be this user's, and
-//! everything in it accessed by that descriptor. Others have no access to it before the image is published.
+//! entries or replace them by links. Therefore each image's directory is opened once and checked to belong to this
+//! user, and everything in it is accessed through that descriptor. Other users have no access to it before the image is
+//! published.
 
 use std::fs::File;
 use std::io;
@@ -18,10 +19,10 @@ use crate::sys::tree::Tree;
 /// Suffix of a partial file; no object's name contains it.
 const PARTIAL: &str = "#1";
 
-/// Mode of a published file, for users whom the owner admits to its directory.
+/// Mode of a published file: readable for all users whom the owner lets into its directory.
 const PUBLISHED: Mode = Mode::from_raw_mode(0o644);
 
-/// Largest manifest, in bytes.
+/// Maximum size of a manifest, in bytes.
 const LARGEST_MANIFEST: u64 = 1 << 20;
 const MANIFEST: &str = "manifest.json";
 
@@ -37,18 +38,18 @@ pub(crate) struct Directory {
 #[derive(Clone)]
 pub(crate) struct Held {
     id: String,
-    /// Current name: the image's ID until it is published.
+    /// Current name, which is the image's ID until the image is published.
     name: String,
     tree: Arc<Tree>,
 }
 
-/// State of the place of an image's directory.
+/// State of the path of an image's directory.
 pub(crate) enum Found {
-    /// Nothing.
+    /// Nothing is there.
     Nothing,
-    /// A directory of this user.
+    /// A directory of this user is there.
     Ours(Held),
-    /// Something else, with the reason why it is not ours.
+    /// Something else is there, with the reason why it is not this user's.
     Others(String),
 }
 
@@ -60,17 +61,17 @@ pub(crate) fn open_or_make(named: &Path) -> io::Result<(Tree, PathBuf)> {
     let mut tree = Tree::from_fd(named::open_without_links(there)?);
     for name in path.strip_prefix(there).unwrap_or(Path::new("")) {
         match rustix::fs::mkdirat(&tree, name, Mode::from_raw_mode(0o755)) {
-            // Another run may have just created it.
+            // Another run may just have created it.
             Ok(()) | Err(rustix::io::Errno::EXIST) => {}
             Err(e) => return Err(e.into()),
         }
         tree = tree.directory_without_links(name)?;
     }
-    // Fails here if it is a file.
+    // Fails here if the last part is a file.
     tree.directory_without_links(".").map(|tree| (tree, path))
 }
 
-/// Refuses a store whose parent does not exist: a slip of the pen would create a tree of directories.
+/// Refuses a store whose parent does not exist, since a typing error would create a tree of directories.
 pub(crate) fn refuse_missing_parent(named: &Path) -> io::Result<()> {
     let Some(missing) = named::missing_parent(named) else { return Ok(()) };
     let tilde = if named.starts_with("~") { " (a shell does not expand a quoted ~)" } else { "" };
@@ -132,7 +133,7 @@ impl Directory {
                 return Err(self.exchanged(id));
             }
         };
-        // A directory that existed before, or was created by hand, may be open to others.
+        // A directory that existed before, or was created manually, may be open to others.
         if rustix::fs::fstat(&held.tree)?.st_mode & 0o077 != 0 {
             rustix::fs::chmodat(held.tree.as_ref(), ".", Mode::RWXU, AtFlags::empty())?;
         }
@@ -143,7 +144,7 @@ impl Directory {
         *self.held.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// Why an open directory is not this user's; `None` if it is.
+    /// Reason why an open directory is not this user's; `None` if it is.
     fn others(&self, tree: &Tree) -> io::Result<Option<String>> {
         let found = rustix::fs::fstat(tree)?;
         let is_ours = found.st_uid == rustix::process::geteuid().as_raw()
@@ -177,7 +178,7 @@ impl Directory {
     pub(crate) fn go_on(&self, id: &str, key: &str) -> io::Result<File> {
         let Found::Ours(held) = self.find(id)? else { return Err(io::ErrorKind::NotFound.into()) };
         let file = held.tree.open_regular(partial(key), OFlags::WRONLY | OFlags::NOFOLLOW)?;
-        // A hard link may be somebody else's file.
+        // A file with several hard links may be somebody else's.
         if file.metadata()?.nlink() == 1 { Ok(file) } else { Err(self.exchanged(&held.name)) }
     }
 
@@ -240,7 +241,7 @@ impl Directory {
         free
     }
 
-    /// Returns whether `name` is an empty directory that an older version reserved for an image before it was killed.
+    /// Returns whether `name` is an empty directory that an earlier version reserved for an image before being killed.
     fn is_left_empty(&self, name: &str) -> io::Result<bool> {
         let Some(found) = self.root.look(name)? else { return Ok(false) };
         let is_closed = FileType::from_raw_mode(found.st_mode) == FileType::Directory && found.st_mode & 0o777 == 0o700;
@@ -266,7 +267,7 @@ impl Directory {
             return Ok(true);
         }
         let renamed = match self.root.rename_to(&held.name, &self.root, name) {
-            // A rename can replace an empty directory.
+            // The name is an empty directory, which a plain rename can replace.
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists && self.is_left_empty(name)? => {
                 self.root.rename(&held.name, name)
             }
@@ -296,7 +297,7 @@ fn partial(key: &str) -> String {
     format!("{key}{PARTIAL}")
 }
 
-/// Returns whether a directory may be that of the image `id`. The manifest, written last, contains the ID.
+/// Returns whether a directory may be that of the image `id`. The manifest, which is written last, contains the ID.
 fn may_be(tree: &Tree, id: &str) -> io::Result<bool> {
     if tree.look(MANIFEST)?.is_none_or(|found| FileType::from_raw_mode(found.st_mode) != FileType::RegularFile) {
         return Ok(true);
@@ -305,7 +306,7 @@ fn may_be(tree: &Tree, id: &str) -> io::Result<bool> {
     Ok(manifest.windows(id.len()).any(|window| window == id.as_bytes()))
 }
 
-/// ETag of a file: changes whenever the content may have changed, as with web servers.
+/// ETag of a file. It changes whenever the content may have changed, as with web servers.
 pub(crate) fn etag(found: &Stat) -> String {
     let micros = i128::from(found.st_mtime) * 1_000_000 + i128::from(found.st_mtime_nsec / 1000);
     format!("{:x}-{micros:x}-{:x}", found.st_ino, found.st_size)

@@ -19,16 +19,16 @@ pub(crate) fn failure(key: &str, cause: impl std::error::Error + Send + Sync + '
     object_store::Error::Generic { store: "the store", source }
 }
 
-/// Cause of a store's error. The crate's text repeats the object, which our message names already, adds its settings,
-/// and quotes the server's whole page.
+/// Cause of a store's error. The crate's own text repeats the object, which our message names already, adds the crate's
+/// settings, and quotes the server's whole page.
 pub(crate) fn cause(error: &object_store::Error) -> String {
     let below = std::error::Error::source(error);
     told(&below.map_or_else(|| in_full(error), in_full))
 }
 
-/// Cause in the text of a failed request: `Error performing METHOD URL in TIME, SETTINGS - WHAT`.
+/// Extracts the cause from the text of a failed request: `Error performing METHOD URL in TIME, SETTINGS - WHAT`.
 fn told(text: &str) -> String {
-    // Masked before it is shortened, which could leave a part of a secret.
+    // Mask secrets before the text is shortened, which could leave a part of one.
     let text = &*without_known(text);
     let parts = text.strip_prefix("Error performing ").and_then(|rest| rest.split_once(" - "));
     let Some((request, what)) = parts else { return text.to_owned() };
@@ -46,12 +46,12 @@ pub(crate) fn unanswered(key: &str, server: &str, error: &HttpError) -> object_s
     failure(key, io::Error::other(silence(server, &in_full(error))))
 }
 
-/// The error of a request that was answered by one.
+/// The error of a request whose answer reports an error.
 pub(crate) fn answered(key: &str, server: &str, status: StatusCode, page: &[u8]) -> object_store::Error {
     failure(key, io::Error::other(refusal(server, &status.to_string(), &String::from_utf8_lossy(page))))
 }
 
-/// A request without an answer, in words.
+/// Describes, in words, a request that got no answer.
 fn silence(server: &str, what: &str) -> String {
     let after = |phrase| what.rsplit_once(phrase).map(|(_, after)| after);
     let why = after("client error (Connect): ").or_else(|| after("error sending request: "));
@@ -62,7 +62,7 @@ fn silence(server: &str, what: &str) -> String {
     }
 }
 
-/// An answer that is an error, in words: its status, and what its page says.
+/// Describes, in words, an answer that reports an error: its status, and the text on its page.
 fn refusal(server: &str, status: &str, page: &str) -> String {
     let element = |name: &str| {
         let (_, rest) = page.split_once(&format!("<{name}>"))?;

@@ -1,5 +1,5 @@
-//! A store of images, by URL: `s3://bucket[/prefix]` or a directory; or a bucket in a directory, which the service of one
-//! machine has in place of a server.
+//! A store of images, by URL: `s3://bucket[/prefix]` or a directory. A bucket may also be a directory, which the
+//! service of one machine has in place of a server.
 
 pub(crate) mod bucket;
 pub(crate) mod directory;
@@ -47,13 +47,13 @@ pub(crate) struct Store {
 }
 
 enum Objects {
-    /// A bucket, and what another client of it is built from: each multipart upload needs one with its own headers.
+    /// A bucket, and the builder for further clients of it: each multipart upload needs a client with its own headers.
     S3 {
         bucket: Arc<AmazonS3>,
         builder: Box<AmazonS3Builder>,
         requests: Requests,
         region: String,
-        /// True if the content of objects is signed.
+        /// True if requests sign the content of objects.
         is_signed: bool,
     },
     Directory(Arc<Directory>),
@@ -65,7 +65,7 @@ pub(crate) const MD5: &str = "md5sum";
 /// Metadata key of an object's SHA-256.
 pub(crate) const SHA256: &str = "sha256sum";
 
-/// Media type and metadata of an object. Files have neither.
+/// Media type and metadata of an object. A file in a directory has neither.
 pub(crate) struct Description {
     /// Media type.
     pub(crate) media_type: &'static str,
@@ -80,16 +80,17 @@ pub(crate) enum Owner {
     Nobody,
     /// This job.
     Ours,
-    /// Unknown: a file, a manifest, or an object that another program uploaded.
+    /// Unknown, as for a file, a manifest, or an object that another program uploaded.
     Untold,
     /// Another image or job.
     Another,
 }
 
-/// Beginning of the key of a test upload; a random part follows, since several jobs may test a store at the same time.
+/// Beginning of the key of a test upload. A random part follows, because several jobs may test a store at the same
+/// time.
 const PROBE: &str = ".ims-sshd.probe";
 
-/// Longest wait for a store on behalf of a person, for retries; twice that for a store that is silent.
+/// Maximum time for which a person waits for the retries of a store; twice that if the store is silent.
 const SOON: Duration = Duration::from_secs(10);
 
 /// Region for which requests are signed if none is set; stores other than Amazon's ignore it.
@@ -117,7 +118,7 @@ impl Store {
                 return Err(refuse());
             }
             if let Some(buckets) = settings.endpoint.as_deref().and_then(|url| url.strip_prefix(place::DIRECTORY)) {
-                // No bucket begins with a dot; in a directory such names lead elsewhere, or are hidden.
+                // In a directory, such a name would lead elsewhere or be hidden; no bucket's name begins with a dot.
                 if !prefix.is_empty() || bucket.starts_with('.') {
                     return Err(refuse());
                 }
@@ -152,10 +153,10 @@ impl Store {
             directory::refuse_missing_parent(&directory).attempt(attempted)?;
             let directory = named::resolve_beginning(&directory).attempt(attempted)?;
             let place = directory.ancestors().find(|place| place.exists()).unwrap_or(&directory);
-            // A file without a name leaves nothing behind after a kill.
+            // A file without a name leaves nothing behind if this process is killed.
             let tried = match Tree::open(place).and_then(|tree| tree.create_nameless()) {
-                // A file system without such files gives the file a name for a moment, and another job has just used
-                // it.
+                // A file system without such files gives the file a name for a moment; another job has just used that
+                // name.
                 Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
                 other => other.map(|_| ()),
             };
@@ -167,8 +168,8 @@ impl Store {
         tried.map(|()| None).map_err(|e| Error::new(attempted()).because(cause(&e)))
     }
 
-    /// Like [`Store::check`], but gives up soon, since a person waits. A failure that may be over when the image is uploaded
-    /// is only a warning.
+    /// Like [`Store::check`], but gives up soon, since a person waits. Only warns about a failure that may be over when
+    /// the image is uploaded.
     pub(crate) async fn check_soon(settings: &Place, network: &Network) -> Result<()> {
         let url = settings.url.as_deref().unwrap_or_default();
         if named_directory(url).is_some() {
@@ -191,7 +192,7 @@ impl Store {
         Ok(())
     }
 
-    /// Starts an upload below `probe` in a bucket, and aborts it, even if the answer that names it was lost.
+    /// Starts an upload below `probe` in a bucket, and aborts it, even if the answer with its ID was lost.
     async fn try_bucket(&self, probe: &str) -> object_store::Result<()> {
         let Objects::S3 { bucket, .. } = &self.objects else { return Ok(()) };
         let path = self.path(&format!("{probe}/begun"));
@@ -203,7 +204,7 @@ impl Store {
                 }
             }
         }
-        // Keys that may upload objects need not be allowed to list uploads.
+        // Ignore whether listing worked: keys that may upload objects need not be allowed to list uploads.
         bucket.abort_multipart(&path, &begun?).await
     }
 
@@ -249,8 +250,8 @@ impl Store {
     pub(crate) async fn begin(&self, key: &str, description: &Description) -> object_store::Result<MultipartId> {
         match &self.objects {
             Objects::S3 { builder, .. } => {
-                // The crate takes no metadata for an upload whose ID it returns, but sends default headers with each
-                // request.
+                // The crate takes no metadata for an upload whose ID it returns, but it sends a client's default
+                // headers with each request.
                 let options = ClientOptions::new().with_default_headers(description.headers()?);
                 let describing = builder.as_ref().clone().with_client_options(options).build()?;
                 describing.create_multipart(&self.path(key)).await
@@ -263,7 +264,7 @@ impl Store {
         }
     }
 
-    /// Returns whether the content of parts is signed, so that [`Store::put_part`] has to know their checksums.
+    /// Returns whether the content of parts is signed. If so, [`Store::put_part`] needs their checksums.
     pub(crate) fn signs_content(&self) -> bool {
         matches!(self.objects, Objects::S3 { is_signed: true, .. })
     }
@@ -357,13 +358,13 @@ impl Store {
         }
     }
 
-    /// Returns whether the ETag of an object can be made of MD5s of its content. That of a file is not.
+    /// Returns whether the ETag of an object can be made of MD5s of its content. The ETag of a file is not.
     pub(crate) async fn can_have_md5(&self, key: &str) -> object_store::Result<bool> {
         let Objects::S3 { bucket, requests, region, .. } = &self.objects else { return Ok(false) };
         Asked { bucket, requests, region }.can_have_md5(&self.path(key)).await
     }
 
-    /// Returns whether an object exists and has this size and MD5. Files have no metadata: always false.
+    /// Returns whether an object exists and has this size and MD5. Always false for files, which have no metadata.
     pub(crate) async fn holds(&self, key: &str, size: u64, md5: &str) -> bool {
         let Objects::S3 { bucket, .. } = &self.objects else { return false };
         let head = GetOptions { head: true, ..GetOptions::default() };
@@ -382,8 +383,8 @@ impl Store {
         }
     }
 
-    /// Owner of an object, by its metadata: an object of ours has `metadata`. A file belongs to the owner of its
-    /// directory.
+    /// Owner of an object, according to its metadata: an object of ours has `metadata`. A file belongs to the owner of
+    /// its directory.
     pub(crate) async fn owner(&self, key: &str, metadata: &[(&'static str, String)]) -> object_store::Result<Owner> {
         let bucket = match &self.objects {
             Objects::S3 { bucket, .. } => bucket,
@@ -433,7 +434,7 @@ impl Store {
         Ok(())
     }
 
-    /// Removes what is left of unfinished uploads of an image: in a bucket aborts them; in a directory removes partial
+    /// Removes the remains of unfinished uploads of an image: in a bucket, aborts them; in a directory, removes partial
     /// files, and the image's directory if it is empty.
     pub(crate) async fn sweep(&self, image: &str) -> object_store::Result<()> {
         let asked = match &self.objects {
@@ -536,7 +537,7 @@ fn s3(bucket: &str, settings: &Place, network: &Network) -> Result<(AmazonS3Buil
     Ok((builder, connector))
 }
 
-/// Returns whether a URL is one without TLS.
+/// Returns whether a URL has no TLS.
 fn is_plain(endpoint: &str) -> bool {
     !endpoint.starts_with("https:")
 }
@@ -552,7 +553,7 @@ pub(crate) struct Connector {
 impl Connector {
     fn client(&self, headers: &HeaderMap) -> Result<reqwest::Client> {
         let builder = client(&self.network, &self.validate, Redirects::SameServer)?.default_headers(headers.clone());
-        // Timeout of one request, which sends one part of an object at most.
+        // Timeout of one request, which sends at most one part of an object.
         let builder = builder.timeout(self.network.stall_limit.saturating_mul(10)).http1_only();
         builder.build().attempt(|| "set up TLS")
     }
@@ -574,7 +575,7 @@ fn build(bucket: &str, builder: AmazonS3Builder) -> Result<AmazonS3> {
     built.map_err(|e| Error::new(format!("open the store s3://{bucket}")).because(cause(&e)))
 }
 
-/// Escapes bytes that are invalid in a header, as in a URL.
+/// Escapes bytes that are invalid in a header, in the same way as in a URL.
 fn in_ascii(text: &str) -> String {
     use std::fmt::Write;
     text.bytes().fold(String::new(), |mut written, byte| {

@@ -1,4 +1,4 @@
-//! Variables that say where the store is, and with which keys it is accessed.
+//! Variables that name the store and the keys for it.
 
 use crate::job::variables::{Checked, Reader};
 use crate::log::redaction;
@@ -19,14 +19,15 @@ pub struct Place {
     /// `AWS_REGION`, else `AWS_DEFAULT_REGION`: region for which requests are signed. Without an endpoint, it selects
     /// Amazon's server.
     pub(crate) region: Option<String>,
-    /// `S3_SSL_VALIDATE`: whether the server's certificate is verified, and against which CA certificates if a file is
-    /// named, there or in `AWS_CA_BUNDLE`.
+    /// `S3_SSL_VALIDATE`: whether the server's certificate is verified, and against which CA certificates, if this
+    /// variable or `AWS_CA_BUNDLE` names a file.
     pub(crate) validate: Validate,
 }
 
 const DEFAULT_BUCKET: &str = "boot-images";
 
-/// Shortest access key that is masked in the log, in characters. Stores generate keys of this length or longer.
+/// Minimum length of an access key that is masked in the log, in characters. Keys that stores generate are at least
+/// this long.
 const SHORTEST_KEY: usize = 16;
 
 pub(crate) fn read(reader: &mut Reader) -> Place {
@@ -74,7 +75,7 @@ pub(crate) fn read(reader: &mut Reader) -> Place {
     }
 }
 
-/// Beginning of an endpoint that is a directory with a directory for each bucket, in place of a server.
+/// Beginning of an endpoint that, in place of a server, is a directory with a subdirectory for each bucket.
 pub(crate) const DIRECTORY: &str = "file://";
 
 /// URL of a server, or of a directory.
@@ -88,7 +89,7 @@ fn pair(reader: &mut Reader, (first, second): (&str, &str)) -> Option<(String, S
     match (credential(reader, first), credential(reader, second)) {
         (Some(a), Some(b)) => Some((a, b)),
         (None, None) => None,
-        // Both or neither is set, and one was refused.
+        // Both variables are set or both are not, and one was refused, which is reported already.
         _ if reader.text(first).is_some() == reader.text(second).is_some() => None,
         _ => {
             reader.complain(format!("only one of {first} and {second} is set: expected both"));

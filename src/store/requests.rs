@@ -1,6 +1,6 @@
-//! Requests to a store: retried within the limits of the variables, with a limit on the length of an answer. The crate
-//! itself reads answers of any length, has no timeout for a stalled request, and neither ends its retries in time nor
-//! logs them.
+//! Requests to a store, retried within the limits of the variables, with a limit on the length of an answer. The
+//! crate's own requests read answers of any length, have no timeout for a stalled connection, and neither end their
+//! retries in time nor log them.
 
 use std::error::Error as _;
 use std::fmt;
@@ -23,16 +23,16 @@ use crate::transfer::SHORTEST;
 use crate::transfer::network::Network;
 use crate::transfer::{self, MOST_COMPLAINED, PAUSE, in_full, is_transient, without_query};
 
-/// Longest answer, in bytes. Objects are fetched by other means.
+/// Maximum length of an answer, in bytes. Objects, which are longer, are fetched by other means.
 const LONGEST: usize = 4 << 20;
 
-/// Size of the pieces in which content is sent, in bytes; each one sent is progress.
+/// Size of the pieces in which content is sent, in bytes; each piece that is sent counts as progress.
 const PIECE: usize = 64 << 10;
 
-/// Longest time for all further requests to a store that did not answer within the usual limits.
+/// Maximum time for all further requests to a store that did not answer within the usual limits.
 const SILENT: Duration = Duration::from_secs(5);
 
-/// Beginning of an error about an answer, as opposed to a missing one.
+/// Prefix of errors about an answer that did arrive, as opposed to errors that none did.
 pub(crate) const ANSWERED: &str = "the answer";
 
 /// Sends requests to a store.
@@ -46,9 +46,9 @@ pub(crate) struct Requests {
 /// Outage of a store, shared by all of its clients.
 #[derive(Debug, Default)]
 pub(crate) struct Outage {
-    /// When the store was given up, until it answers: a rollback then has little time.
+    /// Time at which the store was given up; `None` once it answers again. In between, a rollback has little time.
     silent_since: Mutex<Option<Instant>>,
-    /// When it is logged.
+    /// Decides when the outage is logged.
     log: transfer::Outage,
 }
 
@@ -76,7 +76,7 @@ impl Moved {
     }
 }
 
-/// Failure of a request without an answer.
+/// Failure of a request that got no usable answer.
 enum Failure {
     /// A transient error: a retry may succeed.
     Transient(String),
@@ -90,12 +90,12 @@ impl Requests {
         Self { client, network, outage }
     }
 
-    /// Sends a request with its own body, or with `content` as that.
+    /// Sends a request, with `content` as its body if that is given.
     pub(crate) async fn send(&self, request: HttpRequest, content: Option<&Slice>) -> Result<HttpResponse, HttpError> {
         let Network { mut stall_limit, mut retry_limit, mut is_shortened, .. } = self.network;
         let (mut shortest, mut until) = (SHORTEST, None);
         if let Some(since) = *self.outage.silent_since() {
-            // The retry limit is over: a rollback must not double it.
+            // The retry limit was used up before, and a rollback must not use it up again.
             let short = SILENT.min(retry_limit / 4);
             (stall_limit, retry_limit, is_shortened) = (stall_limit.min(SILENT), short, true);
             (shortest, until) = (short.max(SHORTEST), Some(since + short));
@@ -111,7 +111,7 @@ impl Requests {
             let tried = self.try_once((request.clone(), content), (&moved, &sent), stall_limit, answer_limit).await;
             // The retry clock starts when the first attempt has sent its last piece.
             let until = *until.get_or_insert_with(|| sent.last() + retry_limit);
-            // The last attempt comes at the end of the limit.
+            // The last attempt is made when the limit ends.
             let left = until.saturating_duration_since(Instant::now());
             let is_over = left.is_zero();
             let why = match tried {
@@ -150,8 +150,8 @@ impl Requests {
         answer
     }
 
-    /// Sends a request once. Returns the answer, and whether it is a transient error. Fails after `stall_limit` without
-    /// progress, and if the answer has not ended `answer_limit` after the request was `sent`.
+    /// Sends a request once. Returns the answer, and whether it reports a transient error. Fails after `stall_limit`
+    /// without progress, or if the answer is not complete `answer_limit` after the request was `sent`.
     async fn try_once(
         &self,
         (request, content): (HttpRequest, Option<&Slice>),
@@ -218,7 +218,7 @@ impl Requests {
                 break;
             }
         }
-        // The crate rejects an error page that is truncated within a character.
+        // The crate would reject an error page that is truncated within a character.
         let text = if status.is_success() { text } else { String::from_utf8_lossy(&text).into_owned().into_bytes() };
         // S3 reports some errors after it has sent the status 200 (CompleteMultipartUpload).
         let is_late = status.is_success()
@@ -249,7 +249,7 @@ fn holds(text: &[u8], word: &[u8]) -> bool {
     text.windows(word.len()).any(|window| window == word)
 }
 
-/// Describes how long a request is retried, with the variable that sets it unless that time is shorter.
+/// Describes the time for which a request is retried, with the variable that sets it unless the time is shortened.
 fn shown(limit: Duration, is_shortened: bool) -> String {
     let variable = if is_shortened { "" } else { " (IMS_RETRY_LIMIT)" };
     format!("{} s{variable}", limit.as_secs_f64().round())
@@ -302,14 +302,14 @@ impl Body for Watched {
 #[derive(Debug, Clone)]
 pub(crate) struct Slice {
     pub(crate) file: Arc<File>,
-    /// Where it begins, in bytes.
+    /// Offset at which the part begins, in bytes.
     pub(crate) at: u64,
     /// Length in bytes.
     pub(crate) length: u64,
 }
 
 impl Slice {
-    /// Reads the next piece of at most `most` bytes, which is no longer part of it then.
+    /// Reads the next piece, of at most `most` bytes, and removes it from the slice.
     fn next(&mut self, most: usize) -> io::Result<Vec<u8>> {
         let length = usize::try_from(self.length).map_or(most, |length| length.min(most));
         let mut piece = vec![0; length];
@@ -319,7 +319,7 @@ impl Slice {
         Ok(piece)
     }
 
-    /// All of it.
+    /// Reads the whole slice.
     pub(crate) fn read(mut self) -> io::Result<Vec<u8>> {
         self.next(usize::MAX)
     }
@@ -331,7 +331,7 @@ struct Streamed {
     progress: [Moved; 2],
 }
 
-/// The content of a request cannot be read.
+/// Error: the content of a request cannot be read.
 #[derive(Debug)]
 struct Unreadable(io::Error);
 
@@ -387,7 +387,7 @@ mod tests {
         assert_eq!([false, true].map(|short| shown(limit, short)), ["10 s (IMS_RETRY_LIMIT)", "10 s"]);
     }
 
-    /// A store keeps an answer open with blanks while it completes an upload.
+    /// Some stores keep an answer open by sending blanks while they complete an upload.
     #[test]
     fn answer_that_never_ends_is_aborted_at_the_retry_limit() {
         let server = TcpListener::bind("127.0.0.1:0").unwrap();

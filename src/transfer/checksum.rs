@@ -26,13 +26,14 @@ pub(crate) struct Expected {
 }
 
 impl Expected {
-    /// True if at least one is given.
+    /// True if at least one checksum is given.
     pub(crate) fn is_given(&self) -> bool {
         self.md5.is_some() || self.sha256.is_some()
     }
 
-    /// Compares them with the checksums of `file`, which messages call `shown`, and returns the verified file. If
-    /// another user can change `file`, that is an unnamed copy in `volume`; without a volume, no other user can.
+    /// Compares the expected checksums with those of `file`, which messages call `shown`, and returns the verified
+    /// file. If another user can change `file`, returns an unnamed copy in `volume`. Pass no volume only if no other
+    /// user can.
     pub(crate) fn check(&self, work: &Work, file: File, shown: &str, volume: Option<&Tree>) -> Result<File> {
         let mut sums = Sums::of(self);
         let copy = if can_be_changed(&file).attempt(|| format!("open {shown}"))? { volume } else { None };
@@ -56,7 +57,7 @@ pub(crate) struct Sums {
 }
 
 impl Sums {
-    /// Computes those that are expected.
+    /// Computes the checksums that are expected.
     pub(crate) fn of(expected: &Expected) -> Self {
         Self {
             md5: expected.md5.as_ref().map(|_| Md5::new()),
@@ -64,7 +65,7 @@ impl Sums {
         }
     }
 
-    /// Computes the MD5 too, which a server may announce.
+    /// Computes the MD5 too, because the server may announce one.
     pub(crate) fn with_md5(expected: &Expected) -> Self {
         Self { md5: Some(Md5::new()), ..Self::of(expected) }
     }
@@ -89,7 +90,7 @@ impl Sums {
         }
     }
 
-    /// Compares them; the error names the one that differs.
+    /// Compares the checksums with the expected ones; the error names one that differs.
     pub(crate) fn check(&self, expected: &Expected) -> std::result::Result<(), String> {
         let md5 = self.md5.clone().map(|sum| format!("{:x}", sum.finalize()));
         let sha256 = self.sha256.clone().map(|sum| hex(sum.finish().as_ref()));
@@ -117,8 +118,9 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
     })
 }
 
-/// Pieces of a file that are hashed at the same time, and their size in bytes: a piece stays in a processor's cache.
+/// Number of pieces of a file that are in use at a time, at most.
 const PIECES: usize = 6;
+/// Size of a piece in bytes, small enough to stay in a processor's cache.
 const PIECE: usize = 256 << 10;
 
 /// Checksums of a file.
@@ -128,30 +130,30 @@ pub(crate) struct OfFile {
     pub(crate) md5: String,
     /// SHA-256, in hexadecimal digits.
     pub(crate) sha256: String,
-    /// SHA-256 of each of its parts.
+    /// SHA-256 of each part of the file, if they are signed.
     pub(crate) parts: Vec<Sha256>,
-    /// ETag that S3 gives an object that is uploaded in these parts: the MD5 of their MD5s, and their number.
+    /// ETag that S3 gives an object that is uploaded in these parts: the MD5 of the parts' MD5s, then their number.
     pub(crate) etag_of_parts: Option<String>,
 }
 
-/// Parts of a file.
+/// Division of a file into parts.
 #[derive(Clone, Copy)]
 pub(crate) struct Parts {
-    /// Length of each but the last, in bytes.
+    /// Length of each part but the last, in bytes.
     pub(crate) length: u64,
-    /// The SHA-256 of each is computed too.
+    /// True if the SHA-256 of each part is computed too.
     pub(crate) are_signed: bool,
 }
 
 /// A SHA-256.
 pub(crate) type Sha256 = [u8; digest::SHA256_OUTPUT_LEN];
 
-/// Checksums of a file, read once from its start; those of its parts too, if their length is given. Each kind is
-/// computed on a thread.
+/// Checksums of a file, which is read once from its start; also those of its parts, if `parts` is given. Each kind is
+/// computed on a thread of its own.
 pub(crate) fn sums_of(work: &Work, file: &File, what: &str, parts: Option<Parts>) -> Result<OfFile> {
     std::thread::scope(|scope| {
-        // A piece goes from one thread to the next, and comes back to be filled again: there are so few that no thread
-        // waits for a place in a channel.
+        // Pieces go from one thread to the next, and come back to be filled again. There are so few that no thread ever
+        // waits for room in a channel.
         let [(free, unused), (to_whole, whole), (to_parts, of_parts)] =
             std::array::from_fn(|_| sync_channel::<Vec<u8>>(PIECES));
         let sum_of_whole = scope.spawn({
@@ -161,7 +163,7 @@ pub(crate) fn sums_of(work: &Work, file: &File, what: &str, parts: Option<Parts>
                 let mut sum = digest::Context::new(&digest::SHA256);
                 for piece in whole {
                     sum.update(&piece);
-                    // Nobody takes it any more if reading has failed.
+                    // If reading has failed, nobody takes the piece any more.
                     let _ = next.send(piece);
                 }
                 hex(sum.finish().as_ref())
@@ -203,16 +205,16 @@ pub(crate) fn sha256_of_file(work: &Work, file: &File, what: &str) -> Result<Str
     Ok(hex(sum.finish().as_ref()))
 }
 
-/// Checksums of each part of the bytes so far.
+/// Computes the checksums of each part of the bytes passed so far.
 struct OfParts {
     /// Length of a part in bytes.
     length: u64,
-    /// Bytes that the current part lacks.
+    /// Bytes that the current part still lacks.
     left: u64,
-    /// The current part's SHA-256, if parts are signed, and its MD5.
+    /// SHA-256 of the current part, if parts are signed, and its MD5.
     current: (Option<digest::Context>, Md5),
     done: Vec<Sha256>,
-    /// MD5 of the MD5s of the parts, and their number.
+    /// MD5 of the MD5s of the completed parts, and the number of these parts.
     md5s: (Md5, u64),
 }
 
@@ -258,7 +260,7 @@ impl OfParts {
     }
 }
 
-/// Reads a file in pieces. `each` returns a buffer for the next one.
+/// Reads a file in pieces, and passes each piece to `each`, which returns a buffer for the next one.
 fn read_through(
     work: &Work,
     mut file: &File,
@@ -306,7 +308,7 @@ pub(crate) fn text_of<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str>
     headers.get(name)?.to_str().ok()
 }
 
-/// True for an ETag that may stay when the bytes change (RFC 9110, 8.8.1).
+/// True for an ETag that may stay the same when the bytes change (RFC 9110, 8.8.1).
 pub(crate) fn is_weak(etag: &str) -> bool {
     etag.starts_with("W/")
 }
@@ -316,7 +318,7 @@ pub(crate) fn looks_like_md5(etag: &str) -> bool {
     etag.len() == 32 && etag.bytes().all(|b| b.is_ascii_hexdigit())
 }
 
-/// Returns whether an ETag, without quotes, is another MD5 than `expected`, or another MD5 of as many parts.
+/// Returns whether an ETag, without quotes, is an MD5 (or the MD5 of as many parts) and differs from `expected`.
 pub(crate) fn is_other_md5(etag: &str, expected: &str) -> bool {
     let split = |etag| str::split_once(etag, '-').map_or((etag, None), |(md5, parts)| (md5, Some(parts)));
     let ((md5, parts), (expected, expected_parts)) = (split(etag), split(expected));
@@ -329,10 +331,11 @@ pub(crate) fn etag_is_md5(headers: &HeaderMap) -> bool {
     looks_like_md5(etag) && etag_can_be_md5(headers)
 }
 
-/// Returns whether no header says that the ETag is not made of MD5s of the content.
+/// Returns whether the ETag may be made of MD5s of the content: no header says otherwise.
 pub(crate) fn etag_can_be_md5(headers: &HeaderMap) -> bool {
     let mut names = headers.keys().map(HeaderName::as_str);
-    // Objects that are encrypted with keys of others (SSE-C, SSE-KMS), and Swift's large objects, made of several.
+    // These mark objects that are encrypted with other keys (SSE-C, SSE-KMS), and Swift's large objects, made of
+    // several.
     let other = ["x-amz-server-side-encryption", "x-static-large-object", "x-object-manifest"];
     !names.any(|name| other.iter().any(|other| name.starts_with(other)))
 }

@@ -1,5 +1,6 @@
-//! Confinement of programs that read untrusted data (archives, images, package databases). An exploited one can write
-//! only to its target and read only its source; it reaches no network and cannot fill the disk or memory.
+//! Confinement of programs that read untrusted data (archives, images, package databases). If such a program is
+//! exploited, it can write only to its target and read only its source; it reaches no network, and cannot fill the disk
+//! or memory.
 
 use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -38,10 +39,10 @@ const WRITER: &[(Capability, &str)] = &[
     (Capability::CAP_SYS_ADMIN, "write trusted.* and security.* attributes; the calls below are refused"),
 ];
 
-/// Those of `WRITER` that may be missing: a device node that cannot be created fails with an error of its own.
+/// Capabilities of `WRITER` that may be missing: without them, creating a device node fails with an error of its own.
 const NOT_NEEDED: [Capability; 2] = [Capability::CAP_MKNOD, Capability::CAP_SYS_ADMIN];
 
-/// Refuses to unpack as root without the needed capabilities: unpackers skip owners and modes silently.
+/// Refuses to unpack as root without the needed capabilities, since unpackers would skip owners and modes silently.
 pub(crate) fn refuse_to_lose_attributes() -> Result<()> {
     let is_lacking = |(needed, _): &&(Capability, &str)| !NOT_NEEDED.contains(needed) && lacks(*needed);
     let lacking = WRITER.iter().find(is_lacking).filter(|_| rustix::process::geteuid().is_root());
@@ -124,7 +125,7 @@ const SYSTEM: &[&str] = &[
     "/usr",
 ];
 
-/// Largest file in an image, in bytes, holes included: a lastlog for the highest user ID has 1.2 TB.
+/// Maximum size of a file in an image, in bytes, holes included: a lastlog for the highest user ID has 1.2 TB.
 const LARGEST_FILE: u64 = 2 << 40;
 
 /// Path by which a confined program can reopen its standard input.
@@ -140,22 +141,22 @@ pub(crate) struct Limits {
     pub(crate) memory: u64,
     /// Limit of each written file, in bytes.
     pub(crate) file: u64,
-    /// Time until it is killed.
+    /// Time after which the program is killed.
     pub(crate) time: Duration,
     /// Volume to watch: the program is killed when the free space falls below a reserve.
     pub(crate) volume: Option<PathBuf>,
 }
 
-/// Working directory, input and rights of one program.
+/// Working directory, input and access rights of one program.
 pub(crate) struct Confined<'a> {
-    /// Its working directory.
+    /// Working directory of the program.
     directory: &'a Tree,
-    /// Its access to that directory.
+    /// Access of the program to its working directory.
     access: Access,
-    /// Its standard input, a file or a directory, and its access to that. [`STDIN`] opens it, even if its name has been
-    /// replaced.
+    /// Standard input of the program, a file or a directory, with the program's access to it. [`STDIN`] opens it, even
+    /// if its name has been replaced.
     stdin: Option<(OwnedFd, Access)>,
-    /// Further files that it may read.
+    /// Further files that the program may read.
     readable: Vec<OwnedFd>,
     capabilities: &'static [(Capability, &'static str)],
     /// Resource limits.
@@ -163,8 +164,8 @@ pub(crate) struct Confined<'a> {
 }
 
 impl<'a> Confined<'a> {
-    /// For a program that unpacks `source` (a file, directory or pipe, its standard input) into `target`. The time that
-    /// it gets depends on `size`, the bytes of the archive.
+    /// For a program that unpacks `source` (a file, directory or pipe, its standard input) into `target`. Its time
+    /// limit depends on `size`, the bytes of the archive.
     pub(crate) fn unpacking(target: &'a Tree, source: BorrowedFd<'_>, size: u64) -> Result<Self> {
         let limits = Limits {
             memory: memory(),
@@ -186,7 +187,7 @@ impl<'a> Confined<'a> {
             time: Duration::from_hours(6) + Duration::from_secs(used >> 20),
             volume: Some(volume.path()),
         };
-        // mksquashfs reopens it by path.
+        // mksquashfs reopens its standard input by path.
         let stdin = Some((output.try_clone().attempt(|| "duplicate the archive's descriptor")?.into(), Access::Write));
         Ok(Self {
             directory: image_root,
@@ -218,7 +219,7 @@ impl<'a> Confined<'a> {
         Self { directory, access: Access::Read, stdin, readable: Vec::new(), capabilities: &[], limits }
     }
 
-    /// Starts `command`, which the kernel does not kill with this program; the end of its output ends it.
+    /// Starts `command`. The kernel does not kill the program with this one; it ends when its output is closed.
     pub(crate) fn spawn(&self, command: &mut Command) -> Result<Child> {
         let attempted = format!("run {}", command.get_program().display());
         self.prepare(clear_environment(command))?;
@@ -243,20 +244,21 @@ impl<'a> Confined<'a> {
 
     /// Sets standard input and resource limits of `command`.
     pub(crate) fn prepare(&self, command: &mut Command) -> Result<()> {
-        // Opened here: inside, devices cannot be opened.
+        // Open these here, because the confined program cannot open devices.
         let input = match &self.stdin {
             Some((input, _)) => input.try_clone(),
             None => File::open("/dev/null").map(OwnedFd::from),
         };
         umask::with_own(command).stdin(Stdio::from(input.attempt(|| "open its standard input")?));
-        // `own_mounts` also changes the working directory. Without it the child changes its own: container seccomp
-        // profiles deny unshare(2), which would give this thread one.
+        // `own_mounts` also changes the working directory. Without it, have the child change its own: this thread
+        // cannot, since container seccomp profiles deny the unshare(2) that would give it a working directory of its
+        // own.
         if !Self::has_mounts() {
             command.current_dir(self.directory.path());
         }
         let seconds = self.limits.time.as_secs() * processors();
         let limits = [
-            // Not the address space, which threads reserve and never use.
+            // Limit the data segment, not the address space, which threads reserve and never use.
             (Resource::Data, self.limits.memory),
             (Resource::Fsize, self.limits.file),
             (Resource::Cpu, seconds),
@@ -267,15 +269,14 @@ impl<'a> Confined<'a> {
         Ok(())
     }
 
-    /// Says that the volume has less free space than the reserve, if so: an archive may unpack to more than any disk
-    /// holds.
+    /// Message if the volume has less free space than the reserve; an archive may unpack to more than any disk holds.
     pub(crate) fn full_volume(&self) -> Option<String> {
         let path = self.limits.volume.as_ref()?;
         let disk = rustix::fs::statvfs(path).ok()?;
         let (free, whole) = (disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize);
         let is_full = free < reserve(whole);
         is_full.then(|| {
-            // The path is that of a descriptor.
+            // `path` is that of a descriptor, so show where it leads.
             let shown = std::fs::read_link(path).unwrap_or_else(|_| path.clone());
             let [free, whole] = [free, whole].map(size_in_words);
             format!("the file system of {} has almost no space left, {free} of {whole}", shown.display())
@@ -305,7 +306,7 @@ impl<'a> Confined<'a> {
         }
         rules.allow(self.directory, self.access)?;
         if let Some((stdin, access)) = &self.stdin
-            // Landlock has no rules for pipes (EBADFD), and needs none for what is open already.
+            // Landlock has no rules for pipes (EBADFD), and needs none for a file that is open already.
             && FileType::from_raw_mode(rustix::fs::fstat(stdin)?.st_mode) != FileType::Fifo
         {
             rules.allow(stdin, *access)?;
@@ -316,13 +317,13 @@ impl<'a> Confined<'a> {
         Ok(Some(rules))
     }
 
-    /// Gives this thread a mount namespace where only the target is writable (Landlock does not cover modes and owners)
-    /// and no device can be opened.
+    /// Gives this thread a mount namespace in which only the target is writable and no device can be opened. Landlock
+    /// would not prevent changes of modes and owners.
     fn own_mounts(&self) -> std::io::Result<()> {
         let restricted = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID;
         let writable = self.access == Access::Write;
         let target = writable.then(|| Detached::copy_of_fd(self.directory, false, restricted)).transpose()?;
-        // unshare(2) carries the working directory into the new namespace, but not descriptors.
+        // unshare(2) carries the working directory into the new namespace, but not descriptors; so go there first.
         nix::sched::unshare(CloneFlags::CLONE_FS)?;
         rustix::process::fchdir(self.directory)?;
         nix::sched::unshare(CloneFlags::CLONE_NEWNS)?;
@@ -334,7 +335,7 @@ impl<'a> Confined<'a> {
         Ok(())
     }
 
-    /// True if mount namespaces can be created; tried once.
+    /// True if mount namespaces can be created; this is tried once.
     fn has_mounts() -> bool {
         static WORK: OnceLock<bool> = OnceLock::new();
         *WORK.get_or_init(|| {
@@ -345,7 +346,7 @@ impl<'a> Confined<'a> {
             let tried = std::thread::scope(|scope| scope.spawn(attempt).join());
             let failed = tried.unwrap_or_else(|_| Err(std::io::ErrorKind::Other.into())).err();
             if let Some(e) = &failed {
-                // Not at INFO: this happens in every pod without CAP_SYS_ADMIN, where Landlock confines them.
+                // Not at INFO: this happens in every pod without CAP_SYS_ADMIN, where Landlock confines these programs.
                 tracing::debug!("programs that pack and unpack have no read-only mounts of their own: {e}");
             }
             failed.is_none()
@@ -353,8 +354,8 @@ impl<'a> Confined<'a> {
     }
 }
 
-/// Leaves `command` only `$PATH` and a language for messages. Other variables hold keys and tokens, or options such as
-/// `TAR_OPTIONS` and `GZIP`.
+/// Removes all variables of `command` but `$PATH`, and sets a language for messages. Other variables hold keys and
+/// tokens, or options such as `TAR_OPTIONS` and `GZIP`.
 pub(crate) fn clear_environment(command: &mut Command) -> &mut Command {
     command.env_clear().env("LANG", "C");
     if let Some(path) = std::env::var_os("PATH") {
@@ -363,7 +364,7 @@ pub(crate) fn clear_environment(command: &mut Command) -> &mut Command {
     command
 }
 
-/// Free space to keep on a disk of `disk` bytes.
+/// Free space to keep on a disk of `disk` bytes, in bytes.
 fn reserve(disk: u64) -> u64 {
     (disk / 50).min(1 << 30)
 }
@@ -372,8 +373,8 @@ fn reach(path: &Path) -> rustix::io::Result<OwnedFd> {
     rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
 }
 
-/// Most of the container's memory: a program at its limit reports an error, instead of the OOM killer choosing a
-/// process.
+/// Memory limit in bytes: most of the container's memory, so that a program at its limit reports an error before the
+/// OOM killer chooses a process.
 fn memory() -> u64 {
     (memory::available().unwrap_or(0) / 4 * 3).max(1 << 30) + processors() * MEMORY_OF_A_PROCESSOR
 }

@@ -36,8 +36,9 @@ pub(crate) const TICK: Duration = Duration::from_millis(200);
 /// Timeout for one server once a signal has arrived.
 const IN_A_HURRY: Duration = Duration::from_secs(2);
 
-/// Programs that a machine may lack, and the packages that contain them.
+/// Name of the package squashfs-tools, for messages.
 const SQUASHFS: &str = "squashfs-tools (squashfs on SUSE)";
+/// Programs that a machine may lack, and the packages that contain them.
 const PACKAGES: [(&str, &str); 4] = [
     ("mksquashfs", SQUASHFS),
     ("unsquashfs", SQUASHFS),
@@ -45,10 +46,10 @@ const PACKAGES: [(&str, &str); 4] = [
     ("ssh-keygen", "openssh-client (openssh on Fedora, EL and SUSE)"),
 ];
 
-/// Fails early, naming the package, if the program is not installed: not after hours of work, when the image is to be
-/// packed.
+/// Fails if the program is not installed, and names its package. Called early, so that the error does not come after
+/// hours of work, when the image is to be packed.
 pub(crate) fn installed(program: &str) -> Result<()> {
-    // Without $PATH, execvp searches a default path.
+    // Do not check without $PATH, since execvp(3) then searches a default path.
     let Some(path) = std::env::var_os("PATH") else { return Ok(()) };
     if std::env::split_paths(&path).any(|place| place.join(program).is_file()) {
         return Ok(());
@@ -58,13 +59,13 @@ pub(crate) fn installed(program: &str) -> Result<()> {
     Err(missing.advise(format!("install the package {package}")))
 }
 
-/// Limit of a program's output, in bytes.
+/// Maximum size of a program's output, in bytes.
 const MOST_SAID: u64 = 64 << 20;
 
-/// Limit of a server's error response, in bytes.
+/// Maximum number of bytes read of a server's error response.
 pub(crate) const MOST_COMPLAINED: usize = 16 << 10;
 
-/// First and longest pause between retries.
+/// First and longest pause between attempts.
 pub(crate) const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
 
 /// HTTP clients, subprocesses, and the signals that interrupt both.
@@ -72,27 +73,27 @@ pub(crate) struct Work {
     runtime: Runtime,
     /// Created on first use: loading the system's CA certificates takes longer than mounting an image.
     client: OnceCell<reqwest::Client>,
-    /// For requests with credentials.
+    /// Client for requests that read with credentials; created on first use.
     reader: OnceCell<reqwest::Client>,
-    /// Follows no redirects.
+    /// Client that follows no redirects; created on first use.
     sender: OnceCell<reqwest::Client>,
-    /// Connects to a socket of this machine.
+    /// Client that connects to a socket of this machine; created on first use.
     local: OnceCell<reqwest::Client>,
     signals: Signals,
     /// The signal that interrupted the work.
     interrupted: Cell<Option<Signal>>,
-    /// Set during cleanup: signals no longer interrupt.
+    /// Set during cleanup, which signals do not interrupt.
     deaf: Cell<bool>,
-    /// Set if the cleanup must end soon after a signal.
+    /// Set during a rollback: after a signal, it must end soon.
     is_rollback: Cell<bool>,
-    /// When that started.
+    /// Time from which the rest of the rollback has to hurry.
     hurried: Cell<Option<Instant>>,
     /// TLS settings and timeouts.
     pub(crate) network: Network,
 }
 
-/// Carries out a command that signals interrupt. After a signal, the interruption is its error, whichever step failed
-/// because of it.
+/// Carries out a command that signals interrupt. If a step fails after a signal, the error is the interruption, since
+/// the signal is the reason for the failure.
 pub(crate) fn interruptible<T>(network: &Network, carry_out: impl FnOnce(&Work) -> Result<T>) -> Result<T> {
     let work = Work::begin(network)?;
     work.unless_interrupted(carry_out(&work))
@@ -114,7 +115,7 @@ impl From<Error> for Fault {
 
 impl From<reqwest::Error> for Fault {
     fn from(error: reqwest::Error) -> Self {
-        // The request itself is invalid, such as a header with a forbidden byte.
+        // An invalid request, such as one with a forbidden byte in a header, fails in the same way each time.
         if error.is_builder() {
             return Self::Final(Error::new("build a request").because(in_full(&error)));
         }
@@ -130,17 +131,18 @@ impl From<reqwest::Error> for Fault {
     }
 }
 
-/// Concurrent requests of one kind, each on a thread.
+/// Maximum number of concurrent requests of one kind, each on a thread.
 pub(crate) const AT_A_TIME: usize = 3;
 
 impl Work {
-    /// Blocks the signals that end a program and reads them instead: PID 1 of a container has no default action for
-    /// them. SIGQUIT is one that a command's terminal may pass on after the command has ended.
+    /// Blocks the signals that end a program, and reads them instead: they have no default action for PID 1 of a
+    /// container. SIGQUIT is among them because a command's terminal may pass it on after the command has ended.
     pub(crate) fn begin(network: &Network) -> Result<Self> {
-        // Before any thread starts: threads inherit the mask, and one without it would be killed.
+        // Block signals before any thread starts: threads inherit the mask, and a signal to a thread without it would
+        // kill the process.
         let ending = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGHUP];
         let signals = Signals::block(&ending).attempt(|| "block signals")?;
-        // Uploads are signed and encrypted, more than one processor can do.
+        // Uploads are signed and encrypted, which is more than one processor can do.
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(AT_A_TIME).enable_all().build();
         Ok(Self {
             runtime: runtime.attempt(|| "start an event loop")?,
@@ -157,7 +159,7 @@ impl Work {
         })
     }
 
-    /// The client for servers other than stores.
+    /// The client for servers other than stores, and for requests without credentials.
     pub(crate) fn client(&self) -> Result<&reqwest::Client> {
         self.make(&self.client, Redirects::Anywhere)
     }
@@ -200,32 +202,33 @@ impl Work {
         self.interrupted.get()
     }
 
-    /// Returns `result`, or the interruption as its error: after a signal, every failure is due to it.
+    /// Returns `result`; if it is an error and a signal has arrived, that error is the interruption, since the signal
+    /// is the reason for every later failure.
     pub(crate) fn unless_interrupted<T>(&self, result: Result<T>) -> Result<T> {
         result.map_err(|error| {
             if error.is_interruption() {
                 return error;
             }
-            // A walk of a tree fails when a signal is pending, and does not read it.
+            // A walk of a tree fails while a signal is pending, but does not read the signal.
             let _ = self.heed();
             self.interrupted().map_or(error, Error::interrupted)
         })
     }
 
-    /// Result of a removal that comes last: a signal that ended it is its error, even after
-    /// [`Work::finish_regardless`].
+    /// Returns the result of a removal that comes last. If a signal ended the removal, the error is the interruption,
+    /// even after [`Work::finish_regardless`].
     pub(crate) fn last<T>(&self, result: Result<T>) -> Result<T> {
         self.deaf.set(false);
         self.unless_interrupted(result)
     }
 
-    /// From here on, no signal interrupts; for cleanup.
+    /// Lets no signal interrupt from here on; for cleanup.
     pub(crate) fn finish_regardless(&self) {
         self.deaf.set(true);
     }
 
-    /// Like [`Work::finish_regardless`], for rollback and final reports: after a signal, servers get little time. The
-    /// sender will kill this program soon.
+    /// Like [`Work::finish_regardless`], for rollback and final reports. After a signal, servers get little time,
+    /// because the sender of the signal will kill this program soon.
     pub(crate) fn roll_back(&self) {
         self.finish_regardless();
         self.is_rollback.set(true);
@@ -239,7 +242,8 @@ impl Work {
         self.hurried.get().is_some()
     }
 
-    /// Fails if a signal has arrived and the server, asked at `began`, has used up its time.
+    /// Fails if a signal has arrived during a rollback and the server, which was asked at `began`, has used up its
+    /// time.
     fn hurry(&self, began: Instant) -> Result<()> {
         if self.is_rollback.get()
             && self.hurried.get().is_none()
@@ -257,7 +261,7 @@ impl Work {
         }
     }
 
-    /// For event loops of the caller's own.
+    /// The signals, for a caller with its own event loop.
     pub(crate) fn signals(&self) -> &Signals {
         &self.signals
     }
@@ -298,8 +302,9 @@ impl Work {
         })
     }
 
-    /// Runs a program to its end and returns its output; calls `look` regularly. A signal kills the program. It gets no
-    /// variable but `$PATH`, and only the rights of `confined` if given. `attempted` completes "cannot …".
+    /// Runs a program to its end and returns its output; calls `look` regularly. A signal to this process kills the
+    /// program. The program gets no variable but `$PATH`, and only the rights of `confined` if given. `attempted`
+    /// completes "cannot …".
     pub(crate) fn run(
         &self,
         attempted: &str,
@@ -314,7 +319,7 @@ impl Work {
             installed(&name)?;
         }
         clear_environment(command).stdin(Stdio::null());
-        // Output goes to files: a pipe that nobody reads would fill up.
+        // Output goes to files, because a pipe that nobody reads would fill up.
         let (out, err) = (temporary().attempt(attempted)?, temporary().attempt(attempted)?);
         command.stdout(out.try_clone().attempt(attempted)?).stderr(err.try_clone().attempt(attempted)?);
         let said = [&out, &err];
@@ -325,8 +330,8 @@ impl Work {
             }
             Some(confined) => {
                 confined.prepare(command)?;
-                // The starting thread is confined as well, and must live as long as the child: PR_SET_PDEATHSIG refers
-                // to the parent thread.
+                // The thread that starts the child is confined as well, and must live as long as the child:
+                // PR_SET_PDEATHSIG refers to the parent thread.
                 std::thread::scope(|scope| {
                     let (started, child) = mpsc::channel();
                     let (_over, end) = mpsc::channel::<()>();
@@ -383,7 +388,7 @@ impl Work {
         }
     }
 
-    /// Waits for the end of a child. A signal ends the wait, and leaves the child as it is.
+    /// Waits for the end of a child. A signal to this process ends the wait, and the child keeps running.
     pub(crate) fn wait_for(&self, child: &mut Child) -> Result<()> {
         let attempted = || "wait for a program";
         while child.try_wait().attempt(attempted)?.is_none() {
@@ -393,7 +398,7 @@ impl Work {
         Ok(())
     }
 
-    /// Runs a program; fails if it does. Returns its standard error output.
+    /// Runs a program, and fails if the program fails. Returns the program's standard error output.
     pub(crate) fn succeed(
         &self,
         attempted: &str,
@@ -426,10 +431,11 @@ impl Work {
     }
 }
 
-/// Why a program was killed by SIGXFSZ: a file became larger than `limit` bytes, or than this process's own limit.
+/// Reason why a program was killed by SIGXFSZ: a file became larger than `limit` bytes, or than this process's own
+/// limit.
 pub(crate) fn too_large(limit: Option<u64>) -> String {
     let own = rustix::process::getrlimit(rustix::process::Resource::Fsize);
-    // A confined program gets the hard limit.
+    // A confined program starts with the hard limit, others with the soft one.
     let inherited = if limit.is_some() { own.maximum } else { own.current };
     match (inherited, limit) {
         (Some(bytes), limit) if limit.is_none_or(|limit| bytes < limit) => over_file_limit(bytes),
@@ -452,20 +458,20 @@ fn read_from_start(mut file: std::fs::File) -> std::io::Result<Vec<u8>> {
 /// Servers that redirects may lead to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Redirects {
-    /// Any; for requests without credentials.
+    /// Any server; for requests without credentials.
     Anywhere,
-    /// One hop to another server: reqwest drops credentials there, but would add them again for the next hop.
+    /// One hop to another server: reqwest drops credentials at that hop, but would add them again at the next one.
     Once,
-    /// Only the same server; for requests with other secret headers.
+    /// Only the same server; for requests that have secrets in other headers.
     SameServer,
-    /// None: 307 and 308 would resend the body elsewhere, 301 and 302 would turn the request into a GET.
+    /// No server: 307 and 308 would resend the body elsewhere, 301 and 302 would turn the request into a GET.
     Nowhere,
 }
 
-/// Longest chain of redirects.
+/// Maximum length of a chain of redirects.
 const MOST_REDIRECTS: usize = 10;
 
-/// Completes "cannot …".
+/// Operation in error messages: "cannot set up TLS".
 const SET_UP: fn() -> &'static str = || "set up TLS";
 
 /// A client builder with the configured certificates and redirect rules. The caller sets request timeouts.
@@ -486,7 +492,7 @@ pub(crate) fn client(network: &Network, validate: &Validate, redirects: Redirect
     Ok(builder)
 }
 
-/// Why a redirect to `next` is refused, or `None`; `previous` are the URLs before it.
+/// Reason why a redirect to `next` is refused; `None` if it is followed. `previous` are the URLs before it.
 fn refuse_redirect(previous: &[Url], next: &Url, redirects: Redirects) -> Option<String> {
     let shown = without_query(next.as_str());
     let server = |url: &Url| (url.host_str().map(str::to_owned), url.port_or_known_default());
@@ -525,7 +531,7 @@ fn authorities(network: &Network, validate: &Validate) -> Result<Vec<Certificate
     Ok(found)
 }
 
-/// An HTTP error with its whole chain of causes: "error sending request" alone says nothing.
+/// Describes an HTTP error with its whole chain of causes, since "error sending request" alone says nothing.
 pub(crate) fn in_full(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut below = error.source();
@@ -558,7 +564,7 @@ pub fn without_query(text: &str) -> String {
     kept + rest
 }
 
-/// Outage of a server. It is logged when it begins and then at growing distances, not at every attempt.
+/// An outage of a server. It is logged when it begins, and then at growing intervals instead of at every attempt.
 #[derive(Debug, Default)]
 pub(crate) struct Outage(Mutex<Option<(Instant, Duration)>>);
 
@@ -581,7 +587,7 @@ impl Outage {
     }
 }
 
-/// When an outage is logged for the second time.
+/// Time after which an outage is logged again.
 const TOLD_AGAIN: Duration = Duration::from_secs(30);
 
 /// Retries with backoff until success, a permanent error, or the end of `limit`. `attempted` completes "cannot …".
@@ -602,7 +608,7 @@ pub(crate) async fn retry<T>(
             Err(Fault::Final(error)) => return Err(error),
             Err(Fault::Transient(cause)) => cause,
         };
-        // The last attempt comes at the end of the limit.
+        // The last attempt is made when the limit ends.
         let left = limit.saturating_sub(began.elapsed());
         if left.is_zero() {
             let tried = format!("tried for {} s (IMS_RETRY_LIMIT)", began.elapsed().as_secs_f64().round());
@@ -619,7 +625,7 @@ pub(crate) async fn retry<T>(
     }
 }
 
-/// Reads a response of at most `limit` bytes. A signal interrupts it, however fast data arrives.
+/// Reads a response of at most `limit` bytes. A signal interrupts the reading, however fast data arrives.
 pub(crate) async fn whole(response: Response, limit: usize) -> std::result::Result<Vec<u8>, Fault> {
     let read = format!("read the answer of {}", without_query(response.url().as_str()));
     match beginning(response, limit).await? {
@@ -628,7 +634,7 @@ pub(crate) async fn whole(response: Response, limit: usize) -> std::result::Resu
     }
 }
 
-/// Reads at most `limit` bytes of a response; the flag says whether that is all.
+/// Reads at most `limit` bytes of a response; the flag is true if the response ended there.
 async fn beginning(mut response: Response, limit: usize) -> std::result::Result<(Vec<u8>, bool), Fault> {
     let mut text = Vec::new();
     while let Some(piece) = response.chunk().await? {
@@ -654,10 +660,10 @@ pub(crate) fn is_transient(status: reqwest::StatusCode) -> bool {
     status.is_server_error() || [408, 425, 429].contains(&status.as_u16())
 }
 
-/// Most characters of a server's response quoted in a message.
+/// Maximum number of characters of a server's response that a message quotes.
 pub(crate) const MOST_QUOTED: usize = 300;
 
-/// Shortest timeout of a retry.
+/// Minimum timeout of a retry.
 pub(crate) const SHORTEST: Duration = Duration::from_secs(1);
 
 #[cfg(test)]
@@ -698,7 +704,7 @@ mod tests {
         ] {
             assert_eq!(refused(&[from], to, redirects).is_none(), goes, "{from} {to} {redirects:?}");
         }
-        // reqwest compares only the last two servers, and would send the credentials again.
+        // In this case reqwest compares only the last two servers, and would send the credentials again.
         assert!(refused(&["http://a/", "http://b/"], "http://b/x", Once).is_some());
         assert!(refused(&["http://a/", "http://b/"], "http://a/", Once).is_some());
         assert!(refused(&["http://a/", "http://a/x"], "http://b/", Once).is_none());

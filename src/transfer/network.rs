@@ -23,9 +23,10 @@ pub struct Network {
     pub ca: Option<PathBuf>,
     /// `IMS_STALL_LIMIT`: timeout of a connection that makes hardly any progress.
     pub(crate) stall_limit: Duration,
-    /// `IMS_RETRY_LIMIT`: how long failed requests are retried.
+    /// `IMS_RETRY_LIMIT`: time for which failed requests are retried.
     pub(crate) retry_limit: Duration,
-    /// True if `retry_limit` is a fixed time that is shorter than `IMS_RETRY_LIMIT`.
+    /// True if `retry_limit` is a fixed time that is shorter than `IMS_RETRY_LIMIT`, so messages must not name the
+    /// variable.
     pub(crate) is_shortened: bool,
 }
 

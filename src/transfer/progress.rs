@@ -11,28 +11,28 @@ const LINE_EVERY: Duration = Duration::from_secs(10);
 /// Interval between updates of the bar.
 const BAR_EVERY: Duration = Duration::from_millis(200);
 
-/// Shortest time over which a rate is averaged: long enough to be stable, short enough to show a stall.
+/// Minimum time over which a rate is averaged: long enough to be stable, short enough to show a stall.
 const RATE_OVER: Duration = Duration::from_secs(2);
 
 const BAR_WIDTH: usize = 30;
 
-/// How far a packed image has been written, in bytes.
+/// Progress of writing a packed image, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Written {
     /// Bytes of the image that were taken over from its source.
     pub(crate) taken: u64,
     /// Bytes of the image that were compressed.
     pub(crate) compressed: u64,
-    /// Bytes of files that were read for that.
+    /// Bytes of files that were read to be compressed.
     pub(crate) read: u64,
-    /// Bytes to take over in all.
+    /// Total of [`Self::taken`] at the end.
     pub(crate) to_take: u64,
-    /// Bytes to read in all.
+    /// Total of [`Self::read`] at the end.
     pub(crate) to_read: u64,
 }
 
 impl Written {
-    /// Length as bytes.
+    /// Length of the encoded value, in bytes.
     pub(crate) const LENGTH: usize = 40;
 
     pub(crate) fn encode(&self) -> [u8; Self::LENGTH] {
@@ -51,13 +51,13 @@ impl Written {
         Self { taken, compressed, read, to_take, to_read }
     }
 
-    /// Work done, and all of it. Taking over costs nearly nothing against compressing, but not nothing.
+    /// Work done, and total work, in bytes to compress. Taking over a byte costs little in comparison, but not nothing.
     fn work(&self) -> (u64, u64) {
         let all = |taken: u64, read: u64| (taken / TAKEN_IS_FASTER).saturating_add(read);
         (all(self.taken, self.read), all(self.to_take, self.to_read))
     }
 
-    /// The line for people, with a rate in bytes of work per second.
+    /// The line that people see, with a rate in bytes of work per second.
     fn line(&self, rate: Option<f64>) -> String {
         let image = megabytes(self.taken.saturating_add(self.compressed));
         let (taken, compressed) = (megabytes(self.taken), megabytes(self.compressed));
@@ -75,22 +75,22 @@ impl Written {
     }
 }
 
-/// How much faster a byte is taken over than one is compressed, about.
+/// Approximate factor by which taking over a byte is faster than compressing one.
 const TAKEN_IS_FASTER: u64 = 32;
 
-/// One step.
+/// Progress of one step.
 pub(crate) struct Progress {
     what: String,
-    /// In bytes; `None` if unknown.
+    /// Total in bytes; `None` if unknown.
     total: Option<u64>,
     done: u64,
-    /// For a step whose output comes long after its input: bytes written.
+    /// Bytes written, for a step whose output comes long after its input.
     written: Option<u64>,
-    /// For an image that is packed.
+    /// Progress of the image, for a step that packs one.
     image: Option<Written>,
-    /// Time and bytes done from which the current rate is computed.
+    /// Time from which the current rate is computed, and the bytes done at that time.
     mark: (Instant, u64),
-    /// In MB/s; `None` at first.
+    /// Rate in MB/s; `None` at first.
     rate: Option<f64>,
     told: Instant,
     terminal: bool,
@@ -126,7 +126,7 @@ impl Progress {
         self.at(read.max(self.done));
     }
 
-    /// Sets how far the image has been written.
+    /// Sets the progress of the image.
     pub(crate) fn of_image(&mut self, written: Written) {
         self.image = Some(written);
         let (done, all) = written.work();
@@ -159,7 +159,8 @@ impl Progress {
     }
 }
 
-/// Shows no rate for a compressor: it finishes reading long before writing.
+/// Describes the bytes done. For a compressor (`written` is given) shows no rate: it finishes reading long before
+/// writing.
 fn amount(done: u64, total: Option<u64>, written: Option<u64>, rate: Option<f64>) -> String {
     let done = match total {
         Some(total) => format!("{:.0} of {:.0} MB", megabytes(done), megabytes(total)),
@@ -197,8 +198,8 @@ pub(crate) fn size_in_words(bytes: u64) -> String {
     format!("{} {name}", bytes.div_ceil(unit))
 }
 
-/// Sizes of an image of `length` bytes, of its `part` and of the rest, all in the unit of the image; the parts add up,
-/// and only a part without bytes is 0.
+/// Sizes of an image of `length` bytes, of its `part` and of the rest, all in the unit of the image. Part and rest add
+/// up to the image's size, and only a part without bytes is shown as 0.
 pub(crate) fn parts_in_words(length: u64, part: u64) -> [String; 3] {
     let (unit, name) = unit_for(length);
     let all = length.div_ceil(unit);
@@ -242,7 +243,7 @@ mod tests {
         progress.tell();
         assert!(progress.rate.is_some_and(|rate| (1.0..=2.0).contains(&rate)), "{:?}", progress.rate);
         progress.mark.0 -= RATE_OVER;
-        // The program has ended, so what it has read is no longer known.
+        // The program has ended, so the number of bytes that it has read is no longer known.
         progress.between(0, 2_000_000);
         progress.tell();
         assert_eq!((progress.done, progress.rate), (4_000_000, Some(0.0)));
