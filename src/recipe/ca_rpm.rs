@@ -1,7 +1,8 @@
 //! `ims-sshd ca-rpm`: the package of a site's certificate authority, for images of rpm packages.
 //!
-//! It has the name, the version and the path of the package that IMS's recipes have always got, and the path of the
-//! other family of distributions besides. Its scripts run whichever tool the image has, and none if it has none yet.
+//! The package has the name, version and path of the package that IMS has always given to recipes, and also the path
+//! for the other family of distributions. Its scripts run whichever tool the image has, or none if the image has none
+//! yet.
 
 use std::path::{Path, PathBuf};
 
@@ -37,8 +38,9 @@ pub(crate) const ANCHORS: [&str; 2] = [
     "/etc/pki/ca-trust/source/anchors/cray_certificate_authority.crt",
 ];
 
-/// Runs the tool that makes the image's store of authorities. Without one it does nothing, since a failed script would
-/// only be a warning: the trigger below runs it again. Nothing is redirected, because early on there is no /dev/null.
+/// Runs the tool that makes the image's store of authorities. Without a tool it succeeds: a failure would only be a
+/// warning, and the trigger below runs the script again once there is a tool. Nothing is redirected, because early on
+/// there is no /dev/null.
 const SCRIPT: &str = "\
 for tool in update-ca-certificates update-ca-trust; do
     for place in /usr/sbin /usr/bin; do
@@ -51,18 +53,18 @@ done
 exit 0
 ";
 
-/// Package that has the tool, in both families.
+/// Package that contains the tool, in both families.
 const TOOLS: &str = "ca-certificates";
 
 /// Time of everything in the package, unless `SOURCE_DATE_EPOCH` is set: 2020-01-01.
 const EPOCH: u32 = 1_577_836_800;
 
-/// Longest certificate, in bytes.
+/// Maximum length of a certificate, in bytes.
 const LONGEST: usize = 4 << 20;
 
 /// Writes the package into the directory `output`.
 pub fn run(settings: &Settings, certificate: Option<&Path>, specification: &Path, output: &Path) -> Result<u8> {
-    // The container has no status of its own, but IMS hears if it fails.
+    // This step sets no status when it begins, but IMS is told if it fails.
     outcome::step(settings, None, |_| {
         let certificate = certificate.map_or_else(|| default_certificate(settings), Path::to_owned);
         let content = read_certificate(&certificate)?;
@@ -82,13 +84,13 @@ pub(crate) fn epoch(settings: &Settings) -> u32 {
     settings.packing.epoch.and_then(|epoch| u32::try_from(epoch).ok()).unwrap_or(EPOCH)
 }
 
-/// The pod's certificate, else the one that this program trusts.
+/// The pod's certificate; if there is none, the one that this program trusts.
 fn default_certificate(settings: &Settings) -> PathBuf {
     let named = settings.network.ca.clone().filter(|file| file.exists() && !Path::new(DEFAULT_CERTIFICATE).exists());
     named.unwrap_or_else(|| DEFAULT_CERTIFICATE.into())
 }
 
-/// Reads a certificate; refuses a file that has none, which would give an image without the authority.
+/// Reads a certificate; refuses a file without one, which would result in an image without the authority.
 pub(crate) fn read_certificate(file: &Path) -> Result<Vec<u8>> {
     let attempted = || format!("read the certificate {}", file.display());
     let content = std::fs::read(file).attempt(attempted)?;
@@ -115,7 +117,7 @@ pub(crate) fn build(certificate: &[u8], epoch: u32) -> Result<Vec<u8>> {
     }
     let script = || Scriptlet::new(SCRIPT);
     builder.post_install_script(script()).post_trans_script(script()).trigger_in(TOOLS, None, script());
-    // The scripts' shell is installed before, and the tool, if it comes in the same transaction.
+    // Install the scripts' shell before this package, and the tool, too, if it is in the same transaction.
     builder.requires(Dependency::script_post("/bin/sh")).order_with_requires(Dependency::any(TOOLS));
     let mut bytes = Vec::new();
     builder.build().and_then(|package| package.write(&mut bytes)).attempt(attempted)?;
@@ -136,7 +138,7 @@ fn tell_other_specification(file: &Path) {
     }
 }
 
-/// Lines of a specification that this package has no counterpart of.
+/// Lines of a specification for which this package has no counterpart.
 fn other_lines(text: &str) -> Vec<String> {
     let own = [("name:", NAME), ("version:", VERSION), ("release:", RELEASE)];
     let other = |line: &&str| {

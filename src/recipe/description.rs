@@ -1,4 +1,4 @@
-//! A recipe's description, as far as the steps around kiwi-ng need it.
+//! A recipe's description: the parts that the steps around kiwi-ng need.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -11,11 +11,12 @@ use crate::printable::listed;
 use crate::sys::tree::Tree;
 
 /// Names of a description, in the order in which kiwi-ng looks for them (`kiwi/tasks/base.py`). After them come files
-/// that end in `.kiwi`.
+/// that end in [`ENDING`].
 const NAMES: [&str; 2] = ["config.xml", "image/config.xml"];
+/// Ending of the further names of a description.
 const ENDING: &str = ".kiwi";
 
-/// Longest description, in bytes.
+/// Maximum length of a description, in bytes.
 const LONGEST: u64 = 16 << 20;
 
 /// A description.
@@ -43,7 +44,7 @@ pub(crate) struct Description {
     pub(crate) repositories: Vec<(Scope, Repository)>,
 }
 
-/// Profiles and architectures that a part of a description is for; empty ones are all.
+/// Profiles and architectures to which a part of a description applies; an empty list stands for all.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Scope {
     profiles: Vec<String>,
@@ -67,7 +68,7 @@ pub(crate) struct Repository {
     pub(crate) components: String,
     /// The repository's own user and password.
     pub(crate) login: Option<(String, String)>,
-    /// True if it is only configured in the image, and nothing is installed from it.
+    /// True if the repository is only configured in the image, and nothing is installed from it.
     pub(crate) is_for_image_only: bool,
 }
 
@@ -85,12 +86,12 @@ impl Description {
         let attempted = || format!("read {} of the recipe", file.display());
         let text = read(recipe, &file).attempt(attempted)?;
         let mut found = Self::parse(&text, file.clone()).attempt(attempted)?;
-        // kiwi-ng includes once: what is included in an included file is passed over (`kiwi/xsl/include.xsl`).
+        // kiwi-ng ignores includes in an included file (`kiwi/xsl/include.xsl`).
         for from in std::mem::take(&mut found.includes) {
             let included = || format!("read '{from}', which {} of the recipe includes", file.display());
             let text = match from.split_once(":/").map(|(scheme, rest)| (scheme, rest.trim_start_matches('/'))) {
                 Some(("this", rest)) => read(recipe, &file.with_file_name(rest)).attempt(included)?,
-                // This container may lack a file that the one for builds has.
+                // This container may lack a file that the container for builds has.
                 _ => match Tree::open(Path::new("/")).and_then(|root| read(&root, Path::new(local_path(&from)))) {
                     Ok(text) => text,
                     Err(e) => {
@@ -188,8 +189,8 @@ impl Description {
         ));
     }
 
-    /// Profiles that a build of `asked` selects: the asked ones, else those that the description imports, with all that
-    /// these require. An unknown profile is an error.
+    /// Returns the profiles that a build selects: those in `asked`, or those that the description imports if `asked` is
+    /// empty, with all profiles that they require. An unknown profile is an error.
     pub(crate) fn select(&self, asked: &[String], architecture: &'static str) -> Result<Selection> {
         if let Some(unknown) = asked.iter().find(|asked| !self.profiles.iter().any(|(name, _)| name == *asked)) {
             let known: Vec<_> = self.profiles.iter().map(|(name, _)| name).collect();
@@ -231,12 +232,12 @@ fn attribute(node: Node, name: &str) -> String {
     node.attribute(name).unwrap_or_default().to_owned()
 }
 
-/// Text of a description.
+/// Reads the text of a description.
 fn read(tree: &Tree, file: &Path) -> io::Result<String> {
     String::from_utf8(tree.read(file, LONGEST)?).map_err(io::Error::other)
 }
 
-/// Path of an include that is not the recipe's own.
+/// Path, on this machine, of an included file outside the recipe.
 fn local_path(from: &str) -> &str {
     from.split_once("://").map_or(from, |(_, path)| path)
 }

@@ -1,4 +1,4 @@
-//! `ims-sshd fetch-recipe`: makes a directory of a recipe, with its templates filled in; leaves nothing behind if that
+//! `ims-sshd fetch-recipe`: fetches a recipe into a directory and fills in its templates; leaves nothing behind if that
 //! fails.
 
 use std::collections::BTreeMap;
@@ -31,14 +31,14 @@ use crate::volume::open_tree;
 /// File in which a pod has the values of the recipe's templates.
 pub const DEFAULT_VALUES: &str = "/etc/cray/template_dictionary";
 
-/// Directory whose content kiwi-ng copies into the image, as it does that of directories with a profile's name
-/// (`kiwi/system/setup.py`): with modes, ACLs and capabilities, without owners.
+/// Directory whose content kiwi-ng copies into the image, with modes, ACLs and capabilities but without owners. kiwi-ng
+/// does the same with directories that have a profile's name (`kiwi/system/setup.py`).
 const OVERLAY: &str = "root";
 
-/// Extended attributes by which a file gives rights to others.
+/// Extended attributes that grant rights.
 const RIGHTS: [&str; 3] = ["security.capability", "system.posix_acl_access", "system.posix_acl_default"];
 
-/// Longest file of values, in bytes.
+/// Maximum length of the file of values, in bytes.
 const LONGEST_VALUES: usize = 4 << 20;
 
 /// Arguments of the command line.
@@ -46,9 +46,9 @@ const LONGEST_VALUES: usize = 4 << 20;
 pub struct Wanted {
     /// Directory that becomes the recipe.
     pub directory: PathBuf,
-    /// Where the recipe comes from.
+    /// Path or URL of the recipe.
     pub source: String,
-    /// File of values; [`DEFAULT_VALUES`] if there is one.
+    /// File of values; without it, [`DEFAULT_VALUES`] if that exists.
     pub values: Option<PathBuf>,
     /// Further values, which override those in the file.
     pub set: Vec<(String, String)>,
@@ -62,12 +62,12 @@ pub fn run(settings: &Settings, wanted: &Wanted) -> Result<u8> {
     })
 }
 
-/// Unpacks `archive`, a recipe whose templates are filled in, into the image root's parent.
+/// Unpacks `archive`, a recipe whose templates are already filled in, into the image root parent.
 pub(crate) fn unpack_filled_in(settings: &Settings, archive: &Path) -> Result<()> {
     let work = Work::begin(&settings.network)?;
     let recipe = unpack_recipe(&work, &Opened::open(archive)?, &open_tree(&settings.job.parent)?, RECIPE)?;
     check(&recipe)?;
-    // With the mode, nobody else gets in, whoever owns the files.
+    // This owner and mode keep other users out, whoever owns the files below.
     let user = (Some(rustix::process::geteuid()), Some(rustix::process::getegid()));
     rustix::fs::chownat(&recipe, ".", user.0, user.1, AtFlags::empty())
         .and_then(|()| rustix::fs::chmodat(&recipe, ".", Mode::RWXU, AtFlags::empty()))
@@ -92,7 +92,7 @@ fn fetch(work: &Work, settings: &Settings, source: &Source, wanted: &Wanted) -> 
             .advise("name one in a directory that only you can change, as all above it")?;
     }
     let volume = open_tree(parent)?;
-    // The volume of an IMS job is the job's own; elsewhere a directory may be somebody's work.
+    // A job's volume is the job's own; elsewhere an existing directory may be somebody's work.
     if !is_job && volume.look(name).attempt(|| format!("look for {}", directory.display()))?.is_some() {
         let refused = Error::new(format!("create the directory {}", directory.display())).because("it exists");
         return Err(refused.advise("remove it, or name another one"));
@@ -101,7 +101,7 @@ fn fetch(work: &Work, settings: &Settings, source: &Source, wanted: &Wanted) -> 
     staging.remove();
     let [part, unpacking] = &staging.names;
     let archive = open(work, settings, source, &volume, part)?;
-    // The recipe's own directory gets owner and mode of its source while it is unpacked.
+    // Unpack in a private directory, since the recipe's own directory gets owner and mode of its source.
     let private = volume.make_private(unpacking).attempt(|| format!("create the directory {unpacking}"))?;
     let tree = unpack_recipe(work, &archive, &private, RECIPE)?;
     let nested = nested(&tree)?;
@@ -112,7 +112,7 @@ fn fetch(work: &Work, settings: &Settings, source: &Source, wanted: &Wanted) -> 
     check(&recipe)?;
     fill_in(&recipe, values.as_ref())?;
     let described = Description::read(&recipe)?;
-    // Containers of a pod that are IMS's own need not run as root.
+    // In a pod, IMS's own containers also read the recipe, and may run as another user.
     let mode = if is_job { 0o755 } else { 0o700 };
     let overlays: Vec<_> = described.profiles.iter().map(|(name, _)| &**name).chain([OVERLAY]).collect();
     own(&recipe, &overlays)
@@ -170,7 +170,7 @@ fn values(wanted: &Wanted) -> Result<Option<Values>> {
     Ok(values)
 }
 
-/// Opens the recipe's archive or directory, fetched if it has to be.
+/// Opens the recipe's archive or directory; downloads it first if it is not here.
 fn open(work: &Work, settings: &Settings, source: &Source, volume: &Tree, part: &str) -> Result<Opened> {
     let url = match source {
         Source::Here(path) => {
@@ -196,7 +196,7 @@ fn open(work: &Work, settings: &Settings, source: &Source, volume: &Tree, part: 
     Ok(Opened { shown: volume.shown().join(part), content: Content::File(file) })
 }
 
-/// Unpacks or copies the recipe, confined.
+/// Unpacks or copies the recipe by a confined process.
 fn unpack_recipe(work: &Work, archive: &Opened, volume: &Tree, name: &str) -> Result<Tree> {
     let attempted = || format!("take {} as a recipe", archive.shown.display());
     match archive
@@ -214,8 +214,8 @@ fn unpack_recipe(work: &Work, archive: &Opened, volume: &Tree, name: &str) -> Re
         .map_err(|e| if e.is_interruption() { e } else { Error::new(attempted()).because(e.reason()) })
 }
 
-/// Gives this user all of the recipe, which runs as root when it is built, and takes from others the rights that they
-/// would have. In the `overlays`, files keep modes and attributes, which the image gets.
+/// Makes this user the owner of the whole recipe, whose scripts run as root, and removes rights that others would have.
+/// Files in the `overlays` keep modes and attributes, since the image gets them.
 fn own(recipe: &Tree, overlays: &[&str]) -> std::io::Result<()> {
     let (user, group) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
     recipe.walk(|path, directory, name, found| {
@@ -230,7 +230,8 @@ fn own(recipe: &Tree, overlays: &[&str]) -> std::io::Result<()> {
     })
 }
 
-/// Name of the only directory in `tree`, if that holds the description: archives of a repository have such a directory.
+/// Returns the name of the only entry of `tree` if it is a directory with the description, as in a repository's
+/// archive.
 fn nested(tree: &Tree) -> Result<Option<String>> {
     if description::is_there(tree) {
         return Ok(None);
@@ -241,8 +242,8 @@ fn nested(tree: &Tree) -> Result<Option<String>> {
     Ok(name.to_str().filter(|_| is_recipe).map(str::to_owned))
 }
 
-/// Refuses what no recipe has, and what would let kiwi-ng read outside of it: devices, pipes and sockets, and links at the
-/// recipe's top that lead out of it. Links further down are content of the image, and lead anywhere.
+/// Refuses devices, pipes and sockets, which no recipe has, and links at the recipe's top that lead out of it, through
+/// which kiwi-ng would read other files. Links further down are content of the image, and may lead anywhere.
 fn check(recipe: &Tree) -> Result<()> {
     let refuse = |path: &Path, why: String| {
         let refused = Error::new(format!("take {} as a part of a recipe", path.display())).because(why);

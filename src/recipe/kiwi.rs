@@ -1,4 +1,4 @@
-//! `ims-sshd build`: builds an image root by kiwi-ng, and leaves no mount and no process, whatever ends it.
+//! `ims-sshd build`: builds an image root by kiwi-ng, and leaves no mount and no process behind, however it ends.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -33,47 +33,47 @@ use crate::volume::signal_files::SignalFiles;
 /// The program that builds.
 const KIWI: &str = "kiwi-ng";
 
-/// Type of image that is built: a tree, and an archive of it that nobody uses.
+/// Type of image that is built: an image root, and an archive of it that is not used.
 const TYPE: &str = "tbz";
 
-/// Package managers, with the program of each that has to be there.
+/// Package managers, each with the program that must be installed.
 const PACKAGE_MANAGERS: [(&str, &str); 5] =
     [("zypper", "zypper"), ("dnf", "dnf"), ("dnf4", "dnf"), ("dnf5", "dnf5"), ("apt", "apt-get")];
 
-/// The compressor of kiwi-ng's archive of the image root, which is deleted: kiwi-ng makes it in any case, by
-/// `tar … | xz -f …`. Whoever else calls it, with a file or to decompress, gets the machine's own.
+/// Replacement for xz. kiwi-ng always makes an archive of the image root by `tar … | xz -f …`, and this script discards
+/// it, since the archive is not used. Other calls, with a file or to decompress, go to the machine's own xz.
 const NO_ARCHIVE: &str = "#!/bin/sh\n[ \"$1\" != -f ] || [ ! -p /dev/stdin ] || exec cat > /dev/null\nexec XZ \"$@\"\n";
 
-/// Functions of the scripts that kiwi-ng runs outside of the image root: it unpacks Debian's base-files by `tar`, which
-/// would set mode, owner and time of /proc. In a build it is read-only.
+/// Shell functions for the scripts that kiwi-ng runs outside the image root. These unpack Debian's base-files by `tar`,
+/// which would fail to set mode, owner and time of /proc, since it is read-only in a build.
 const FUNCTIONS: (&str, &str) = ("functions", "tar() { command tar --exclude=./proc \"$@\"; }\n");
 
-/// Free space without which no build is begun, in bytes.
+/// Minimum free space for a build to begin, in bytes.
 const LEAST_SPACE: u64 = 256 << 20;
 
-/// First version of kiwi-ng that does without debootstrap. In a container of this kind, debootstrap mounts devices that it
-/// cannot make.
+/// First version of kiwi-ng that works without debootstrap. In a container like this one, debootstrap cannot make
+/// device nodes and mounts the container's own instead.
 const FIRST_WITHOUT_DEBOOTSTRAP: (u32, u32) = (10, 0);
 
-/// First version of kiwi-ng that takes the certificate of an authority.
+/// First version of kiwi-ng that accepts the certificate of an authority.
 const TAKES_AUTHORITY: (u32, u32) = (10, 2);
 
-/// Keys of distributions, for package managers that look for them in a place of the builder's.
+/// Keyrings of distributions on this machine, used for apt if there are no other keys.
 const KEYRINGS: [&str; 2] =
     ["/usr/share/keyrings/debian-archive-keyring.gpg", "/usr/share/keyrings/ubuntu-archive-keyring.gpg"];
 
 /// Directories in which a pod has keys of repositories: those of the image, and those of the site.
 pub const KEY_DIRECTORIES: [&str; 2] = ["/signing-keys", "/etc/cray/signing-keys"];
 
-/// Directories with credentials in a pod, besides `OAUTH_CONFIG_DIR`, and that of the IMS service's socket on one
-/// machine. Root in the build does not see them.
+/// Directories that are hidden from root in the build, in addition to `OAUTH_CONFIG_DIR`: those with credentials in a
+/// pod, and that of the IMS service's socket on one machine.
 const HIDDEN: [&str; 5] =
     ["/etc/cray/remote-keys", "/etc/admin-client-auth", "/run/secrets", "/var/run/secrets", "/run/ims"];
 
-/// Variables that reach kiwi-ng, which has no others of this process: a site's proxies.
+/// The only variables of this process that kiwi-ng gets: a site's proxies.
 const PROXIES: [&str; 6] = ["http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"];
 
-/// Files that the tools for authorities make in an image.
+/// Files in which the tools for certificate authorities gather an image's authorities.
 const BUNDLES: [&str; 4] = [
     "etc/ssl/certs/ca-certificates.crt",
     "var/lib/ca-certificates/ca-bundle.pem",
@@ -81,7 +81,7 @@ const BUNDLES: [&str; 4] = [
     "etc/ssl/ca-bundle.pem",
 ];
 
-/// Files of kiwi-ng's scripts at the top of an image root.
+/// Files that kiwi-ng's scripts leave at the top of an image root.
 const LEFT: [&str; 2] = [".kconfig", ".profile"];
 
 /// Lines of kiwi-ng that begin a stage, with the stage's name.
@@ -95,13 +95,13 @@ const STAGES: [(&str, &str); 7] = [
     ("Export rpm packages metadata", "listing packages"),
 ];
 
-/// Part of kiwi-ng's log in which the output of a script that failed is looked for, in bytes.
+/// Maximum number of bytes at the end of kiwi-ng's log that are searched for the output of a failed script.
 const LONGEST_TAIL: u64 = 64 << 10;
 
-/// Longest line of a script that is quoted, in characters.
+/// Maximum length of a quoted line of a script, in characters.
 const LONGEST_LINE: usize = 200;
 
-/// Longest error of kiwi-ng that is quoted, in bytes.
+/// Maximum length of a quoted error of kiwi-ng, in bytes.
 const LONGEST_ERROR: usize = 1 << 10;
 
 /// Arguments of the command line.
@@ -111,9 +111,9 @@ pub struct Wanted {
     pub recipe: PathBuf,
     /// Profiles to build.
     pub profiles: Vec<String>,
-    /// The package of the site's authority, if it is not the pod's.
+    /// Package of the site's authority; `None` for the pod's.
     pub ca_rpm: Option<PathBuf>,
-    /// The certificate of the site's authority, if it is not the pod's.
+    /// Certificate of the site's authority; `None` for the pod's.
     pub authority: Option<PathBuf>,
     /// True if a job may lack an authority: on one machine, a site need not have one.
     pub is_authority_optional: bool,
@@ -123,7 +123,7 @@ pub struct Wanted {
 
 /// A build that can begin.
 pub(crate) trait Ready {
-    /// Carries it out, in the image root's parent.
+    /// Carries out the build in the image root parent.
     fn carry_out(&mut self, work: &Work, volume: &Tree) -> Result<()>;
 }
 
@@ -132,10 +132,10 @@ pub fn run(settings: &Settings, wanted: &Wanted) -> Result<u8> {
     run_by(settings, |work, parent, volume| Build::check(work, settings, wanted, parent.to_owned(), volume))
 }
 
-/// Builds as `check` decides, which refuses what cannot begin.
+/// Carries out the build that `check` returns; `check` fails if the build cannot begin.
 ///
-/// In a job, a build that failed is `build_failed` and exit code 0: the containers after this one decide what becomes
-/// of it. What is refused before kiwi-ng starts is an error of the job.
+/// If a job's build fails, `build_failed` is created and the exit code is 0: the containers after this one decide how
+/// to go on. If `check` fails, the job ends with an error.
 pub(crate) fn run_by<R: Ready>(
     settings: &Settings,
     check: impl FnOnce(&Work, &Path, &Tree) -> Result<R>,
@@ -154,7 +154,7 @@ pub(crate) fn run_by<R: Ready>(
                 if let Some(files) = files {
                     files.retract(BUILD_FAILED)?;
                     files.touch(BUILD_FAILED)?;
-                    // The sidecar tells it.
+                    // The sidecar reports this reason.
                     let _ = volume.replace(BUILD_FAILED, format!("{}\n", e.reason()).as_bytes());
                 }
                 if e.is_interruption() { Err(e) } else { Ok(Outcome::Failed(e)) }
@@ -164,8 +164,8 @@ pub(crate) fn run_by<R: Ready>(
     })
 }
 
-/// Creates the image root's parent, and returns it without links; other users must not reach setuid programs of the
-/// image. The volume of a job is the job's own, and is there.
+/// Creates the image root parent and returns its path without symbolic links. Other users must not reach setuid
+/// programs of the image. A job already has a parent, the job's own volume.
 fn make_parent(settings: &Settings) -> Result<PathBuf> {
     let parent = &settings.job.parent;
     let attempted = || format!("open the image root parent {}", parent.display());
@@ -184,13 +184,13 @@ fn make_parent(settings: &Settings) -> Result<PathBuf> {
     Ok(real)
 }
 
-/// Refuses a recipe that users other than root can change, who would be root in the build.
+/// Refuses a recipe that a user other than root can change, since that user would be root in the build.
 fn refuse_changeable(recipe: &Path) -> Result<()> {
     let attempted = || format!("build the recipe {}", recipe.display());
     let advice = "fetch it by 'ims-sshd fetch-recipe', which makes a copy that only root can change";
     named::refuse_changeable(recipe, false).attempt(attempted).advise(advice)?;
     let tree = open_tree(recipe)?;
-    // Nobody else gets into a closed one, whatever it holds.
+    // No other user can enter a directory with this mode, whatever it contains.
     if rustix::fs::fstat(&tree).attempt(attempted)?.st_mode & 0o011 == 0 {
         return Ok(());
     }
@@ -209,7 +209,7 @@ fn refuse_changeable(recipe: &Path) -> Result<()> {
     .advise(advice)
 }
 
-/// The recipe's package manager, and its program. Fails if this program does not build such a recipe.
+/// Returns the recipe's package manager and its program. Fails if ims-sshd cannot build such a recipe.
 fn manager(description: &Description, selection: &Selection) -> Result<(String, &'static str)> {
     let attempted = || format!("build '{}'", description.name);
     let of = |parts: &[(crate::recipe::description::Scope, String)]| -> BTreeSet<String> {
@@ -238,17 +238,18 @@ fn manager(description: &Description, selection: &Selection) -> Result<(String, 
 pub(crate) struct Offered {
     /// The recipe.
     pub(crate) recipe: Tree,
-    /// Programs that are needed there.
+    /// Programs that the other machine needs.
     pub(crate) programs: [&'static str; 2],
-    /// The site's authority: its certificate, and the package of that.
+    /// Certificate of the site's authority.
     pub(crate) authority: Option<Vec<u8>>,
+    /// Package of the site's authority.
     pub(crate) package: Option<Vec<u8>>,
-    /// Files of keys.
+    /// Files with keys that packages may be signed with.
     pub(crate) keys: Vec<PathBuf>,
 }
 
 impl Offered {
-    /// Reads them, and refuses a recipe that cannot be built.
+    /// Reads the parts, and refuses a recipe that cannot be built.
     pub(crate) fn read(settings: &Settings, wanted: &Wanted) -> Result<Self> {
         let recipe = named::resolve(&wanted.recipe).attempt(|| format!("open {}", wanted.recipe.display()))?;
         let recipe = open_tree(&recipe)?;
@@ -279,14 +280,14 @@ struct Build<'a> {
 }
 
 impl<'a> Build<'a> {
-    /// Looks for all that can be known before the build.
+    /// Checks all that can be checked before the build.
     fn check(work: &Work, settings: &'a Settings, wanted: &'a Wanted, parent: PathBuf, volume: &Tree) -> Result<Self> {
         let attempted = || format!("build the recipe {}", wanted.recipe.display());
         if !rustix::process::geteuid().is_root() {
             return Err(Error::new(attempted()).because("only root can install packages").advise("run it as root"));
         }
         let recipe = named::resolve(&wanted.recipe).attempt(|| format!("open {}", wanted.recipe.display()))?;
-        // The volume of a job is the job's own.
+        // A job's recipe is on the job's own volume, which no other user can change.
         if settings.job.id.is_none() {
             refuse_changeable(&recipe)?;
         }
@@ -313,7 +314,7 @@ impl<'a> Build<'a> {
         }
         let image_root = parent.join(CREATED_IMAGE_ROOT);
         if settings.job.id.is_some() {
-            // The volume is the job's own: this container was started again.
+            // The volume is the job's own, so these are leftovers of an earlier start of this container.
             for name in [CREATED_IMAGE_ROOT, BUILD] {
                 let (above, name) = name.rsplit_once('/').unwrap_or((".", name));
                 if let Ok(above) = volume.directory_without_links(above) {
@@ -391,7 +392,7 @@ impl<'a> Build<'a> {
             if ended.is_err() {
                 running.end();
             }
-            // It ends with the last process that can write.
+            // The reader ends once no process can write to the output any more.
             let error = reader.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             ended.map(|()| error)
         })?;
@@ -460,7 +461,7 @@ impl<'a> Build<'a> {
         }
         let keys = private.directory("keys").attempt(attempted)?;
         for (number, key) in self.keys.iter().enumerate() {
-            // Under /etc in a pod, of which the build has a copy without what is mounted there.
+            // Copy the keys: in a pod they are mounted below /etc, and the build's copy of /etc leaves out mounts.
             let name = key.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
             let name = format!("{number}-{name}");
             let content = std::fs::read(key).attempt(|| format!("read the signing key {}", key.display()))?;
@@ -513,12 +514,12 @@ impl<'a> Build<'a> {
         })
     }
 
-    /// Gives rpm its database's usual place: where it is below the home directory, as on Debian, the image's database
-    /// would have the path of the builder's home.
+    /// Gives rpm's database its usual place. On Debian rpm has it below the home directory, and the image's database
+    /// would get the path of the builder's home.
     fn prepare_home(&self, work: &Work, home: &Path) -> Result<()> {
         let attempted = || format!("write {}", home.join(".rpmmacros").display());
         if self.manager == "apt" {
-            // kiwi-ng 9.24 calls gpg, which wants it.
+            // kiwi-ng 9.24 calls gpg, which needs this directory.
             return std::fs::create_dir_all(home.join(".gnupg")).attempt(attempted);
         }
         let mut rpm = Command::new("rpm");
@@ -529,7 +530,7 @@ impl<'a> Build<'a> {
         Ok(())
     }
 
-    /// Looks whether the image root has what it has to have, and removes what nobody needs.
+    /// Checks that the image root has the site's authority, and removes leftovers of the build.
     fn finish(&self, volume: &Tree, before: &BTreeSet<OsString>) -> Result<()> {
         let root =
             volume.directory_without_links(CREATED_IMAGE_ROOT).attempt(|| "open the image root that was built")?;
@@ -541,7 +542,7 @@ impl<'a> Build<'a> {
         Ok(())
     }
 
-    /// zypper passes over a package that it cannot find, and exits with 0.
+    /// Fails if the image lacks the site's authority: zypper skips a package that it cannot find, and exits with 0.
     fn check_authority(&self, root: &Tree) -> Result<()> {
         let Some(content) = &self.authority.certificate else { return Ok(()) };
         let is_here = |path: &Path| root.read(path, 4 << 20).is_ok_and(|found| found == *content);
@@ -578,7 +579,7 @@ impl Ready for Build<'_> {
     }
 }
 
-/// Removes what kiwi-ng has left in an image root for its own use, and closes the description to others: it may hold
+/// Removes kiwi-ng's own files from an image root, and closes the description to other users, since it may contain
 /// passwords of repositories.
 pub(crate) fn clean(root: &Tree) -> Result<()> {
     for name in LEFT {
@@ -593,7 +594,7 @@ pub(crate) fn clean(root: &Tree) -> Result<()> {
     Ok(())
 }
 
-/// The beginning of the first certificate's base64, by which a bundle is searched.
+/// Returns the base64 text of the first certificate, by which bundles are searched for it.
 fn body(pem: &[u8]) -> Vec<u8> {
     let text = String::from_utf8_lossy(pem).into_owned();
     let certificate = text.split_once("-----BEGIN CERTIFICATE-----").map_or("", |(_, rest)| rest);
@@ -618,7 +619,8 @@ struct Authority {
 }
 
 impl Authority {
-    /// Reads what there is. A job in a pod has to have both; elsewhere the package is made of the certificate.
+    /// Reads the certificate and the package that exist. A job in a pod must have both; elsewhere the package is made
+    /// from the certificate.
     fn read(settings: &Settings, wanted: &Wanted) -> Result<Self> {
         let place = wanted.authority.clone().unwrap_or_else(|| ca_rpm::DEFAULT_CERTIFICATE.into());
         let file = wanted.ca_rpm.clone().unwrap_or_else(|| Path::new(ca_rpm::DEFAULT_OUTPUT).join(ca_rpm::FILE));
@@ -636,7 +638,7 @@ impl Authority {
     }
 }
 
-/// Keys that packages may be signed with; with a manager, those of distributions on this machine if there are no others.
+/// Returns the keys that packages may be signed with. If there are none and `manager` is apt, returns [`KEYRINGS`].
 fn keys(wanted: &Wanted, manager: Option<&str>) -> Result<Vec<PathBuf>> {
     let mut keys = wanted.signing_keys.clone();
     for directory in KEY_DIRECTORIES {
@@ -644,7 +646,7 @@ fn keys(wanted: &Wanted, manager: Option<&str>) -> Result<Vec<PathBuf>> {
         let mut found = Vec::new();
         for entry in entries {
             let path = entry.attempt(|| format!("read {directory}"))?.path();
-            // Kubernetes mounts files as links into directories of such names.
+            // Kubernetes mounts files as links into directories with such names.
             let is_hidden = path.file_name().is_none_or(|name| name.to_string_lossy().starts_with('.'));
             if !is_hidden && path.is_file() {
                 found.push(path);
@@ -659,8 +661,8 @@ fn keys(wanted: &Wanted, manager: Option<&str>) -> Result<Vec<PathBuf>> {
     Ok(keys)
 }
 
-/// Directories of an installation of kiwi-ng that is not the system's, and of its Python: a virtual environment, or
-/// those that a prefix has.
+/// Directories of a kiwi-ng that is not the system's, and of its Python: a whole virtual environment, or the usual
+/// directories of another prefix.
 fn installation(program: &Path) -> Vec<PathBuf> {
     let prefixes = [program.to_owned(), program.with_file_name("python3")];
     let prefixes = prefixes.iter().filter_map(|file| Some(file.canonicalize().ok()?.parent()?.parent()?.to_owned()));
@@ -683,7 +685,7 @@ fn version_in(said: &str) -> Option<(u32, u32)> {
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
-/// Prints what kiwi-ng prints, as one line of this program's output each, logs its stages, and returns its last error.
+/// Prints each line of kiwi-ng's output as one line, logs the stages, and returns kiwi-ng's last error.
 fn tell_output(output: impl Read) -> Option<String> {
     let mut reader = BufReader::new(output);
     let mut error = Errors::default();
@@ -757,14 +759,15 @@ fn end_of(volume: &Tree, name: &str, length: u64) -> std::io::Result<Vec<u8>> {
     Ok(text)
 }
 
-/// The script in an error of kiwi-ng that has no cause: kiwi-ng quotes what a script writes to standard error alone.
+/// Returns the script in an error of kiwi-ng without a cause: kiwi-ng quotes only what a script wrote to standard
+/// error.
 fn silent_script(error: &str) -> Option<&str> {
     let rest = error.strip_prefix("KiwiScriptFailed: ")?;
     let script = rest.strip_suffix(" failed with").or_else(|| rest.strip_suffix(" failed"))?;
     (!script.contains(' ')).then_some(script)
 }
 
-/// The last line that `script` wrote to standard output, of the end of kiwi-ng's log.
+/// Describes what `script` wrote last to standard output; `log` is the end of kiwi-ng's log.
 fn what_it_said(script: &str, log: &str) -> String {
     let begun = log.rsplit_once("out start-----").map_or("", |(_, rest)| rest);
     let lines = begun.split("out stop-----").next().unwrap_or_default().lines().filter(|line| !line.contains("-----"));

@@ -1,5 +1,5 @@
-//! From a recipe, a description for kiwi-ng, to an image root. Each step stands in for a container of a create job, and
-//! is a command of its own.
+//! Builds an image root from a recipe (a description for kiwi-ng). Each step replaces one container of a create job,
+//! and is a command of its own.
 
 pub mod ca_rpm;
 pub(crate) mod description;

@@ -1,4 +1,4 @@
-//! Statuses in IMS, by which the rest of a create job hears of a step.
+//! Sets a job's status in IMS, by which others learn about the steps of a create job.
 
 use std::ffi::OsString;
 
@@ -7,8 +7,8 @@ use crate::ims::records::Status;
 use crate::publish::settings::Settings;
 use crate::transfer::Work;
 
-/// Carries out one step of a create job. The job gets the status `begins` before it, and `error` if it fails: IMS hears
-/// of a failed init container from nobody else.
+/// Carries out one step of a create job. Sets the job's status to `begins` before the step, and to `error` if the step
+/// fails: nothing else tells IMS that an init container has failed.
 pub(crate) fn step(
     settings: &Settings,
     begins: Option<Status>,
@@ -19,13 +19,13 @@ pub(crate) fn step(
 
 /// Outcome of a build.
 pub(crate) enum Outcome {
-    /// The image root is whole.
+    /// The image root is complete.
     Built,
-    /// It is not, and the job's next container decides what becomes of it.
+    /// The image root is incomplete; the job's next container decides how to go on.
     Failed(Error),
 }
 
-/// Like [`step`], for a step after whose failure the job goes on.
+/// Like [`step`], but the job also goes on after [`Outcome::Failed`].
 pub(crate) fn build(
     settings: &Settings,
     begins: Option<Status>,
@@ -42,7 +42,7 @@ pub(crate) fn build(
         }
     })?;
     if let Outcome::Failed(why) = outcome {
-        // An init container that ended with another code would end the job.
+        // Still return 0: an init container with another exit code would end the job.
         tracing::error!("{why}");
     }
     Ok(0)

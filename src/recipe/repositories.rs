@@ -1,7 +1,7 @@
 //! `ims-sshd wait-for-repos`: waits until the repositories that a recipe is built from can be read.
 //!
-//! Repositories get no token: they are servers that a recipe names. They get their own user and password, if the recipe
-//! has them.
+//! Requests carry no token, since a recipe can name any server. They carry the user and password that the recipe has
+//! for the repository, if any.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -22,16 +22,16 @@ use crate::sys::named;
 use crate::transfer::{Work, in_full, without_query};
 use crate::volume::open_tree;
 
-/// Timeout of one request, as the program that this replaces has it.
+/// Timeout of one request, as in the program that this one replaces.
 const REQUEST_LIMIT: Duration = Duration::from_secs(10);
 
 /// First and longest pause between two requests to one repository.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(10));
 
-/// How long repositories are waited for, unless `TIMEOUT` says otherwise.
+/// Time limit for the wait, unless `TIMEOUT` sets another one.
 const DEFAULT_LIMIT: Duration = Duration::from_secs(500);
 
-/// Statuses of servers that do not answer HEAD, but may answer GET.
+/// Statuses after which GET is tried: a server that answers HEAD with one of them may still support GET.
 const NO_HEAD: [StatusCode; 5] = [
     StatusCode::BAD_REQUEST,
     StatusCode::FORBIDDEN,
@@ -40,17 +40,17 @@ const NO_HEAD: [StatusCode; 5] = [
     StatusCode::NOT_IMPLEMENTED,
 ];
 
-/// Files by which a directory of the machine is known to be a repository.
+/// Files that show that a directory of the machine is a repository.
 const OF_REPOSITORY: [&str; 4] = ["repodata/repomd.xml", "dists", "Release", "InRelease"];
 
-/// Files that make a repository count as ready.
+/// Sign by which a repository counts as ready.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Sign {
     /// One of these URLs answers.
     Url(Vec<String>),
     /// This directory or file exists.
     Path(PathBuf),
-    /// Nothing can be asked, for this reason.
+    /// The repository cannot be checked, for this reason.
     Unknown(String),
 }
 
@@ -140,7 +140,7 @@ fn wait(work: &Work, description: &Description, selection: &Selection, recipe: &
 }
 
 impl Awaited {
-    /// Asks until it answers, or until `limit` is over. Fails with the last answer.
+    /// Asks until the repository answers or `limit` is over. Fails with the last reason.
     async fn come(&self, limit: Duration) -> std::result::Result<(), String> {
         let began = Instant::now();
         let (mut pause, mut told) = (PAUSE.0, None);
@@ -153,7 +153,7 @@ impl Awaited {
             if left.is_zero() {
                 return Err(format!("for {} s; {why}", began.elapsed().as_secs()));
             }
-            // Once for each reason: a log of every attempt would be long.
+            // Log each reason once: a log of every attempt would be long.
             if told.as_ref() != Some(&why) {
                 tracing::info!("waiting for the repository {}: {why}", self.alias);
                 told = Some(why);
@@ -168,7 +168,7 @@ impl Awaited {
         for url in &self.urls {
             match self.request(url).await {
                 Ok(()) => return Ok(()),
-                // The first of several signs is the usual one: its failure is reported.
+                // Report the failure of the first sign, which is the usual one.
                 Err(why) if reason.is_empty() => reason = why,
                 Err(_) => {}
             }
@@ -201,7 +201,7 @@ impl Awaited {
     }
 }
 
-/// File whose presence shows that `repository` is there.
+/// Returns the sign by which `repository` counts as ready.
 fn sign(repository: &Repository, description: &Description, selection: &Selection, recipe: &Path) -> Sign {
     let path = variables_replaced(&repository.path, description, selection);
     if path.is_empty() {
@@ -218,15 +218,15 @@ fn sign(repository: &Repository, description: &Description, selection: &Selectio
             Sign::Unknown(format!("only the package manager knows the variables in {}", without_query(&path)))
         }
         "http" | "https" => Sign::Url(urls(repository, description, selection, &path)),
-        // In both, a path follows the scheme.
+        // With `://` as with `:/`, an absolute path follows the scheme.
         "dir" | "file" | "iso" => Sign::Path(format!("/{}", rest.trim_start_matches('/')).into()),
         "this" => Sign::Path(recipe.join(rest.trim_start_matches('/'))),
         _ => Sign::Unknown(format!("only kiwi-ng knows where {scheme}: leads")),
     }
 }
 
-/// Directories of the machine that the build may read packages from. A recipe can name any directory: those that are no
-/// repository are left out.
+/// Returns the directories of the machine from which the build may read packages. A recipe can name any directory, so
+/// directories that are no repository are left out.
 pub(crate) fn of_machine(description: &Description, selection: &Selection, recipe: &Path) -> Vec<PathBuf> {
     let used = description.repositories.iter().filter(|(scope, _)| scope.holds(selection));
     let named = used.filter_map(|(_, repository)| match sign(repository, description, selection, recipe) {
@@ -265,7 +265,7 @@ fn urls(repository: &Repository, description: &Description, selection: &Selectio
     ["InRelease", "Release"].map(|name| below(&format!("{place}{name}"))).into()
 }
 
-/// `path` with the package managers' variables that are known.
+/// Returns `path` with those package managers' variables replaced whose values are known.
 fn variables_replaced(path: &str, description: &Description, selection: &Selection) -> String {
     let mut path = path.trim().to_owned();
     let release = description.release.as_deref();

@@ -1,17 +1,17 @@
-//! The namespaces that kiwi-ng runs in: a child process of this program makes them, and its own child is their first
-//! process. Both ends of what they tell each other are in this file.
+//! Runs kiwi-ng in namespaces of its own. A child process of this program makes the namespaces, and the child's own
+//! child is their first process. Both ends of the communication between these processes are in this file.
 //!
 //! ```text
 //! ims-sshd build ── makes ──► child: user, mount, PID, IPC, UTS namespaces ── fork ──► init, process 1 ── kiwi-ng
 //! ```
 //!
-//! A recipe's scripts run as root beside kiwi-ng. Root in the user namespace has its number outside too, and so owns the
-//! machine's files: the build has a root directory of its own ([`View`]) with the few parts of the machine that it
-//! needs. A second user namespace locks its mounts (mount_namespaces(7)).
+//! A recipe's scripts run as root alongside kiwi-ng. Root in the user namespace is user 0 outside, too, and so owns the
+//! machine's files. Therefore the build has its own root directory ([`View`]) with only those parts of the machine that
+//! it needs. A second user namespace locks the mounts in it (mount_namespaces(7)).
 //!
-//! Whatever ends one of the processes ends all that come after it, by the kernel: the parent's death signal, and the
-//! death of a PID namespace with its first process. The mounts go with the namespace's last process. So nothing has to
-//! be cleaned up by a program that might be killed itself.
+//! Whatever ends one of the processes, the kernel ends all that come after it: by the parent's death signal, and
+//! because a PID namespace dies with its first process. The mounts disappear with the last process of their namespace.
+//! So no cleanup depends on a program that might be killed itself.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -57,12 +57,12 @@ const OWN_PROGRAM: &str = "/proc/self/exe";
 /// Directories of the machine that the build sees as they are, read-only.
 const SHOWN: [&str; 7] = ["/bin", "/lib", "/lib32", "/lib64", "/libx32", "/sbin", "/usr"];
 
-/// Directories of which the build has a copy in memory, to write to. Credentials are not in it: it has the files that
-/// every user of the machine may read.
+/// Directories of which the build has a writable copy in memory. The copy contains only files that every user of the
+/// machine may read, so that no credentials get into it.
 const COPIED: [&str; 4] = ["/etc", "/usr/local/share/ca-certificates", "/usr/share/pki", "/var/lib/ca-certificates"];
 
-/// Further directories of the build, which are empty at first, and their modes. A package manager writes to the last
-/// ones: two builds do not share a lock or a cache, and the machine's own packages stay as they are.
+/// Further directories of the build, initially empty, and their modes. Package managers write to those below `var`: two
+/// builds do not share a lock or a cache, and the machine's own packages stay as they are.
 const EMPTY: [(&str, u32); 15] = [
     ("dev", 0o755),
     ("mnt", 0o755),
@@ -81,33 +81,33 @@ const EMPTY: [(&str, u32); 15] = [
     ("var/tmp", 0o1777),
 ];
 
-/// Directory below the one for the build's own files: packages of one build, on the volume, since they are many.
+/// Directory, in the one for the build's own files, for downloaded packages; on the volume, since they need much space.
 pub(crate) const CACHE: &str = "cache";
 
-/// Where kiwi-ng has its cache, and binds it into the image root.
+/// Directory of kiwi-ng's cache, which kiwi-ng also binds into the image root.
 const KIWI_CACHE: &str = "/var/cache/kiwi";
 
 /// Files of /etc that may be links to a directory that the build does not see.
 const LINKED_FILES: [&str; 3] = ["hosts", "hostname", "resolv.conf"];
 
-/// Places from which this machine's tools take further authorities, with these tools.
+/// Directories from which this machine's tools read further certificate authorities, each with its tool.
 const AUTHORITIES: [(&str, &str); 3] = [
     ("/usr/local/share/ca-certificates", "update-ca-certificates"),
     ("/usr/share/pki/trust/anchors", "update-ca-certificates"),
     ("/etc/pki/ca-trust/source/anchors", "update-ca-trust"),
 ];
 
-/// Search path of those tools: this process has no variables.
+/// Search path of those tools, since this process has no environment variables.
 const SYSTEM_PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Place of further authorities in an image root of Debian packages.
+/// Directory of further certificate authorities in an image root of Debian packages.
 pub(crate) const DEBIAN_ANCHORS: &str = "usr/local/share/ca-certificates";
 
-/// Directory of programs of the build's own, first in its search path.
+/// Directory of programs that only the build has, first in its search path.
 pub(crate) const PROGRAMS: &str = "bin";
 
-/// Programs that kiwi-ng calls to mount. In a user namespace, a bind of a directory that has locked mounts below it
-/// fails, and a bind of them all succeeds, which can be removed as a whole only.
+/// Replacements for the programs by which kiwi-ng mounts and unmounts. In a user namespace, binding a directory fails
+/// if locked mounts are below it. Binding it recursively succeeds, but the result can only be unmounted as a whole.
 const MOUNT_PROGRAMS: [(&str, &str); 2] = [
     (
         "mount",
@@ -128,11 +128,12 @@ said=$(umount \"$@\" 2>&1) || umount -l \"$@\" || { echo \"$said\" >&2; exit 32;
     ),
 ];
 
-/// Attributes of the mounts: device nodes in them open nothing.
+/// Attributes of writable mounts: device nodes in them cannot be opened.
 const WRITABLE: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NODEV;
+/// Attributes of read-only mounts: device nodes in them cannot be opened.
 const READ_ONLY: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NODEV.union(MountAttrFlags::MOUNT_ATTR_RDONLY);
 
-/// Longest report of the child, in bytes.
+/// Maximum size of the child's report, in bytes.
 const LONGEST_REPORT: u64 = 64 << 10;
 
 /// Orders for the child.
@@ -140,13 +141,13 @@ const LONGEST_REPORT: u64 = 64 << 10;
 pub(crate) struct Order {
     /// kiwi-ng and its arguments.
     pub(crate) command: Vec<String>,
-    /// All of its variables.
+    /// All environment variables of kiwi-ng.
     pub(crate) variables: Vec<(String, String)>,
     /// Directory for the build's own files.
     pub(crate) private: PathBuf,
     /// Image root parent, which the build writes to.
     pub(crate) parent: PathBuf,
-    /// Directories that it reads: the recipe, repositories, kiwi-ng. Without links.
+    /// Directories that the build reads: the recipe, repositories, kiwi-ng. Their paths contain no symbolic links.
     pub(crate) shown: Vec<PathBuf>,
     /// Directories with credentials, which the build does not see.
     pub(crate) hidden: Vec<PathBuf>,
@@ -154,7 +155,8 @@ pub(crate) struct Order {
     pub(crate) authority: Option<PathBuf>,
     /// Architecture whose programs QEMU runs in this build only.
     pub(crate) emulated: Option<String>,
-    /// Image root of Debian packages that gets the authority after kiwi-ng, which cannot put it there.
+    /// Image root of Debian packages to which the authority is added after kiwi-ng has ended, since kiwi-ng cannot add
+    /// it.
     pub(crate) trusts_later: Option<PathBuf>,
 }
 
@@ -189,27 +191,27 @@ impl Running {
         let mut child = Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()));
         child.arg0(NAME).args([CHILD, &told.as_raw_fd().to_string(), &report.as_raw_fd().to_string()]);
         child.stdin(Stdio::null()).stdout(input.try_clone().attempt(attempted)?).stderr(input).env_clear();
-        // A Ctrl-C is for this program, which ends the build in order.
+        // A process group of its own: Ctrl-C then reaches only this program, which ends the build in order.
         child.process_group(0);
         let child = end_with_us(unblock_signals(&mut child)).spawn().attempt(attempted)?;
         Ok(Self { child, report, output: OwnedFd::from(output).into() })
     }
 
-    /// The child, to wait for.
+    /// Returns the child, for callers that wait for it.
     pub(crate) fn child(&mut self) -> &mut Child {
         &mut self.child
     }
 
-    /// How it ended; `None` if it was killed.
+    /// Returns how the child ended; `None` if it was killed.
     pub(crate) fn report(&self) -> Option<Ended> {
         let mut text = vec![0; usize::try_from(LONGEST_REPORT).unwrap_or(0)];
         let length = self.report.read_at(&mut text, 0).ok()?;
         serde_json::from_slice(&text[..length]).ok()
     }
 
-    /// Ends all of its processes, and returns when there are none.
+    /// Kills all processes of the build, and returns once none is left.
     pub(crate) fn end(&mut self) {
-        // The first process of the namespace: the kernel ends all others before its death is reported.
+        // Kill the first process of the PID namespace: the kernel kills all others before it reports that death.
         for init in children(Pid::from_raw(self.child.id().cast_signed())) {
             let _ = nix::sys::signal::kill(init, Signal::SIGKILL);
         }
@@ -226,12 +228,12 @@ impl Drop for Running {
     }
 }
 
-/// A copy of this program in memory. Processes of the build could otherwise change mode and owner of the machine's file
-/// by /proc/1/exe.
+/// Copies this program into memory. Otherwise, processes of the build could change mode and owner of the machine's file
+/// through /proc/1/exe.
 fn own_copy() -> io::Result<File> {
     use rustix::fs::{MemfdFlags, SealFlags};
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    // Kernels before 6.3 reject the flag, and later ones may require it (vm.memfd_noexec).
+    // Kernels before 6.3 reject `EXEC`, and later ones may require it (vm.memfd_noexec).
     let made =
         rustix::fs::memfd_create(NAME, flags | MemfdFlags::EXEC).or_else(|_| rustix::fs::memfd_create(NAME, flags))?;
     let mut copy = File::from(made);
@@ -241,7 +243,7 @@ fn own_copy() -> io::Result<File> {
     File::open(format!("/proc/self/fd/{}", copy.as_raw_fd()))
 }
 
-/// Runs the child, if that is what this process was started as. Returns its exit code.
+/// Runs the child if this process was started as one. Returns its exit code.
 pub fn run_as_child() -> Option<u8> {
     let mut words = std::env::args_os().skip(1);
     if words.next()? != CHILD {
@@ -276,7 +278,7 @@ fn tell(report: &File, ended: &Ended) {
     let _ = serde_json::to_vec(ended).map(|text| report.write_all_at(&text, 0));
 }
 
-/// Makes the namespaces, and waits until their first process has ended, which reports how kiwi-ng did.
+/// Makes the namespaces, and waits until their first process has ended; that process reports how kiwi-ng ended.
 fn make(order: &Order, report: &File) -> Result<Option<Ended>> {
     let namespaces = CloneFlags::CLONE_NEWUSER
         | CloneFlags::CLONE_NEWNS
@@ -288,7 +290,7 @@ fn make(order: &Order, report: &File) -> Result<Option<Ended>> {
         "allow user namespaces on the node (user.max_user_namespaces, seccomp, AppArmor); see docs/RECIPES.md",
     )?;
     mounts::make_all_private().attempt(|| "make the build's mounts private")?;
-    // Read by the init: its end shows that this process has ended.
+    // The init polls one end of this pipe: if the other end is closed, this process has ended.
     let (alive, held) = io::pipe().attempt(attempted)?;
     match fork().attempt(|| "start the build's first process")? {
         Fork::Child => {
@@ -313,13 +315,14 @@ fn make(order: &Order, report: &File) -> Result<Option<Ended>> {
 fn first_process(order: &Order, alive: &OwnedFd) -> Result<Ended> {
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
         .attempt(|| "have the build end with its parent")?;
-    // The parent may have ended before that took effect. Its number cannot be asked for: it is in another namespace.
+    // The parent may have ended before the signal was set. getppid(2) does not show that: the parent is in another
+    // namespace.
     let mut source = [PollFd::new(alive, PollFlags::empty())];
     if poll::wait(&mut source, std::time::Duration::ZERO).attempt(|| "look for the parent")? > 0 {
         return Ok(Ended::Signal(libc::SIGKILL));
     }
     let emulated = order.emulated.as_deref().and_then(Architecture::from_name);
-    // Registered as long as it lives.
+    // The interpreter stays registered until this value is dropped.
     let _interpreter = emulated.map(|architecture| binfmt::provide(architecture, "build", true)).transpose()?;
     // Opened now, since the build's own /proc cannot be written to.
     let in_proc = Tree::open(Path::new("/proc/self/.")).attempt(|| "open /proc")?;
@@ -357,13 +360,14 @@ fn first_process(order: &Order, alive: &OwnedFd) -> Result<Ended> {
     }
 }
 
-/// Root directory of a build while it is made, in memory.
+/// Root directory of a build, in memory, while it is being made.
 struct View {
     root: Tree,
 }
 
 impl View {
-    /// Makes it and moves this process into it. Afterwards no path leads to the machine's other directories.
+    /// Makes the root directory and moves this process into it. Afterwards no path leads to the machine's other
+    /// directories.
     fn enter(order: &Order) -> Result<()> {
         let attributes = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID;
         // Paths lead to the machine's root until it is switched.
@@ -384,7 +388,7 @@ impl View {
         for place in COPIED.map(Path::new).into_iter().filter(|place| place.is_dir()) {
             view.copy(place, &hidden).attempt(|| format!("copy {} for the build", place.display()))?;
         }
-        // Those above others first, which they would cover.
+        // Parents before their subdirectories, which a parent that is mounted later would cover.
         let mut shown: Vec<_> = order.shown.iter().map(|place| (place.clone(), place, READ_ONLY)).collect();
         let cache = order.private.join(CACHE);
         shown.push((KIWI_CACHE.into(), &cache, WRITABLE));
@@ -400,7 +404,7 @@ impl View {
         mounts::switch_root(&root).attempt(|| "switch to the root directory of the build")
     }
 
-    /// Shows a part of the machine, or the link that stands in its place.
+    /// Shows a part of the machine; copies the link if there is a symbolic link in its place.
     fn show_part(&self, place: &Path) -> io::Result<()> {
         match std::fs::read_link(place) {
             Ok(target) => Ok(rustix::fs::symlinkat(target, &self.root, relative(place))?),
@@ -435,7 +439,7 @@ impl View {
         self.attach(copy, place)
     }
 
-    /// Covers a directory with credentials, where it is in sight.
+    /// Covers a directory with credentials if the build can see it.
     fn hide(&self, place: &Path) -> io::Result<()> {
         if self.root.look(relative(place)).ok().flatten().is_none() {
             return Ok(());
@@ -449,8 +453,8 @@ fn relative(path: &Path) -> &Path {
     path.strip_prefix("/").unwrap_or(path)
 }
 
-/// Copies a directory's files that every user of the machine may read. Leaves out what is mounted in it: a pod mounts
-/// credentials as files for everybody.
+/// Copies those files of a directory that every user of the machine may read. Leaves out mounts in it: a pod mounts
+/// credentials as files that everybody may read.
 fn copy_readable(from: &Path, to: &Path, hidden: &[PathBuf]) -> io::Result<()> {
     let device = std::fs::symlink_metadata(from)?.dev();
     for entry in std::fs::read_dir(from)? {
@@ -470,7 +474,7 @@ fn copy_readable(from: &Path, to: &Path, hidden: &[PathBuf]) -> io::Result<()> {
     Ok(())
 }
 
-/// Replaces this process's input, a file of the machine whose mode and owner the build could change.
+/// Replaces this process's standard input: it is a file of the machine, whose mode and owner the build could change.
 fn take_input() -> io::Result<()> {
     rustix::stdio::dup2_stdin(File::open("/dev/null")?).map_err(Into::into)
 }
@@ -485,13 +489,14 @@ fn write_mount_programs(private: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Takes this process and all that come after it what a build does not need. `in_proc` is its directory in a /proc that
-/// can be written to.
+/// Removes rights that a build does not need from this process and its future children. `in_proc` is this process's
+/// directory in a writable /proc.
 fn confine(in_proc: &Tree) -> Result<()> {
-    // Root of the build must not remove or change mounts: they are locked in a namespace of fewer rights.
+    // Root in the build must not remove or change mounts: in a further user namespace with fewer rights, they are
+    // locked.
     unshare_with_users_of(in_proc, CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS)
         .attempt(|| "make the namespaces of kiwi-ng")?;
-    // The network is the container's, and abstract sockets belong to the network.
+    // Landlock keeps the build from abstract sockets, which belong to the container's network, which it shares.
     if let Some(scopes) = Ruleset::of_scopes().attempt(|| "make the build's Landlock rules")? {
         scopes.restrict_this_thread().attempt(|| "apply the build's Landlock rules")?;
     }
@@ -508,12 +513,12 @@ fn trust_in_image(root: &Path, authority: &Path) -> Result<()> {
     tree.replace(Path::new(DEBIAN_ANCHORS).join("cray_certificate_authority.crt"), &content).attempt(attempted)?;
     let mut tool = Command::new("chroot");
     tool.arg(root).arg("update-ca-certificates").stdin(Stdio::null()).env_clear().env("PATH", SYSTEM_PATH);
-    // An image without the tool is warned of later.
+    // If the image lacks the tool, a later check warns about it.
     let _ = unblock_signals(&mut tool).output();
     Ok(())
 }
 
-/// Tells that the package manager may refuse the site's servers, among the lines of kiwi-ng.
+/// Warns, among the lines of kiwi-ng, that the package manager may refuse the site's servers.
 fn tell_untrusted(tool: &str, why: &str) {
     let _ = writeln!(
         io::stderr(),
@@ -527,7 +532,7 @@ fn trust(authority: &Path) -> Result<()> {
     let Some((place, tool)) = there else { return Ok(()) };
     let attempted = || format!("add {} to the authorities of the build", authority.display());
     std::fs::copy(authority, Path::new(place).join("ims-sshd-site.crt")).attempt(attempted)?;
-    // Its output is of no use to the reader of a build's log.
+    // Capture the output, which is of no use to the reader of a build's log.
     let ran = unblock_signals(Command::new(tool).stdin(Stdio::null()).env("PATH", SYSTEM_PATH)).output();
     match ran {
         Ok(output) if output.status.success() => {}

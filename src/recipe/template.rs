@@ -1,8 +1,8 @@
 //! Templates in a recipe: files that `.ims_recipe_template.yaml` names, in Jinja's language, filled in with the values
 //! of the job.
 //!
-//! A template is hostile input beside the job's credentials. It has no function that reads a file or starts a program,
-//! loads no other template, and its loops are bounded.
+//! A template is untrusted input in a process that has the job's credentials. It has no function that reads a file or
+//! starts a program, loads no other template, and its loops are bounded.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Seek, Write};
@@ -20,11 +20,12 @@ use crate::sys::tree::Tree;
 /// File of a recipe that lists its templates.
 const LIST: &str = ".ims_recipe_template.yaml";
 
-/// Longest list, file of values and template, in bytes.
+/// Maximum length of [`LIST`], in bytes.
 const LONGEST_LIST: u64 = 1 << 20;
+/// Maximum length of a template, in bytes.
 const LONGEST_TEMPLATE: u64 = 16 << 20;
 
-/// Instructions after which a template is taken for one that does not end.
+/// Number of instructions after which a template counts as endless.
 const FUEL: u64 = 5_000_000;
 
 /// Values for templates, by name.
@@ -43,7 +44,7 @@ pub(crate) fn parse_values(text: &[u8], shown: &str) -> Result<Values> {
     }
     let advice = r#"it has to be a JSON object of strings: {"NAME": "VALUE"}"#;
     serde_json::from_slice(text).map_err(|e| {
-        // Not the message alone: it quotes the value, which may be a password.
+        // Do not show the parser's message: it quotes the value, which may be a password.
         let why = format!("line {}, column {}: {}", e.line(), e.column(), kind_of(&e));
         Error::new(format!("read the values in {shown}")).because(why).advise(advice)
     })
@@ -91,7 +92,7 @@ pub(crate) fn fill_in(recipe: &Tree, values: Option<&Values>) -> Result<()> {
     Ok(())
 }
 
-/// Fills in the template `name`, unless it is among those that are `filled`, by any name.
+/// Fills in the template `name`, unless its file is in `filled` (device and inode), possibly under another name.
 fn fill_in_file(recipe: &Tree, name: &str, values: &Values, filled: &mut BTreeSet<(u64, u64)>) -> Result<()> {
     let attempted = || format!("fill in the template {name}");
     let path = Path::new(name);
@@ -114,11 +115,11 @@ fn fill_in_file(recipe: &Tree, name: &str, values: &Values, filled: &mut BTreeSe
         let why = format!("it is {}, and must be a file", FileKind::of(&found));
         return Err(Error::new(attempted()).because(why).advise(format!("{LIST} names it")));
     }
-    // A second time, values would be taken for template text.
+    // If a file were filled in twice, its values would be taken for template text.
     if !filled.insert((found.st_dev, found.st_ino)) {
         return Ok(());
     }
-    // In place, so that mode and owner stay.
+    // Written in place, so that mode and owner stay.
     let mut file = recipe.open_regular(path, OFlags::RDWR | OFlags::NOFOLLOW).attempt(attempted)?;
     let mut text = String::new();
     (&mut file).take(LONGEST_TEMPLATE + 1).read_to_string(&mut text).attempt(attempted)?;
@@ -131,12 +132,13 @@ fn fill_in_file(recipe: &Tree, name: &str, values: &Values, filled: &mut BTreeSe
     file.write_all(text.as_bytes()).attempt(attempted)
 }
 
-/// Fills in `text`, which messages call `name`. Unlike Jinja2 as IMS uses it, a value that is printed and not known is an
-/// error; a condition may ask for one.
+/// Fills in `text`; `name` is for messages. Unlike with Jinja2 as IMS uses it, printing an unknown value is an error; a
+/// condition may use an unknown one.
 pub(crate) fn render(name: &str, text: &str, values: &Values) -> Result<String> {
     let mut environment = Environment::new();
     environment.set_undefined_behavior(UndefinedBehavior::SemiStrict);
-    // By default, the name of a file decides: in config.xml, '&' would become '&amp;', and values hold what belongs there.
+    // By default, escaping depends on the file's name: in config.xml, '&' in a value would become '&amp;'. Values are
+    // already in the file's syntax.
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     environment.set_fuel(Some(FUEL));

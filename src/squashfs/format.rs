@@ -29,9 +29,9 @@ pub(crate) const ENTRIES_PER_HEADER: usize = 256;
 pub(crate) const LONGEST_NAME: usize = 255;
 /// Maximum length of a symbolic link's target that the kernel follows, in bytes.
 pub(crate) const LONGEST_TARGET: usize = 4095;
-/// Added to the length of a directory's listing in its inode: the kernel counts `.` and `..` as 3 bytes.
+/// Added to the length of a directory's listing in its inode: the format counts `.` and `..` as 3 bytes.
 pub(crate) const DOT_ENTRIES: u32 = 3;
-/// Length of an image, in bytes, is a multiple of this number, so that the image can be attached to a loop device.
+/// Number of bytes of which an image's length is a multiple, so that the image can be attached to a loop device.
 pub(crate) const PADDING: u64 = 4096;
 
 /// Bits of the superblock's flags.
@@ -347,8 +347,8 @@ pub(crate) struct Directory {
     pub(crate) index: Vec<IndexEntry>,
 }
 
-/// Entry of the index of a long listing: a lookup begins at the last header whose first name is not greater than its
-/// name.
+/// Entry of the index of a long listing. A lookup begins at the last header whose first name is not greater than the
+/// name that is looked up.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct IndexEntry {
     /// Offset of a header in the listing.

@@ -3,15 +3,15 @@
 //! A new image is made in three steps:
 //!
 //! 1. [`Plan`] collects what the image is to hold: [`Plan::new`] with the root directory, [`Plan::add`] for each entry,
-//!    [`Plan::link`] for further names. [`gather`] does it for a real directory tree. A regular file is either
+//!    [`Plan::link`] for further names. [`gather`] makes the plan of a real directory tree. A regular file is either
 //!    [`Content::Read`] or [`Content::Taken`] from an inode of a source image.
-//! 2. [`Inventory`] is what a source image holds, checked: [`Inventory::new`]. None is needed without a source.
+//! 2. [`Inventory`] has the checked content of a source image: [`Inventory::new`]. None is needed without a source.
 //! 3. [`write()`] writes the image, and returns a [`Summary`].
 //!
 //! The same plan, source and [`Options`] give the same bytes, whatever the number of processors and the order of
 //! [`Plan::add`]. Nothing is in the image but what the plan holds.
 //!
-//! A source is input from outside: it may be damaged, or made to harm. [`Fault`] says what is wrong with it.
+//! A source is input from outside: it may be damaged or malicious. [`Fault`] says what is wrong with it.
 
 mod blocks;
 pub mod compression;

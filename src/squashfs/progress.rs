@@ -48,7 +48,7 @@ impl<'a> Meter<'a> {
         self.change(|so_far| so_far.taken += bytes);
     }
 
-    /// Bytes of a file that need no compression: holes, and files that are there already.
+    /// Counts bytes of a file that need no compression: holes, and files whose content is in the image already.
     pub(crate) fn read(&self, bytes: u64) {
         self.change(|so_far| so_far.read += bytes);
     }
