@@ -122,7 +122,7 @@ impl fmt::Display for Error {
         if self.kind == Kind::Broken {
             f.write_str("cannot ")?;
         }
-        // May contain a file name or a program's output: escape it to stay on one line.
+        // The text may contain a file name or a program's output: escape it to stay on one line.
         write!(f, "{}", Printable(&self.attempted))?;
         if let Some(cause) = &self.cause {
             write!(f, ": {}", Printable(cause))?;

@@ -133,7 +133,7 @@ pub(crate) fn taken(target: &Path) -> Option<String> {
     if target.as_os_str().is_empty() {
         return Some("that is the image root itself".into());
     }
-    // The record of created mount points has one path a line.
+    // The record of created mount points has one path on each line, which a newline in a path would break.
     if target.as_os_str().as_encoded_bytes().iter().any(u8::is_ascii_control) {
         return Some("expected a path without control characters".into());
     }

@@ -42,7 +42,8 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
-    /// Parses an entry's file as the kernel shows it; `None` if it matches by file extension, or is not an entry.
+    /// Parses an entry's file as the kernel shows it; `None` if the entry matches by file extension, or if it is no
+    /// entry.
     pub(crate) fn parse(name: &str, text: &str) -> Option<Self> {
         let value = |field: &str| text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(' '));
         Some(Self {
@@ -84,7 +85,8 @@ fn bytes(hexadecimal: &str) -> Option<Vec<u8>> {
 
 /// The entry that runs programs for `architecture` in a jail and that no environment removes at its end.
 ///
-/// The kernel takes the entry registered last, and the table hides the order; one match without `F` disqualifies all.
+/// The kernel takes the entry registered last, and the table hides the order, so one matching entry without `F`
+/// disqualifies all.
 pub(crate) fn serving(entries: &[Entry], architecture: Architecture) -> Option<&Entry> {
     let takes = |entry: &&Entry| architecture.headers().iter().all(|header| entry.takes(header));
     let mut matching = entries.iter().filter(takes);
@@ -262,7 +264,7 @@ impl Table {
 
     fn write(&self, name: &str, text: &str) -> io::Result<()> {
         let file = self.0.open_at(name, OFlags::WRONLY, Mode::empty())?;
-        // In one call, because the kernel parses each write as a complete line.
+        // Write in one call, because the kernel parses each write as a complete line.
         rustix::io::write(file, text.as_bytes()).map(drop).map_err(Into::into)
     }
 }

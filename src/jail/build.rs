@@ -85,13 +85,13 @@ pub(crate) fn build(plan: &Plan) -> Result<Programs> {
     }
     show_programs(&jail, copies)?;
 
-    // Last, because a source may contain anything: no name in it is looked up afterwards.
+    // Attach the bind mounts last, because a source may contain anything: no name in it is looked up afterwards.
     for (bind, copy) in binds {
         bind.attach(copy, &jail.root)?;
     }
 
-    // Not chroot, which a process that may call chroot could leave. After pivot_root, the old root is gone from this
-    // namespace.
+    // Use pivot_root(2): a process that may call chroot(2) could leave a chroot. After pivot_root, the old root is gone
+    // from this namespace.
     mounts::switch_root(&jail.root).attempt(|| format!("switch the root to {shown}"))?;
     rustix::process::umask(Mode::from_raw_mode(0o022));
     Ok(programs)

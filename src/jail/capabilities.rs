@@ -43,7 +43,7 @@ fn keep_for_good(kept: CapabilitySet) -> rustix::io::Result<()> {
             continue;
         }
         if let Err(error) = rustix::thread::remove_capability_from_bounding_set(capability) {
-            // It may already be gone, or be beyond the kernel's last one.
+            // The capability may already be gone, or be beyond the kernel's last one.
             match rustix::thread::capability_is_in_bounding_set(capability) {
                 Ok(true) => return Err(error),
                 Ok(false) => {}

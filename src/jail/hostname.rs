@@ -3,7 +3,7 @@
 //! sethostname(2) needs CAP_SYS_ADMIN in the user namespace that owns the UTS namespace, and that capability would open
 //! the jail. But the user who created a user namespace has every capability in it from outside (user_namespaces(7)). So
 //! the jail's UTS namespace belongs to a user namespace that the jail's root created, which owns nothing else and has
-//! no process. `super::refused_calls` keeps everybody from entering it.
+//! no process. `super::refused_calls` keeps everybody from entering that user namespace.
 
 use std::fs::File;
 use std::os::fd::AsFd;

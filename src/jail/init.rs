@@ -81,7 +81,7 @@ pub(crate) fn unshare_with_users(flags: CloneFlags) -> io::Result<()> {
 /// Like [`unshare_with_users`], for a process whose /proc cannot be written to: `this` is its directory in another
 /// /proc.
 pub(crate) fn unshare_with_users_of(this: &Tree, flags: CloneFlags) -> io::Result<()> {
-    // Only a process outside may write a map of more than one user (user_namespaces(7)).
+    // A child does it: only a process outside may write a map of more than one user (user_namespaces(7)).
     let (here, outside) = Packets::pair()?;
     match fork()? {
         Fork::Child => {
@@ -124,7 +124,7 @@ fn map_identity(process: &Tree) -> io::Result<()> {
         });
         let map = lines.collect::<Vec<_>>().join("\n");
         let file = process.open_at(file, OFlags::WRONLY, Mode::empty())?;
-        // In one call, because the kernel takes a map only once.
+        // Write in one call, because the kernel takes a map only once.
         rustix::io::write(file, map.as_bytes())?;
     }
     Ok(())
@@ -136,8 +136,8 @@ fn make(plan: &Plan, link: &Link) -> Result<Infallible> {
     // A link in this directory leads to the namespace that this process is in when the link is opened, after the build.
     let own = Tree::open(Path::new("/proc/self/ns")).attempt(|| "open the directory of this process's namespaces")?;
     let null = File::options().read(true).write(true).open("/dev/null").attempt(|| "open /dev/null")?;
-    // A session of its own, because the scheduler's autogroup belongs to the session: writing to /proc/1/autogroup
-    // would otherwise change the nice value of the supervisor or of the caller of 'enter'.
+    // Start a session, because the scheduler's autogroup belongs to the session: writing to /proc/1/autogroup would
+    // otherwise change the nice value of the supervisor or of the caller of 'enter'.
     nix::unistd::setsid().attempt(|| "make a session of the jail's init")?;
     // Register the interpreter before the root is switched, because its file is in the container.
     let interpreter = plan.emulated.map(|architecture| binfmt::provide(architecture, "jail", true)).transpose()?;

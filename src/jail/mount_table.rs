@@ -103,7 +103,7 @@ pub(crate) const JAILED: &[Mount] = &[
     device("/dev/random"),
     device("/dev/urandom"),
     device("/dev/tty"),
-    // The container's instance, not a new one, so that `tty` finds the terminal that sshd opened.
+    // Mount the container's instance, not a new one, so that `tty` finds the terminal that sshd opened.
     mount("dev/pts", Source::Container("/dev/pts"), NOSUID.union(NOEXEC), Missing::Made),
     mount("dev/shm", Source::Memory { mode: "1777", tenths: 4 }, NOSUID.union(NODEV), Missing::Made),
     mount("dev/mqueue", Source::New("mqueue", &[]), NOSUID.union(NODEV).union(NOEXEC), Missing::Made),
@@ -132,8 +132,8 @@ pub(crate) const DKMS: &[Mount] = &[
     RUN,
 ];
 
-/// Mounts of a build: those of a jail, except for terminals of its own, since root in the build owns the terminals of
-/// root on the machine, and an empty /sys.
+/// Mounts of a build: those of a jail, but /dev/pts is an instance of its own, since root in the build owns the
+/// terminals of root on the machine, and /sys is empty.
 pub(crate) fn of_build(proc: Proc) -> impl Iterator<Item = Mount> {
     const TERMINALS: Source = Source::New("devpts", &[("newinstance", ""), ("ptmxmode", "0666"), ("mode", "0620")]);
     const NO_SYS: Source = Source::New("tmpfs", &[("size", "4k"), ("mode", "0555")]);

@@ -300,8 +300,8 @@ fn copy_in(stream: BorrowedFd<'_>, read: &OwnedFd, write: OwnedFd, stopped: &Own
     Ok(())
 }
 
-/// Like [`copy_in`], for a fifo, which cannot seek: shows a page at a time to the session (tee(2)), and consumes it
-/// from the fifo once the session has read it.
+/// Like [`copy_in`], for a fifo, which cannot seek: shows a page at a time to the session (tee(2)), and consumes the
+/// page from the fifo once the session has read it.
 fn pass_in(fifo: BorrowedFd<'_>, read: &OwnedFd, write: OwnedFd, stopped: &OwnedFd) -> rustix::io::Result<()> {
     /// Size of the pipe: with room for only one page, it stays full until that page has been read completely.
     const PAGE: usize = 4096;

@@ -30,7 +30,7 @@ pub(crate) fn place(image_root: &Tree, tier: Tier, binds: &[Bind]) -> Result<(Ve
         let is_directory = std::fs::symlink_metadata(&bind.source).attempt(attempted)?.is_dir();
         let kind = if is_directory { Kind::Directory } else { Kind::File };
         let (there, missing) = nearest(image_root, &bind.target).map_err(refuse)?;
-        // Not Path::join: with an empty path it adds a trailing slash, which the kernel refuses for a file.
+        // Do not use Path::join: with an empty path it adds a trailing slash, which the kernel refuses for a file.
         let target: PathBuf = there.components().chain(missing.components()).collect();
         if let Some(why) = taken(&target) {
             return Err(refuse(format!("a link of the image leads to /{}: {why}", target.display())));

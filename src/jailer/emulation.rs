@@ -70,8 +70,8 @@ pub(crate) fn prepare(
         return Ok(emulation);
     }
     let place = rustix::fs::fstat(parent).attempt(|| "look at the image root's parent")?;
-    // A volume has one environment at a time, so its identity is unique in the kernel's table and the same after a
-    // restart.
+    // A volume has one environment at a time, so the volume's identity is unique in the kernel's table and the same
+    // after a restart.
     let owner = format!("{:x}x{:x}", place.st_dev, place.st_ino);
     // Run `provide` in a thread of its own, since it may leave the mount namespace. Only the tier `namespace` needs a
     // QEMU of its own: sessions in plain mode and in the chroot tier are root of the container anyway.

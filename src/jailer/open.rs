@@ -212,8 +212,8 @@ impl OpenJail {
             image: wanted.plan.label.clone(),
             keep,
         };
-        // Replace the file atomically for readers, without fsync: it describes processes, which a crash of the machine
-        // ends.
+        // Replace the file atomically for readers, without fsync: the record describes processes, which a crash of the
+        // machine ends.
         let new = state.jail().with_extension("new");
         std::fs::write(&new, record.to_text()).and_then(|()| std::fs::rename(new, state.jail())).attempt(attempted)
     }
@@ -466,7 +466,7 @@ fn start(wanted: &Wanted<'_>) -> Result<Started> {
     }
 }
 
-/// `ims-jail-shell`, which is installed beside this program.
+/// `ims-jail-shell`, which is installed next to this program.
 pub(crate) fn program() -> Result<PathBuf> {
     let own = std::env::current_exe().attempt(|| "find this program's own file")?;
     let beside = own.with_file_name(NAME);

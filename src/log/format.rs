@@ -56,7 +56,8 @@ fn subscriber<W>(format: Format, filter: LevelFilter, ansi: bool, writer: W) -> 
 where
     W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
 {
-    // A closed standard error is no reason to exit: tracing would report it there, and panic.
+    // A closed standard error is no reason to exit, so errors of the log are ignored: tracing would report them there,
+    // and panic.
     let log = tracing_subscriber::fmt().log_internal_errors(false);
     let log = log.with_max_level(filter).with_target(false).with_ansi(ansi).with_writer(writer);
     match format {

@@ -109,7 +109,7 @@ const OPTIONS: [(&[&str], &[&str]); 19] = [
 /// Long options of some programs that would otherwise be taken for a one-letter option with a value.
 const LONG_OPTIONS: [&str; 4] = ["-pass", "-passwd", "-password", "-passphrase"];
 
-/// Programs with options of their own: from such a word on, those of the program before it no longer apply.
+/// Programs with options of their own. From such a word on, the options of the program before it no longer apply.
 const OTHERS: [&str; 5] = ["ssh", "scp", "sftp", "rsync", "run"];
 
 /// Programs all of whose arguments are secret.
@@ -261,7 +261,7 @@ impl Line<'_> {
                 .map_or(0, |at| at + before[at..].chars().next().map_or(1, char::len_utf8));
             let name = &before[start..];
             let in_form = separator == "=" && SIGNATURES.contains(&parts(name).concat().as_str());
-            // Not `/etc/passwd: No such file` or `PASS: a test`.
+            // A message such as `/etc/passwd: No such file` or `PASS: a test` has no secret.
             let message = separator == ":"
                 && (before[..start].ends_with('/')
                     || name.eq_ignore_ascii_case("pass") && text[at + 1..].starts_with(' '));

@@ -46,7 +46,7 @@ pub(crate) fn warn_of_unused_keys(directory: &Path) -> Result<()> {
             keys_in(directory)?
         ),
         Ok(_) => {}
-        // This container need not have sshd, or a host key.
+        // This is no error: the container of this program need not have sshd, or a host key.
         Err(e) => tracing::debug!("{e}; not checked whether it uses the keys"),
     }
     Ok(())

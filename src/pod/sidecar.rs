@@ -1,4 +1,4 @@
-//! `ims-sshd sidecar`: runs beside the build environment in a pod. Lets the environment open, reports the job's status
+//! `ims-sshd sidecar`: runs next to the build environment in a pod. Lets the environment open, reports the job's status
 //! to IMS, and publishes the image after the environment has closed. Never waits for an environment that is gone.
 
 use std::ffi::OsString;
@@ -520,7 +520,7 @@ impl<'a> Sidecar<'a> {
             let is_claimed = self.files.is_claimed();
             was_there |= is_claimed;
             if is_exiting && !is_claimed && self.has_verdict(image_root)? {
-                // A failed image is not published, whoever says so.
+                // A failed image is not published, whoever has marked it.
                 if was_there || listened || self.files.stands(SSHD_LISTENING)? || self.is_marked_failed(image_root) {
                     break;
                 }

@@ -1,4 +1,4 @@
-//! The process outside the jail that stands for a session: starts the inner stage in the jail, forwards signals, lends
+//! The process outside the jail that represents a session: starts the inner stage in the jail, forwards signals, lends
 //! the terminal, relays the client's agent, and ends as the session does.
 
 use std::convert::Infallible;
@@ -230,7 +230,7 @@ impl Terminal {
         }
     }
 
-    /// The shell outside continued this process, in the foreground if it also gave it the terminal.
+    /// The shell outside continued this process, in the foreground if the shell also gave it the terminal.
     fn go_on(&mut self, child: Pid) {
         if !self.leader {
             self.lent |= self.is_ours();

@@ -1,6 +1,6 @@
 //! `ims-jail-shell inside`, the inner stage: the jail's copy of this program, started in the jail by
-//! [`crate::session::front`]. It first closes every descriptor but the three streams, and only then reads the image:
-//! passwd, group, /etc/environment, home, shell and greeting. So no path in the image can lead it outside.
+//! [`crate::session::front`]. The inner stage first closes every descriptor but the three streams, and only then reads
+//! the image: passwd, group, /etc/environment, home, shell and greeting. So no path in the image can lead it outside.
 
 use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, IsTerminal, Read, Write};
@@ -349,8 +349,8 @@ fn become_root(account: &Account) {
     let _ = nix::unistd::setgid(Gid::from_raw(account.group));
 }
 
-/// Changes to root's home directory by descriptor, resolved below the root without magic links; to the root if there is
-/// none.
+/// Changes to root's home directory by descriptor, resolved below the root without magic links; to the root if the
+/// image has no such directory.
 fn go_home(image_root: &Tree, home: &Path) {
     let went = image_root.directory(home).and_then(|home| Ok(rustix::process::fchdir(home)?));
     if went.is_err() {

@@ -49,7 +49,7 @@ pub fn run(jail: &Path, request: Request) -> Result<Infallible> {
     environment.extend(agent.as_ref().map(|agent| ("SSH_AUTH_SOCK".into(), agent.path().into())));
     let transfer = matches!(request, Request::Sftp(_));
     let (job, image) = (record.job.clone(), record.image.clone());
-    // A session of `enter` has no login, so a message must not advise another one.
+    // A session of `enter` has no login, so a message must not say to log in again.
     let is_login = !matches!(request, Request::Program(_));
     let parent = std::os::unix::process::parent_id();
     let errand = Errand { request, beside: beside.is_some(), job, image, in_place: record.in_place };

@@ -30,7 +30,8 @@ impl Request {
 }
 
 fn sftp_options(command: &str) -> Option<Vec<OsString>> {
-    // A shell would do more with such a line than split it, so it is a command. sftp-server itself expands `%u`.
+    // A line with other characters is a command: a shell would do more with it than split it. sftp-server itself
+    // expands `%u`.
     let plain = |b: u8| b.is_ascii_alphanumeric() || b" _-./,=:+%".contains(&b);
     if !command.bytes().all(plain) {
         return None;

@@ -80,8 +80,7 @@ pub(crate) fn check(config: &Path, options: &Options) -> Result<()> {
     })
 }
 
-/// Keywords of all lines of the configuration and of the options, in lower case, wherever they stand. A line that
-/// versions of sshd may read differently counts for either.
+/// Keywords of all lines of the configuration and of the options, in lower case, wherever they stand.
 pub(crate) fn keywords(config: &Path, options: &Options) -> Result<BTreeSet<String>> {
     let mut found = BTreeSet::new();
     each_line(config, options, &mut |_, line| {

@@ -24,9 +24,9 @@ pub(crate) fn without_include(config: &[u8]) -> Vec<u8> {
     config.split_inclusive(|&b| b == b'\n').filter(|line| !is_ours(line)).flatten().copied().collect()
 }
 
-/// Keywords of limits, and the lines that raise them where the configuration does not set them: sessions of one
-/// connection, and unauthenticated connections, some of which sshd drops at random. With more than ten Ansible forks,
-/// sshd's defaults make hosts unreachable.
+/// Keywords of limits, and the lines that raise these limits where the configuration does not set them: the number of
+/// sessions of one connection, and of unauthenticated connections, some of which sshd drops at random. With more than
+/// ten Ansible forks, sshd's defaults make hosts unreachable.
 const RAISED_LIMITS: [(&str, &str); 2] = [("maxsessions", "MaxSessions 1000\n"), ("maxstartups", "MaxStartups 200\n")];
 
 /// Marks our line, at its end.

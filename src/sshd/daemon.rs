@@ -21,9 +21,9 @@ use crate::sys::umask;
 /// The listening sshd. Connections and sessions survive its end.
 #[derive(Debug)]
 pub struct Daemon {
-    /// Its PID.
+    /// PID of the listener.
     pub(crate) pid: Pid,
-    /// Its start time, as in [`Entry::start`].
+    /// Start time of the listener, as in [`Entry::start`].
     start: u64,
 }
 
@@ -49,8 +49,8 @@ impl Daemon {
                 error.because(said)
             }
         };
-        // Existing children are not the new listener: connections of an earlier one outlive it and are adopted by this
-        // process.
+        // Existing children are not the new listener: connections of an earlier listener outlive it and are adopted by
+        // this process.
         let before = Self::children();
         let mut command = Command::new(sshd::program()?);
         // Sessions get this umask from sshd, which adds 022.
@@ -139,7 +139,7 @@ impl Daemon {
         })
     }
 
-    /// Ends the listener: no new connections. Existing ones stay.
+    /// Ends the listener, so that no new connection is accepted. Existing connections stay.
     pub(crate) fn stop_listening(&self) {
         let _ = kill(self.pid, Signal::SIGTERM);
     }
@@ -190,7 +190,7 @@ pub(crate) struct Running {
     pub(crate) connections: Vec<Entry>,
     /// The first process of each session: the login shell, command, `ims-jail-shell` or internal sftp server.
     pub(crate) sessions: Vec<Entry>,
-    /// Ended sessions that sshd has not reaped yet, so their clients have not been told.
+    /// Ended sessions that sshd has not reaped yet, so that their clients do not know of the end yet.
     pub(crate) unreaped: usize,
     /// When a session last ended whose connection still exists, as precisely as the polls tell.
     pub(crate) last_end: Option<Instant>,

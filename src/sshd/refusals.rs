@@ -316,7 +316,7 @@ fn connected() -> HashSet<(IpAddr, u16)> {
     tables.iter().flat_map(|table| table.lines().filter_map(client_of)).collect()
 }
 
-/// The remote address and port of an entry; `None` for one that no process has open any more.
+/// The remote address and port of an entry; `None` for a connection that no process has open any more.
 fn client_of(entry: &str) -> Option<(IpAddr, u16)> {
     let mut fields = entry.split_ascii_whitespace();
     let (remote, inode) = (fields.nth(2)?, fields.nth(6)?);

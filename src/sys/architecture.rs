@@ -53,7 +53,8 @@ impl Architecture {
         }
     }
 
-    /// The architecture of a program that begins with `header`; `None` if it is not an ELF program for a known one.
+    /// The architecture of a program that begins with `header`; `None` if it is no ELF program for a known
+    /// architecture.
     pub(crate) fn of_elf(header: &[u8]) -> Option<Self> {
         let header = header.get(..HEADER)?;
         let known = header.starts_with(&IDENTIFICATION) && TYPES.contains(&header[16]) && header[17] == 0;

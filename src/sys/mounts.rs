@@ -50,7 +50,7 @@ impl Detached {
             flags |= OpenTreeFlags::AT_EMPTY_PATH;
         }
         let fd = rustix::mount::open_tree(at, path, flags)?;
-        // A copy of a shared mount joins the original's peer group, and mounts on one would appear on the other.
+        // Make the copy private: a copy of a shared mount joins the original's peer group, and mounts would propagate.
         set_attributes(fd.as_fd(), c"", attributes, libc::MS_PRIVATE, recursive)?;
         Ok(Self { fd })
     }

@@ -1,7 +1,7 @@
 //! Access to an untrusted directory by descriptor only.
 //!
 //! Every lookup is one `openat2` with `RESOLVE_IN_ROOT`, so that a link in the tree, absolute or with `..`, never leads
-//! out of it (CVE-2021-30465, CVE-2026-41579 and CVE-2026-47766 are launchers that used a path).
+//! out of it. (CVE-2021-30465, CVE-2026-41579 and CVE-2026-47766 are about launchers that used a path.)
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
