@@ -1,4 +1,4 @@
-//! Dispatch of commands, and the policy that the command line adds to them.
+//! Dispatch of commands, with the rules that only the command line has.
 
 use std::path::{Path, PathBuf};
 
@@ -38,7 +38,7 @@ use crate::verdict::Verdict;
 /// Carries out the command and returns the exit code.
 pub fn run(arguments: Arguments) -> Result<u8> {
     let mut log = format::start(arguments.log_format);
-    // These report a refusal to IMS.
+    // These commands report a refusal to IMS.
     let reports = matches!(
         arguments.command,
         Command::Prepare { .. }
@@ -60,7 +60,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         Command::Status { named, json, is } => status::print(named.name.as_deref(), Shown { as_json: json, is: &is }),
         Command::Prepare { first, second, open, fresh, checksum, servers } => {
             let variables = variables(checksum.variables().into_iter().chain(servers.variables()));
-            // Either may be the parent.
+            // Either argument may be the image root's parent.
             let parent = parent_or_default(second.is_some().then(|| PathBuf::from(&first)));
             let places: Vec<_> = [parent].into_iter().chain(second.as_ref().map(PathBuf::from)).collect();
             let read = log.and_then(|()| {
@@ -136,7 +136,7 @@ fn parent_or_default(given: Option<PathBuf>) -> PathBuf {
 fn entrypoint(image_root_parent: Option<PathBuf>, log_format: Option<Format>) -> Result<u8> {
     let parent = parent_or_default(image_root_parent.clone());
     let settings = Settings::read(image_root_parent, std::env::vars_os()).map_err(|refusal| {
-        // A container started without any variable lacks the volume as well; name both at once.
+        // A container that was started without any variable lacks the volume as well, so name both problems at once.
         let missing = || format!("{} does not exist: mount the job's volume there", parent.display());
         if parent.exists() { refusal } else { refusal.advise(missing()) }
     })?;
@@ -212,7 +212,7 @@ fn run_enter(mut arguments: EnterArguments) -> Result<u8> {
         answer,
         heeds_dkms: false,
     };
-    // With `--discard` nothing is kept; without it the directory itself is changed, as by chroot.
+    // With `--discard` no changes are kept; without it, the directory itself is changed, as by chroot.
     let end = arguments.discard.then_some(End::Discarded);
     let run = local_run(arguments.job, arguments.source, end, line)?;
     enter::run(Run { discards: arguments.discard, ..run }, &entry)
@@ -230,7 +230,7 @@ fn run_create(arguments: CreateArguments) -> Result<u8> {
         ("BUILD_ARCH", arguments.arch),
         ("TIMEOUT", arguments.timeout),
         ("IMS_ACTION", Some("create".into())),
-        // On one machine there is no job.
+        // On one machine there is no job, so ignore the ID of one.
         ("IMS_JOB_ID", Some(String::new())),
     ]);
     let variables = variables(options);

@@ -25,7 +25,7 @@ use crate::transfer::{
 
 /// Client of IMS. Without an IMS, every call returns `None`.
 pub(crate) struct Ims<'a> {
-    /// Sends requests.
+    /// Sends requests, until a signal arrives.
     pub(crate) work: &'a Work,
     place: Option<Place>,
     job: Option<Id>,
@@ -44,7 +44,7 @@ pub(crate) struct Ims<'a> {
 /// Result of a request that may be retried.
 type Tried<T> = std::result::Result<T, Fault>;
 
-/// Statuses with which an IMS refuses a field that it does not know.
+/// Statuses with which an IMS refuses fields that it does not know.
 const REFUSED_FIELDS: [StatusCode; 2] = [StatusCode::UNPROCESSABLE_ENTITY, StatusCode::BAD_REQUEST];
 
 struct Token {
@@ -57,19 +57,21 @@ struct Token {
 #[serde(default)]
 struct TokenAnswer {
     access_token: Option<String>,
-    /// In seconds; some servers send text.
+    /// Lifetime of the token, in seconds; some servers send it as text.
     expires_in: Value,
 }
 
-/// A token that expires within this time is replaced.
+/// Remaining lifetime below which a token is replaced.
 const TOKEN_MARGIN: Duration = Duration::from_secs(10);
 
-/// Longest time for which a token is kept, in seconds.
+/// Maximum time for which a token is kept, in seconds.
 const LONGEST_LIFE: u64 = 24 * 60 * 60;
 
-/// Longest answers, in bytes: a token, a record, and the list of all images. A large site has tens of thousands.
+/// Maximum length of an answer with a token, in bytes.
 const LONGEST_TOKEN: usize = 1 << 20;
+/// Maximum length of a record, in bytes.
 const LONGEST_RECORD: usize = 4 << 20;
+/// Maximum length of the list of all images, in bytes. A large site has tens of thousands.
 const LONGEST_LIST: usize = 128 << 20;
 
 /// Timeout of one request.
@@ -102,7 +104,7 @@ impl<'a> Ims<'a> {
         self.has_asked.get()
     }
 
-    /// Returns whether an image record says by which request it was created.
+    /// Returns whether image records can hold the ID of the request that created them.
     pub(crate) fn takes_metadata(&self) -> bool {
         self.takes_metadata.get()
     }
@@ -112,8 +114,8 @@ impl<'a> Ims<'a> {
         self.lacks_job.get()
     }
 
-    /// Checks that IMS answers and accepts the credentials. The probe's ID is logged for those who find it in IMS's
-    /// log.
+    /// Checks that IMS answers and accepts the credentials. Logs the ID that it asks for, so that a person who finds
+    /// the request in IMS's log knows its origin.
     pub(crate) fn check(&self) -> Result<()> {
         let (Some(place), id) = (&self.place, Id::random()?) else { return Ok(()) };
         let attempted = format!("check that IMS answers, by a request for image {id}, which does not exist");
@@ -125,7 +127,7 @@ impl<'a> Ims<'a> {
         Ok(())
     }
 
-    /// Sets the job's status. A job that was already found missing is no second error.
+    /// Sets the job's status. If the job was found missing before, another such answer is no error.
     pub(crate) fn set_status(&self, status: Status) -> Result<Option<Job>> {
         let Some(job) = self.job.as_ref().filter(|_| self.is_there()) else { return Ok(None) };
         let attempted = format!("set the job's status to {status} in IMS (job {job})");
@@ -160,8 +162,8 @@ impl<'a> Ims<'a> {
         })
     }
 
-    /// Finds the image record that `request` created, if its answer was lost to a connection or a crash. A name proves
-    /// nothing: another job may register the same one at the same time.
+    /// Finds the image record that `request` created, if the answer was lost with a connection or in a crash. A name
+    /// would prove nothing, because another job may register the same one at the same time.
     pub(crate) fn find_image(&self, request: &Id) -> Result<Option<Image>> {
         self.call(LIST, async || self.find(request).await)
     }
@@ -169,16 +171,17 @@ impl<'a> Ims<'a> {
     async fn find(&self, request: &Id) -> Tried<Option<Image>> {
         let Some(text) = self.request(LIST, &Method::GET, &["images"], None).await? else { return Ok(None) };
         let found = made_by(&text, request, || self.work.heed().is_ok()).attempt(|| LIST);
-        // A signal ends the parser with another error.
+        // A signal ends the parser with an error of its own, so check for one first.
         self.work.heed()?;
         Ok(found?)
     }
 
-    /// Creates the record of a new image. After a lost answer, only a record that names `request` is taken for it.
+    /// Creates the record of a new image. If an answer was lost, only a record that names `request` is taken for the
+    /// new one.
     pub(crate) fn create_image(&self, name: &str, arch: &str, request: &Id) -> Result<Image> {
         let attempted = format!("register the image '{name}' in IMS");
         let created = self.call(&attempted, async || {
-            // Records without metadata do not say by which request they were created.
+            // Only records with metadata say which request created them.
             if self.has_asked()
                 && self.takes_metadata()
                 && let Some(record) = self.find(request).await?
@@ -188,15 +191,15 @@ impl<'a> Ims<'a> {
             let metadata = self.takes_metadata().then(|| BTreeMap::from([(REQUEST, request)]));
             let body = NewImage { name, arch, metadata };
             let answer = self.request(&attempted, &Method::POST, &["images"], Some(json_of(&body))).await?;
-            // Not asked for again: the record may have been created.
+            // Fail without a retry, because the record may have been created.
             let read = |text: Vec<u8>| serde_json::from_slice(&text).attempt(|| attempted.clone());
             Ok(answer.map(read).transpose()?)
         })?;
         created.ok_or_else(|| Error::new(attempted).because("IMS answers without its record"))
     }
 
-    /// Refuses a record that `request` cannot just have created for an image `name`: publishing would overwrite another
-    /// image.
+    /// Refuses a record that `request` cannot just have created for an image `name`, because publishing to it would
+    /// overwrite another image.
     pub(crate) fn refuse_foreign(&self, record: &Image, name: &str, request: &Id) -> Result<()> {
         let why = if record.link.is_some() {
             "it has a link already".to_owned()
@@ -243,8 +246,8 @@ impl<'a> Ims<'a> {
     }
 
     /// Reads the record at `path`, or sets the fields `set` in it. Refuses a record of another ID, and one in which
-    /// `contradiction` finds another value than the one that was set. Retries after an answer without a record, as a
-    /// proxy may give.
+    /// `contradiction` finds another value than the one that was set. If an answer has no record, as from a proxy,
+    /// tries again.
     fn call_for_record<R: Record>(
         &self,
         attempted: &str,
@@ -274,7 +277,7 @@ impl<'a> Ims<'a> {
         self.timeout.set(REQUEST_LIMIT);
         self.work.wait(retry(retry_limit, attempted, &self.outage, async || {
             let answer = attempt().await;
-            // A retry ends when the time for retries does.
+            // A retry must end when the time for retries does.
             self.timeout.set(retry_limit.saturating_sub(began.elapsed()).clamp(SHORTEST, REQUEST_LIMIT));
             answer
         }))
@@ -324,11 +327,12 @@ impl<'a> Ims<'a> {
             return Err(Fault::Final(missing.advise("see IMS_JOB_ID and IMS_URL; a deleted job needs a new one")));
         }
         if status == StatusCode::UNAUTHORIZED && self.token.take().is_some() {
-            // Expired or revoked; the next attempt gets a new token.
+            // The token has expired or was revoked; the next attempt gets a new one.
             return Err(Fault::Transient(cause));
         }
         if is_new && REFUSED_FIELDS.contains(&status) && self.takes_metadata.replace(false) {
-            // In an older IMS, images have no metadata. If the answer is lost then, the record is left behind.
+            // In an older IMS, images have no metadata, so try again without. If that answer is lost, the record is
+            // left behind.
             return Err(Fault::Transient(cause));
         }
         Err(if is_transient(status) {
@@ -380,7 +384,7 @@ impl<'a> Ims<'a> {
     }
 }
 
-/// The token in a file. It is read for each request, since it may be replaced.
+/// Reads the token in a file. This is done for each request, since the token may be replaced.
 fn token_in(file: &Path) -> Result<String> {
     let attempted = || format!("read the token in {}", file.display());
     let text = std::fs::read_to_string(file).attempt(attempted)?;
@@ -389,14 +393,14 @@ fn token_in(file: &Path) -> Result<String> {
     if is_header_word(token) { Ok(token.to_owned()) } else { Err(Error::new(attempted()).because("it holds no token")) }
 }
 
-/// Completes "cannot ...".
+/// Operation in error messages: "cannot read the records ...".
 const LIST: &str = "read the records of all images in IMS";
 
-/// Advice after an answer that IMS would not give.
+/// Advice after an answer that an IMS would not give.
 const SEE_IMS: &str = "see what answers at IMS_URL";
 
-/// Finds the record that `request` created in a list, and keeps no other in memory. `look` is called now and then, and
-/// says whether to go on.
+/// Finds the record that `request` created in a list, keeping no other record in memory. `look` is called regularly,
+/// and returns whether to go on.
 fn made_by(list: &[u8], request: &Id, look: impl FnMut() -> bool) -> serde_json::Result<Option<Image>> {
     struct Records<'a, F>(&'a Id, F);
     impl<'de, F: FnMut() -> bool> Visitor<'de> for Records<'_, F> {
@@ -439,7 +443,7 @@ fn json_of(value: &impl Serialize) -> String {
     json!(value).to_string()
 }
 
-/// Number of bytes of a list that are read between two looks for signals.
+/// Number of bytes of a list that are read between two checks for signals.
 const LOOK_EVERY: usize = 1 << 20;
 
 /// URL of `path` below `base`. Each name is escaped into one segment.

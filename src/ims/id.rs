@@ -1,4 +1,5 @@
-//! IDs of jobs and images. They become part of URLs and of keys in stores, and decide what is deleted.
+//! IDs of jobs and images. Their form is checked, because they become part of URLs and of keys in stores, and decide
+//! what is deleted.
 
 use std::fmt;
 

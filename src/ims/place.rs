@@ -1,4 +1,4 @@
-//! Variables that say where IMS is.
+//! Variables with the address of IMS and the credentials for it.
 
 use std::path::{Path, PathBuf};
 
@@ -9,7 +9,7 @@ use crate::transfer::without_query;
 /// Address of IMS, and credentials for it.
 #[derive(Debug, Clone)]
 pub struct Place {
-    /// `IMS_URL`: `unix:/PATH` is a socket.
+    /// `IMS_URL`: an HTTP URL, or `unix:/PATH` for a socket.
     pub url: String,
     /// `OAUTH_CONFIG_DIR`, if it contains credentials.
     pub(crate) oauth: Option<PathBuf>,
@@ -18,12 +18,12 @@ pub struct Place {
 }
 
 impl Place {
-    /// Socket of an IMS on this machine.
+    /// Path of the socket of an IMS on this machine; `None` for any other IMS.
     pub(crate) fn socket(&self) -> Option<&Path> {
         self.url.strip_prefix(SOCKET).map(Path::new)
     }
 
-    /// URL that the paths of requests are below.
+    /// URL below which the paths of requests are.
     pub(crate) fn base(&self) -> &str {
         if self.socket().is_some() { "http://localhost" } else { &self.url }
     }
@@ -47,7 +47,7 @@ impl Place {
     }
 }
 
-/// Scheme of a socket.
+/// Scheme of the URL of a socket.
 const SOCKET: &str = "unix:";
 
 /// Checks the URL of an IMS: one of HTTP, or a socket.
@@ -63,7 +63,7 @@ const DEFAULT_IMS: &str = "https://api-gw-service-nmn.local/apis/ims";
 
 pub(crate) fn read(reader: &mut Reader) -> Option<Place> {
     let url = reader.text("IMS_URL");
-    // The directory is mounted into every container of a pod, and is empty without an IMS.
+    // The directory is mounted into every container of a pod, but has no endpoint if there is no OAuth server.
     let oauth = reader.text("OAUTH_CONFIG_DIR").map(PathBuf::from).filter(|dir| dir.join("endpoint").exists());
     if url.is_none() && oauth.is_none() {
         return None;

@@ -1,5 +1,5 @@
-//! Records of IMS as JSON: what it answers, and what it is sent. A newer IMS may answer fields that are not named here:
-//! they are kept and printed again. A field of a wrong type is an error.
+//! Records of IMS as JSON, in its answers and in requests to it. A newer IMS may answer with fields that are not named
+//! here; these are kept and printed again. A field of a wrong type is an error.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 use crate::ims::id::Id;
 
-/// Key in an image's metadata: ID of the request that created the record.
+/// Key in an image's metadata whose value is the ID of the request that created the record.
 pub(crate) const REQUEST: &str = "ims-sshd-request";
 
 /// A record that has an ID.
@@ -74,7 +74,7 @@ pub struct Image {
     /// Free-form keys and values; absent in an older IMS.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub metadata: Option<BTreeMap<String, String>>,
-    /// Fields that are only printed again.
+    /// Other fields, which are only printed again.
     #[serde(flatten)]
     pub further: Map<String, Value>,
 }
@@ -94,8 +94,8 @@ impl Image {
         self.metadata.as_ref().and_then(|metadata| metadata.get(REQUEST)).is_some_and(|id| id == request.as_str())
     }
 
-    /// Why this cannot be the record of the image `id` that `request`, if known, created and that was given `link`;
-    /// `None` if it can.
+    /// Reason why this cannot be the record of the image `id` that `request` (if known) created and that was given
+    /// `link`; `None` if it can.
     pub(crate) fn difference(&self, id: &Id, request: Option<&Id>, link: Option<&Link>) -> Option<String> {
         if self.id != *id {
             return Some(format!("its id is {}", self.id));
@@ -135,7 +135,7 @@ pub enum Status {
     Error,
     /// The job has ended, and its image is published.
     Success,
-    /// A status of a newer IMS.
+    /// A status that only a newer IMS has.
     #[serde(other)]
     Unknown,
 }
@@ -155,7 +155,7 @@ pub struct Job {
     pub status: Status,
     /// ID of the published image. IMS takes any spelling of a UUID.
     pub resultant_image_id: Option<String>,
-    /// Fields that are only printed again.
+    /// Other fields, which are only printed again.
     #[serde(flatten)]
     pub further: Map<String, Value>,
 }
@@ -179,12 +179,12 @@ pub struct Recipe {
     pub recipe_type: String,
     /// `x86_64` or `aarch64`.
     pub arch: Option<String>,
-    /// Fields that are only printed again.
+    /// Other fields, which are only printed again.
     #[serde(flatten)]
     pub further: Map<String, Value>,
 }
 
-/// Record of a public key of users who may log in.
+/// Record of a public key that lets users log in.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PublicKey {
     /// ID of the key.
@@ -193,7 +193,7 @@ pub struct PublicKey {
     pub name: String,
     /// Lines of an `authorized_keys` file.
     pub public_key: String,
-    /// Fields that are only printed again.
+    /// Other fields, which are only printed again.
     #[serde(flatten)]
     pub further: Map<String, Value>,
 }
@@ -205,7 +205,7 @@ mod tests {
 
     const ID: &str = "46a2731e-a1d0-4f98-ba92-4f78c756bb12";
 
-    /// Answers as IMS 3.33 gives them, some with a further field, which 3.33 does not know.
+    /// Answers as IMS 3.33 gives them, some with an additional field that 3.33 does not have.
     #[test]
     fn records_are_read_and_printed_with_fields_that_are_not_known() {
         fn is_kept<R: DeserializeOwned + Serialize>(record: &Value) {

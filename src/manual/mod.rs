@@ -140,7 +140,7 @@ fn page_of(name: &str) -> Page {
 
 /// Writes a man page for `program` and one per command into the directory `into`.
 pub fn write_pages(program: Command, into: &Path) -> io::Result<()> {
-    // Each page is a new file in the directory that was opened: another user may write there too.
+    // Write each page to a new file in the directory that was opened, since another user may write there too.
     let (into, _) = open_or_make(into)?;
     let mut program = program.disable_help_subcommand(true);
     program.build();
@@ -245,7 +245,7 @@ const NAMES: &str = r"ims-sshd status 2>/dev/null | sed -n 's/^\([^ /:]*\): .*/\
 fn with_names(script: &str, shell: Shell) -> String {
     match shell {
         Shell::Bash => NAMED.iter().fold(script.to_owned(), |script, command| {
-            // The commands themselves, not `help`, whose branches have other names.
+            // This matches the commands themselves, and not those below `help`, whose branches have other names.
             let branch = format!("        ims__sshd__subcmd__{command})\n            opts=\"");
             script.replace(&branch, &format!("{branch}$({NAMES}) "))
         }),

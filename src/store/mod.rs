@@ -531,7 +531,7 @@ fn s3(bucket: &str, settings: &Place, network: &Network) -> Result<(AmazonS3Buil
         builder = builder.with_token(token);
     }
     if let Some(endpoint) = &settings.endpoint {
-        // TLS protects the content; signing it, too, would read it once more for its checksum.
+        // TLS protects the content already; signing it too would mean reading it once more for its checksum.
         builder = builder.with_endpoint(endpoint).with_unsigned_payload(!is_plain(endpoint));
     }
     Ok((builder, connector))
