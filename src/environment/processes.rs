@@ -59,15 +59,15 @@ pub(crate) fn end_tree(root: &Entry) -> Result<()> {
 
 type Visitor<'a> = &'a mut dyn FnMut(&Entry) -> ControlFlow<()>;
 
-/// Visits processes that have entered the mount namespace of this name from outside, such as by `nsenter --mount`. They
-/// need not be in the jail's PID namespace.
+/// Visits processes that have entered the mount namespace of this name from outside, such as by `nsenter --mount`. Such
+/// processes need not be in the jail's PID namespace.
 fn visit_entered(mounts: &Path, visit: Visitor<'_>) {
     let has_entered = |pid: &Pid| std::fs::read_link(format!("/proc/{pid}/ns/mnt")).is_ok_and(|own| own == mounts);
     let found = numbers(Path::new("/proc")).filter(has_entered).filter_map(Entry::read);
     let _ = found.into_iter().try_for_each(|entry| visit(&entry));
 }
 
-/// State of ending processes. It works in sweeps: a process that forks during one sweep is found by the next.
+/// State of ending processes in sweeps: a process that forks during one sweep is found by the next.
 struct Ending {
     began: Instant,
     /// Processes that got SIGTERM.
@@ -201,7 +201,7 @@ impl Ending {
             if entry.pid != jail.init() && !entry.has_ended() && is_inside() {
                 self.killed.log(entry);
             }
-            // Reading every process takes longer than killing all of them.
+            // Log only some: reading every process takes longer than killing all of them.
             if self.killed.pids.len() < NAMED { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         });
         self.killed.unnamed = left.saturating_sub(self.killed.pids.len());
@@ -238,8 +238,8 @@ impl Drop for Killed {
     }
 }
 
-/// Waits until all of `handles` have ended, or for `limit`. A sweep each time one ends would take longer than waiting
-/// for all.
+/// Waits until all of `handles` have ended, or for `limit`. Sweeping each time one ends would take longer than this
+/// wait for all.
 fn wait_for_all(mut handles: Vec<Handle>, limit: Duration) {
     use rustix::event::{PollFd, PollFlags};
     let began = Instant::now();

@@ -45,9 +45,9 @@ pub(crate) fn fork() -> io::Result<Fork> {
     }
 }
 
-/// Runs `child` in a new process, which exits with the code that it returns. Returns the process ID once the child has
-/// exited or called execve. Until then both share memory, as with vfork(2), which saves copying page tables. Only for
-/// `ims-jail-shell`, like [`fork`].
+/// Runs `child` in a new process, which exits with the code that `child` returns. Returns the process ID once the new
+/// process has exited or called execve. Until then both processes share memory, as with vfork(2), which saves copying
+/// page tables. Only for `ims-jail-shell`, like [`fork`].
 pub(crate) fn spawn(child: impl FnOnce() -> u8) -> io::Result<Pid> {
     /// Size in bytes, ample for a child that soon calls execve. The kernel allocates only the pages used.
     const STACK: usize = 256 << 10;
@@ -129,9 +129,9 @@ fn die_of(signal: Signal) -> u8 {
 /// Identifies a process even if its ID is reused later.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Identity {
-    /// Its PID.
+    /// PID of the process.
     pub pid: i32,
-    /// When it started, in clock ticks after boot (/proc/PID/stat field 22).
+    /// Start of the process, in clock ticks after boot (/proc/PID/stat field 22).
     pub(crate) start: u64,
 }
 
@@ -168,12 +168,12 @@ impl fmt::Display for Identity {
     }
 }
 
-/// A pidfd: it keeps referring to the same process even if the ID is reused.
+/// A pidfd, which keeps referring to the same process even if the ID is reused.
 #[derive(Debug)]
 pub struct Handle {
     /// The pidfd; readable once the process has ended.
     pub fd: OwnedFd,
-    /// Its PID.
+    /// PID of the process.
     pub(crate) pid: Pid,
 }
 
@@ -190,13 +190,13 @@ impl Handle {
         }
     }
 
-    /// Returns whether it has ended or ends within `limit`.
+    /// Returns whether the process has ended or ends within `limit`.
     pub fn ends_within(&self, limit: Duration) -> bool {
         use rustix::event::{PollFd, PollFlags};
         poll::wait(&mut [PollFd::new(&self.fd, PollFlags::IN)], limit).is_ok_and(|ready| ready > 0)
     }
 
-    /// Sends it a signal, and never to a later process with the same ID; ESRCH if it has ended.
+    /// Sends the process a signal, and never a later process with the same ID; ESRCH if the process has ended.
     pub fn signal(&self, signal: Signal) -> io::Result<()> {
         let signal = rustix::process::Signal::from_named_raw(signal as i32).ok_or(io::ErrorKind::InvalidInput)?;
         rustix::process::pidfd_send_signal(&self.fd, signal).map_err(Into::into)
@@ -248,34 +248,35 @@ pub fn output_within(child: Child, limit: Duration) -> io::Result<Option<Output>
     })
 }
 
-/// Flag of a process that is ending (`PF_EXITING`), and the bit of SIGKILL in a set of signals (proc_pid_status(5)).
+/// Flag of a process that is ending (`PF_EXITING`); `KILL` is the bit of SIGKILL in a set of signals
+/// (proc_pid_status(5)).
 const EXITING: i64 = 4;
 const KILL: u64 = 1 << (libc::SIGKILL - 1);
 
 /// Fields of /proc/PID/stat.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
-    /// Its PID.
+    /// PID.
     pub pid: Pid,
-    /// Its parent's PID.
+    /// PID of the parent.
     pub parent: Pid,
-    /// Its short name (`comm`), at most 15 bytes.
+    /// Short name (`comm`), at most 15 bytes.
     pub name: String,
-    /// Its state letter; `Z` for a zombie.
+    /// State letter; `Z` for a zombie.
     pub state: char,
     /// The kernel's flags (`PF_*` in its include/linux/sched.h).
     flags: i64,
-    /// Its process group ID.
+    /// Process group ID.
     pub(crate) group: Pid,
-    /// Its session ID.
+    /// Session ID.
     pub(crate) session: Pid,
-    /// Device number of its controlling terminal, 0 for none.
+    /// Device number of the controlling terminal, 0 for none.
     pub(crate) terminal: u64,
-    /// When it started, in clock ticks after boot.
+    /// Start of the process, in clock ticks after boot.
     pub(crate) start: u64,
-    /// Number of its threads.
+    /// Number of threads.
     pub(crate) threads: u64,
-    /// Minor page faults of its reaped children; grows with each child that is reaped.
+    /// Minor page faults of reaped children; grows with each child that is reaped.
     pub(crate) faults_of_children: u64,
 }
 
@@ -319,12 +320,13 @@ impl Entry {
         })
     }
 
-    /// True for a zombie. If only its first thread has ended, the state is `Z` too, but the process still runs.
+    /// True for a zombie. If only the process's first thread has ended, the state is `Z` too, but the process still
+    /// runs.
     pub(crate) fn has_ended(&self) -> bool {
         self.state == 'Z' && self.threads <= 1
     }
 
-    /// True if one of its threads waits in the kernel where no signal ends the wait, as for a device.
+    /// True if a thread of the process waits in the kernel where no signal ends the wait, as for a device.
     pub(crate) fn is_stuck(&self) -> bool {
         let threads = || numbers(Path::new(&format!("/proc/{}/task", self.pid)));
         let stat = |thread| File::open(format!("/proc/{}/task/{thread}/stat", self.pid)).ok();
@@ -332,7 +334,7 @@ impl Entry {
         self.state == 'D' || self.threads > 1 && threads().any(is_stuck)
     }
 
-    /// True if it is ending, or is about to: a signal that kills it has arrived.
+    /// True if the process is ending, or is about to: a signal that kills it has arrived.
     pub(crate) fn is_dying(&self) -> bool {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
         let pending = status.lines().filter_map(|line| line.strip_prefix("SigPnd:").or(line.strip_prefix("ShdPnd:")));
@@ -345,7 +347,7 @@ impl Entry {
         numbers(Path::new("/proc")).filter_map(Self::read).collect()
     }
 
-    /// Path of its controlling terminal if that is a pty.
+    /// Path of the controlling terminal if that is a pty.
     pub(crate) fn terminal_path(&self) -> Option<PathBuf> {
         // The kernel's dev_t encoding: minor in bits 0-7 and 20-31, major in bits 8-19; ptys have majors 136 to 143.
         let major = (self.terminal >> 8) & 0xfff;
@@ -353,18 +355,20 @@ impl Entry {
         (136..=143).contains(&major).then(|| PathBuf::from(format!("/dev/pts/{}", (major - 136) * 256 + minor)))
     }
 
-    /// Sends it a signal unless it has ended.
+    /// Sends the process a signal unless it has ended.
     pub fn signal(&self, signal: Signal) {
         let _ = Handle::open(self.identity()).and_then(|handle| handle.signal(signal));
     }
 
-    /// True if it was started as a login shell without a command: a single argument that begins with a dash (login(1)).
+    /// True if the process was started as a login shell without a command: a single argument that begins with a dash
+    /// (login(1)).
     pub(crate) fn is_login_shell(&self) -> bool {
         let line = std::fs::read(format!("/proc/{}/cmdline", self.pid)).unwrap_or_default();
         line.starts_with(b"-") && line.iter().position(|&b| b == 0) == Some(line.len() - 1)
     }
 
-    /// Its command line, or its short name in brackets if empty. May contain secrets and control characters.
+    /// Command line of the process, or its short name in brackets if the command line is empty. May contain secrets and
+    /// control characters.
     pub fn command_line(&self) -> String {
         let raw = std::fs::read(format!("/proc/{}/cmdline", self.pid)).unwrap_or_default();
         let words: Vec<_> = raw.split(|&b| b == 0).filter(|w| !w.is_empty()).map(String::from_utf8_lossy).collect();
@@ -378,8 +382,8 @@ impl Entry {
 }
 
 /// A process other than this one that has its root or working directory in `directory`, which has no links in its path.
-/// Waits up to `limit` for the ones that a killed run of this program has left: those that are dying, and `programs`,
-/// by their short names. Calls `waiting` before it waits.
+/// Waits up to `limit` for the end of processes that a killed run of this program has left: those that are dying, and
+/// those whose short names are in `programs`. Calls `waiting` before it waits.
 pub(crate) fn inside(
     directory: &Path,
     programs: &[&str],
@@ -428,8 +432,8 @@ pub(crate) fn children(parent: Pid) -> Vec<Pid> {
         .collect()
 }
 
-/// Calls `visit` for each descendant of this process, once its own children have been listed, until `visit` breaks. A
-/// process whose parent ends meanwhile may be missed; this process has adopted it then.
+/// Calls `visit` for each descendant of this process, after the descendant's own children have been listed, until
+/// `visit` breaks. A process whose parent ends meanwhile may be missed; this process has adopted it then.
 pub(crate) fn visit_descendants(visit: &mut dyn FnMut(&Entry) -> ControlFlow<()>) {
     let mut found = children(getpid());
     while let Some(pid) = found.pop() {
@@ -457,8 +461,8 @@ pub fn descendants(all: &[Entry], ancestor: Pid) -> Vec<Entry> {
     found
 }
 
-/// While this value lives, the OOM killer prefers new children to this process: their score rises by half of the
-/// memory (proc_pid_oom_score_adj(5)). A tenth of 200 MB is less than what this process maps.
+/// While this value lives, the OOM killer prefers new children to this process: their score rises by half of the memory
+/// (proc_pid_oom_score_adj(5)). A smaller share may not suffice: a tenth of 200 MB is less than what this process maps.
 #[derive(Debug)]
 pub(crate) struct Expendable {
     before: Option<i32>,
@@ -557,7 +561,7 @@ mod tests {
             let length = shell.stdout.take().unwrap().read(&mut line).unwrap();
             let child = Pid::from_raw(std::str::from_utf8(&line[..length]).unwrap().trim().parse().unwrap());
             drop(shell.stdin.take());
-            // The first pass finds it or, if its parent ended during that, the second.
+            // The first pass finds the child or, if the child's parent ended during that pass, the second.
             let mut found = false;
             for _ in 0..2 {
                 visit_descendants(&mut |entry| {
