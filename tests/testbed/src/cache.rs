@@ -10,13 +10,13 @@ pub fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap()
 }
 
-/// The directory for image roots and everything else that takes long to make.
+/// The directory for image roots, and for everything else that takes long to make.
 pub fn cache_directory() -> PathBuf {
     std::env::var_os("IMS_SSHD_CACHE")
         .map_or_else(|| PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cache/ims-sshd"), PathBuf::from)
 }
 
-/// Podman, on the container images of the cache. Fails if it has none yet.
+/// A command for podman, on the container images of the cache. Fails if the cache has none yet.
 pub fn podman(arguments: &[&str]) -> Command {
     let path = cache_directory().join("containers");
     let storage = std::fs::canonicalize(&path).unwrap_or(path);
@@ -30,7 +30,7 @@ pub fn podman(arguments: &[&str]) -> Command {
         command.arg(option).arg(storage.join(directory));
     }
     command.env("CONTAINERS_CONF", repository().join("tests/containers.conf"));
-    // conmon writes a file to its working directory when the OOM killer strikes.
+    // The working directory must be writable: conmon writes a file to it when the OOM killer strikes.
     command.args(arguments).current_dir(storage).stdin(Stdio::null());
     command
 }
@@ -46,32 +46,32 @@ pub fn cache() -> PathBuf {
     path
 }
 
-/// A directory that is removed with the returned value. It is not below /tmp: sshd refuses keys in a directory that
-/// everybody can write to.
+/// A directory that is removed when the value is dropped. It is not below /tmp, because sshd refuses keys in a
+/// directory that everybody can write to.
 pub fn directory() -> TempDir {
     let base = cache().join("tests");
     std::fs::create_dir_all(&base).unwrap();
     tempfile::tempdir_in(base).unwrap()
 }
 
-/// Which image root an environment gets.
+/// The image root that an environment gets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Image {
-    /// Debian, as an overlay over the cached one: `upper` then holds just what was changed.
+    /// Debian, as an overlay over the cached one, so that `upper` holds exactly the changes.
     Debian,
     /// A static busybox and a passwd file, copied.
     Busybox,
-    /// Debian for aarch64, as an overlay too, as are the following.
+    /// Debian for aarch64. This and the following are overlays too.
     DebianArm64,
     /// An image of rpm packages.
     Rpm,
     /// Busybox and musl, in the manner of Alpine's.
     Musl,
-    /// One static program.
+    /// One static program, and nothing else.
     Distroless,
-    /// Debian with what people use at a terminal and tools use over SSH.
+    /// Debian with programs that people use at a terminal and tools use over SSH.
     Node,
-    /// Debian as Ansible manages it, as an overlay too.
+    /// Debian as Ansible manages it.
     Managed,
 }
 

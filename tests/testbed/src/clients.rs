@@ -8,7 +8,7 @@ use tempfile::TempDir;
 
 use crate::{Environment, feed, succeed};
 
-/// Options of a client without known hosts and without configuration.
+/// Options of a client that uses no known hosts and no configuration.
 pub fn ssh_options(key: &Path) -> Vec<String> {
     let mut options: Vec<String> = vec!["-F".into(), "none".into(), "-i".into(), key.display().to_string()];
     for option in [
@@ -26,12 +26,12 @@ pub fn ssh_options(key: &Path) -> Vec<String> {
 impl Environment {
     pub fn ssh_options(&self) -> Vec<String> {
         let mut options = ssh_options(&self.key);
-        // The default key exchange takes longer than the rest of a session.
+        // The default key exchange takes longer than the rest of a session, so choose a faster one.
         options.extend(["-o", "KexAlgorithms=curve25519-sha256"].map(Into::into));
         options
     }
 
-    /// `ssh` with further options. The caller adds the command after the host, which is the last argument here.
+    /// `ssh` with additional options. The caller adds the command after the host, which is the last argument so far.
     pub fn ssh(&self, options: &[&str]) -> Command {
         let mut command = Command::new("ssh");
         command.args(self.ssh_options()).args(options).args(["-p", &self.port.to_string(), "root@127.0.0.1"]);
@@ -39,7 +39,7 @@ impl Environment {
         command
     }
 
-    /// The output of a command line over ssh.
+    /// Output of a command line over ssh.
     pub fn run(&self, command: &str) -> Output {
         self.ssh(&[]).arg(command).output().unwrap()
     }
@@ -51,12 +51,12 @@ impl Environment {
         String::from_utf8(output.stdout).unwrap().trim_end().to_owned()
     }
 
-    /// A batch of sftp commands, with its output.
+    /// Runs a batch of sftp commands, and returns the output.
     pub fn sftp(&self, batch: &str) -> Output {
         feed(&mut self.sftp_client(&[]), batch.as_bytes())
     }
 
-    /// `sftp` with further options, reading its commands from standard input.
+    /// `sftp` with additional options, reading its commands from standard input.
     pub fn sftp_client(&self, options: &[&str]) -> Command {
         let mut command = Command::new("sftp");
         command.args(self.ssh_options()).args(options);
@@ -68,7 +68,7 @@ impl Environment {
         self.master_with(None)
     }
 
-    /// Opens a master connection that forwards this agent to each of its sessions.
+    /// Opens a master connection that forwards `agent` to each of its sessions.
     pub fn master_with(&self, agent: Option<&Path>) -> Master<'_> {
         let master =
             Master { environment: self, socket: tempfile::tempdir().unwrap(), agent: agent.map(Path::to_owned) };
@@ -78,7 +78,7 @@ impl Environment {
     }
 }
 
-/// A session that runs until its input is closed, and then says so.
+/// A session that runs until its input is closed, and then prints that.
 pub struct Held {
     client: Child,
     input: ChildStdin,
@@ -99,7 +99,7 @@ impl Held {
     }
 }
 
-/// A connection that stays open, on which sessions cost little.
+/// A connection that stays open, so that a session on it is cheap.
 pub struct Master<'a> {
     environment: &'a Environment,
     socket: TempDir,
@@ -116,7 +116,7 @@ impl Master<'_> {
         self.ssh_with(&[])
     }
 
-    /// `ssh` over the open connection, with further options.
+    /// `ssh` over the open connection, with additional options.
     pub fn ssh_with(&self, options: &[&str]) -> Command {
         let control = self.control();
         let agent = if self.agent.is_some() { "-A" } else { "-a" };
@@ -125,18 +125,18 @@ impl Master<'_> {
         ssh
     }
 
-    /// `sftp` over it, reading its commands from standard input.
+    /// `sftp` over the open connection, reading its commands from standard input.
     pub fn sftp(&self) -> Command {
         self.sftp_with(&[])
     }
 
-    /// `sftp` over the open connection, with further options.
+    /// `sftp` over the open connection, with additional options.
     pub fn sftp_with(&self, options: &[&str]) -> Command {
         let control = format!("ControlPath={}", self.control());
         self.environment.sftp_client(&[&["-o", &control], options].concat())
     }
 
-    /// `scp` over it. The caller adds source and destination.
+    /// `scp` over the open connection. The caller adds source and destination.
     pub fn scp(&self) -> Command {
         let mut command = Command::new("scp");
         command.args(self.environment.ssh_options()).args(["-o", &format!("ControlPath={}", self.control())]);

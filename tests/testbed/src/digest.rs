@@ -1,4 +1,4 @@
-//! Trees and mounts, before and after.
+//! Descriptions of trees and mounts, to compare them before and after.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::os::unix::fs::MetadataExt;
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use ims_sshd::sys::mounts::mount_points;
 
-/// All paths below `directory`, itself included, sorted.
+/// All paths below `directory`, and `directory` itself, sorted.
 pub fn walk(directory: &Path) -> Vec<PathBuf> {
     let mut found = vec![directory.to_owned()];
     let mut directories = vec![directory.to_owned()];
@@ -23,13 +23,13 @@ pub fn walk(directory: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// True if `path` is a regular file itself, and not a link to one.
+/// True if `path` itself is a regular file, and not a link to one.
 pub fn is_regular(path: &Path) -> bool {
     std::fs::symlink_metadata(path).is_ok_and(|m| m.is_file())
 }
 
-/// Everything visible in a tree: a description and the content for each path. Access and inode change times are left
-/// out, since no program can restore them.
+/// Everything visible in a tree: a description and the content of each path. Access times and inode change times are
+/// left out, since no program can restore them.
 pub type Digest = BTreeMap<PathBuf, (String, Vec<u8>)>;
 
 pub fn digest(root: &Path) -> Digest {
@@ -50,7 +50,7 @@ pub fn digest(root: &Path) -> Digest {
     walk(root).into_iter().map(|path| (path.strip_prefix(root).unwrap().to_owned(), describe(&path))).collect()
 }
 
-/// The differences between two digests, for a person.
+/// The differences between two digests, as text for a person.
 pub fn differences(before: &Digest, after: &Digest) -> Vec<String> {
     let describe = |seen: Option<&(String, Vec<u8>)>| seen.map_or("nothing".to_owned(), |(text, _)| text.clone());
     let paths: BTreeSet<_> = before.keys().chain(after.keys()).collect();
@@ -61,8 +61,8 @@ pub fn differences(before: &Digest, after: &Digest) -> Vec<String> {
         .collect()
 }
 
-/// Mounts that this thread and its children see now and did not see `before`, as mount IDs and mount points. Mounts
-/// that are gone do not count: they vanish with the directory that they are on, and move with it.
+/// Mounts that this thread and its children see and that are not among `before`, as mount IDs and mount points. Mounts
+/// that are gone do not count, since they vanish with the directory that they are on, and move with it.
 pub fn new_mounts(before: &[(u32, PathBuf)]) -> Vec<(u32, PathBuf)> {
     let mountinfo = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
     let numbers = mountinfo.lines().map(|line| line.split(' ').next().unwrap().parse().unwrap());

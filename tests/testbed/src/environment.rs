@@ -48,7 +48,7 @@ impl Environment {
         std::fs::read_to_string(self.volume.log()).unwrap_or_default()
     }
 
-    /// The end of the entrypoint, as its exit code.
+    /// Waits for the end of the entrypoint, and returns its exit code.
     pub fn end(&mut self) -> i32 {
         let began = Instant::now();
         while self.status.is_none() {
@@ -60,7 +60,7 @@ impl Environment {
         status.code().unwrap_or_else(|| 128 + status.signal().unwrap())
     }
 
-    /// Marks the image from outside and waits for the end.
+    /// Marks the image complete from outside, and waits for the end of the entrypoint.
     pub fn complete(&mut self) -> i32 {
         self.touch("complete");
         self.end()
@@ -75,19 +75,19 @@ impl Environment {
         kill(self.pid(), signal).unwrap();
     }
 
-    /// Waits until the log holds `text`.
+    /// Waits until the log contains `text`.
     pub fn wait_for_log(&self, text: &str) {
         self.wait_for_log_times(text, 1);
     }
 
-    /// Waits until the log holds `text` that many times.
+    /// Waits until the log contains `text` at least `times` times.
     pub fn wait_for_log_times(&self, text: &str, times: usize) {
         let what = format!("'{text}' in the log ({times}):\n{}", self.log_text());
         wait_until(&what, || self.log_text().matches(text).count() >= times);
     }
 
-    /// Waits for the end, and asserts that it shows as a failure everywhere: in the exit code, in the signal files, and
-    /// in the log, which has to hold all of `words`.
+    /// Waits for the end, and asserts that it is a failure in every place: in the exit code, in the signal files, and
+    /// in the log, which has to contain all of `words`.
     pub fn fails_visibly(&mut self, code: i32, words: &[&str]) {
         assert_eq!(self.end(), code, "{}", self.log_text());
         let log = self.log_text();
@@ -105,13 +105,13 @@ impl Environment {
         succeed(Command::new(&IMS_SSHD).arg("status").args(arguments).arg(&self.parent))
     }
 
-    /// Sessions in the status.
+    /// Sessions that `ims-sshd status` reports.
     pub fn sessions(&self) -> Vec<Value> {
         let report: Value = serde_json::from_str(&self.status(&["--json"])).unwrap();
         report["sessions"].as_array().cloned().unwrap_or_default()
     }
 
-    /// The jail's first process.
+    /// PID of the jail's first process.
     pub fn jails_init(&self) -> Pid {
         let record = ims_sshd::jail::record::Record::read(&self.state_directory().join("jail")).unwrap();
         Pid::from_raw(record.init.pid)
@@ -137,7 +137,7 @@ impl Drop for Environment {
     }
 }
 
-/// The last 15 lines: more would hide the test's own message, which stands above them.
+/// The last 15 lines; more would hide the test's own message, which is printed above them.
 fn last_lines(text: &str) -> String {
     let lines: Vec<_> = text.lines().collect();
     lines[lines.len().saturating_sub(15)..].join("\n")

@@ -1,4 +1,4 @@
-//! A server of one file, which supports ranges and If-Match, and has the faults that a test requests.
+//! A server of one file, which supports ranges and If-Match, and shows the faults that a test requests.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -12,27 +12,27 @@ use crate::listen;
 pub enum Fault {
     /// The connection is reset after this many bytes of the body.
     ResetAfter(usize),
-    /// It ends there as if the body had ended.
+    /// The connection ends after this many bytes, as if the body had ended.
     CloseAfter(usize),
-    /// An answer of this status, with a body.
+    /// The answer has this status, and a body.
     Status(u16),
-    /// The body comes a byte at a time, without end.
+    /// The body comes one byte at a time, and never ends.
     Drip,
-    /// No answer.
+    /// There is no answer.
     Silence,
-    /// The answer to a range begins at the file's start, and says so.
+    /// The answer to a range begins at the file's start, and declares that.
     OtherRange,
     /// The answer is the whole file, whichever part the request asks for.
     Whole,
-    /// The answer to a range ends after this many bytes, and says so.
+    /// The answer to a range ends after this many bytes, and declares that.
     ShortRange(usize),
-    /// The answer to a range goes on behind the file's end.
+    /// The answer to a range continues beyond the file's end.
     LongRange,
-    /// The file becomes another one, of the same length, before the answer.
+    /// Before the answer, the file is replaced by another one of the same length.
     Change,
-    /// The file is truncated to this length before the answer.
+    /// Before the answer, the file is truncated to this length.
     Shorten(usize),
-    /// The answer has this header besides: name and value.
+    /// The answer has this additional header: name and value.
     Described(&'static str),
 }
 
@@ -122,7 +122,7 @@ fn answer(connection: &TcpStream, served: &Mutex<Served>, requests: &Mutex<Vec<R
     let body = &[&content[from..to], further].concat();
     if !matches!(fault, Some(Fault::Silence)) {
         let length = body.len();
-        // A weak ETag has its quotes already.
+        // A weak ETag is passed with its quotes.
         let etag = if etag.starts_with("W/") { etag } else { format!("\"{etag}\"") };
         write!(out, "HTTP/1.1 {head}\r\netag: {etag}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n").ok()?;
     }
@@ -145,7 +145,7 @@ fn answer(connection: &TcpStream, served: &Mutex<Served>, requests: &Mutex<Vec<R
     }
 }
 
-/// Closes with a reset instead of an end.
+/// Makes closing the connection send a reset instead of an end.
 pub fn reset(connection: &TcpStream) {
     rustix::net::sockopt::set_socket_linger(connection, Some(Duration::ZERO)).unwrap();
 }

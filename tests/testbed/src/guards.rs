@@ -1,4 +1,4 @@
-//! Programs and mounts that end with the test that made them, however it ends.
+//! Programs and mounts that end with the test that made them, however the test ends.
 
 use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
@@ -9,19 +9,19 @@ use nix::unistd::Pid;
 
 use crate::succeed;
 
-/// A program.
+/// A program that is ended when the value is dropped.
 pub struct Ended {
     child: Child,
     by: Signal,
 }
 
 impl Ended {
-    /// It gets a SIGTERM.
+    /// The program gets a SIGTERM.
     pub fn new(child: Child) -> Self {
         Self { child, by: Signal::SIGTERM }
     }
 
-    /// It gets a SIGKILL: for programs that ignore or miss the other one.
+    /// The program gets a SIGKILL, for one that ignores or misses SIGTERM.
     pub fn killed(child: Child) -> Self {
         Self { child, by: Signal::SIGKILL }
     }
@@ -49,7 +49,7 @@ impl Drop for Ended {
     }
 }
 
-/// The mount at this place.
+/// A mount point that is unmounted when the value is dropped.
 pub struct Mounted(pub PathBuf);
 
 impl Drop for Mounted {
@@ -58,12 +58,12 @@ impl Drop for Mounted {
     }
 }
 
-/// `mount` with these options at a place.
+/// Runs `mount` with these options on a mount point.
 pub fn mount(options: &[&str], at: &Path) {
     succeed(Command::new("mount").args(options).arg(at));
 }
 
-/// Unmounts lazily, so that processes which still use the mount do not prevent it. It is no error if nothing is mounted
+/// Unmounts lazily, so that processes that still use the mount do not prevent it. Does not fail if nothing is mounted
 /// there.
 pub fn unmount(at: &Path) {
     let _ = Command::new("umount").arg("--lazy").arg(at).stderr(Stdio::null()).status();

@@ -1,5 +1,5 @@
-//! An IMS that accepts exactly its published schema: an unknown field is 400, a wrong state 409. Errors are described
-//! as in RFC 7807.
+//! An IMS that accepts exactly its published schema: it answers 400 to an unknown field, and 409 to a wrong state.
+//! Errors have the form of RFC 7807.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -12,7 +12,7 @@ use crate::listen;
 
 pub const JOB: &str = "46a2731e-a1d0-4f98-ba92-4f78c756bb12";
 
-/// The schema's values of a job's status.
+/// Values of a job's status in the schema.
 const STATUSES: [&str; 9] = [
     "creating",
     "fetching_image",
@@ -25,24 +25,24 @@ const STATUSES: [&str; 9] = [
     "success",
 ];
 
-/// A fault for the next request that begins like this: method, path, body.
+/// A fault for a request.
 #[derive(Clone, Debug)]
 pub enum Fault {
-    /// An error of the server, and nothing is done.
+    /// The request gets a server error with this status, and nothing is done.
     Status(u16),
-    /// It is done, and the answer is lost.
+    /// The request is carried out, and the answer is lost.
     LostAnswer,
-    /// It is done, and nobody ever answers.
+    /// The request is carried out, and never answered.
     SilentlyDone,
-    /// It is done, and answered with this status and record; `null` is a record that is cut off.
+    /// The request is carried out, and answered with this status and record; `null` is a record that is cut off.
     Done(u16, Value),
-    /// It is answered, and just then somebody else registers an image of this name, with this link.
+    /// The request is answered, and at the same time somebody else registers an image of this name, with this link.
     Rival(&'static str, Value),
-    /// It is answered with this record, and nothing is done.
+    /// The request is answered with this record, and nothing is done.
     Record(Value),
     /// The token is refused.
     ExpiredToken,
-    /// Nobody ever answers.
+    /// The request is never answered.
     Silence,
 }
 
@@ -52,12 +52,12 @@ pub struct State {
     pub job: Value,
     /// Every request that changed something: method, path, body.
     pub changes: Vec<(String, String, Value)>,
-    /// Every request, whatever became of it: method and path.
+    /// Every request, whatever its result: method and path.
     pub requests: Vec<String>,
     pub tokens: usize,
     /// Behaves as an older IMS, whose images have no metadata.
     pub without_metadata: bool,
-    /// Behaves as the service of one machine, which asks nobody for a token.
+    /// Behaves as the service of one machine, which needs no token.
     pub needs_no_token: bool,
     /// Lifetime of a token, in seconds.
     pub token_lives: u64,
@@ -68,7 +68,7 @@ pub struct State {
 }
 
 impl State {
-    /// Adds an image; its id sorts after those of earlier images.
+    /// Adds an image; its ID sorts after those of earlier images.
     pub fn register(&mut self, name: &str, arch: &str, link: &Value) -> Value {
         self.made += 1;
         let id = format!("00000000-0000-4000-8000-{:012}", self.made);
@@ -113,7 +113,7 @@ impl ImsServer {
         self.state.lock().unwrap()
     }
 
-    /// Applies the fault to the next request "METHOD /path body" that begins like this.
+    /// Applies the fault to the next request that begins with `request`, in the form "METHOD /path body".
     pub fn fail(&self, request: &str, fault: Fault) {
         self.state().faults.push((request.to_owned(), fault));
     }

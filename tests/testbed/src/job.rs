@@ -1,4 +1,4 @@
-//! The parts of an IMS job: a volume, the two containers' programs with their variables, and the servers.
+//! The parts of an IMS job: a volume, the programs of the two containers with their variables, and the servers.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -10,15 +10,15 @@ use crate::ims_server::ImsServer;
 use crate::s3_server::Bucket;
 use crate::{IMS_SSHD, Image, Mode, Volume, cache, directory, feed, processes_with, succeed, text};
 
-/// `ims-sshd` with these variables and no others.
+/// A command for `ims-sshd` with these variables and no others from this process.
 pub fn ims_sshd(arguments: &[&str], variables: &[(&str, String)]) -> Command {
     let mut command = Command::new(&IMS_SSHD);
     command.args(arguments).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").stdin(Stdio::null());
-    // Nothing here takes longer unless it hangs.
+    // No request here takes longer unless it hangs.
     command.env("IMS_RETRY_LIMIT", "20").env("IMS_STALL_LIMIT", "2");
     // The cache may lie in the home of the user who has called sudo.
     command.envs(std::env::var("SUDO_UID").map(|user| ("SUDO_UID", user)));
-    // The same tests for either packer.
+    // The same tests run with either packer.
     command.envs(std::env::var("IMAGE_PACKER").map(|packer| ("IMAGE_PACKER", packer)));
     command.envs(variables.iter().map(|(n, v)| (*n, v.as_str())));
     command
@@ -32,7 +32,7 @@ pub fn make_bootable(image_root: &Path) {
     }
 }
 
-/// A busybox tree that boots, in `dir`.
+/// Makes a busybox tree that boots, in `dir`.
 pub fn image(dir: &Path) -> PathBuf {
     let tree = dir.join("tree");
     succeed(Command::new("cp").arg("-aT").arg(cache().join("busybox")).arg(&tree));
@@ -46,27 +46,27 @@ pub fn squashfs_of(tree: &Path) -> PathBuf {
     file
 }
 
-/// [`image`] in a directory of its own.
+/// Makes an [`image`] in a directory of its own.
 pub fn bootable_image() -> (TempDir, PathBuf) {
     let dir = directory();
     let tree = image(dir.path());
     (dir, tree)
 }
 
-/// [`image`] in a directory of its own, and a squashfs of it.
+/// Makes an [`image`] in a directory of its own, and a squashfs of it.
 pub fn packed_image() -> (TempDir, PathBuf, PathBuf) {
     let (dir, tree) = bootable_image();
     let squashfs = squashfs_of(&tree);
     (dir, tree, squashfs)
 }
 
-/// [`packed_image`] with the content of the squashfs, for a server.
+/// Makes a [`packed_image`], and returns the content of its squashfs, for a server.
 pub fn served_image() -> (TempDir, PathBuf, Vec<u8>) {
     let (dir, tree, squashfs) = packed_image();
     (dir, tree, std::fs::read(squashfs).unwrap())
 }
 
-/// Programs of this name whose working directory is `tree`.
+/// Processes of programs named `name` whose working directory is `tree`.
 pub fn at_work_in(tree: &Path, name: &str) -> Vec<u32> {
     let in_tree = |pid: &u32| std::fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd == tree);
     processes_with(name).into_iter().filter(in_tree).collect()
@@ -77,18 +77,18 @@ pub fn md5(bytes: &[u8]) -> String {
     text(output.stdout).split(' ').next().unwrap().to_owned()
 }
 
-/// Report of a publication on standard output.
+/// The report of a publication on standard output.
 pub fn report(output: &Output) -> Value {
     report_in(&text(&output.stdout))
 }
 
-/// Name of the place in its store that an image was published in.
+/// Last part of the location of a published image in its store: its ID or name.
 pub fn place_of(report: &Value) -> String {
     let manifest = report["ims_image_record"]["link"]["path"].as_str().unwrap();
     manifest.rsplit('/').nth(1).unwrap().to_owned()
 }
 
-/// The JSON object in the output, indented by four as upstream's.
+/// The report in a program's output: a JSON object indented by four, as upstream prints it.
 pub fn report_in(said: &str) -> Value {
     let begin = said.find("{\n    \"").unwrap_or_else(|| panic!("no report: {said}"));
     let end = begin + said[begin..].find("\n}\n").unwrap_or_else(|| panic!("no end of the report: {said}")) + 3;
@@ -96,7 +96,7 @@ pub fn report_in(said: &str) -> Value {
     serde_json::from_str(&said[begin..end]).unwrap_or_else(|e| panic!("{e}: {said}"))
 }
 
-/// One job on a volume with an image root that boots.
+/// A job on a volume with an image root that boots.
 pub struct Job {
     pub volume: Volume,
     pub bucket: Bucket,
@@ -131,7 +131,7 @@ impl Job {
         variables
     }
 
-    /// The sidecar, not started yet.
+    /// Command for the sidecar.
     pub fn sidecar(&self, mode: Mode, further: &[(&'static str, &str)]) -> Command {
         let mut variables = self.variables(mode);
         variables.extend(further.iter().map(|(n, v)| (*n, (*v).to_owned())));
@@ -144,7 +144,7 @@ impl Job {
         command
     }
 
-    /// Path of its sshd's configuration.
+    /// Path of the configuration of the job's sshd.
     pub fn sshd_config(&self) -> String {
         self.volume.dir.path().join("ims/sshd_config").display().to_string()
     }
@@ -156,13 +156,13 @@ impl Job {
         assert!(self.ims.state().images.is_empty(), "{:?}", self.ims.state().images);
     }
 
-    /// See [`Published::is_whole`].
+    /// Asserts that the job has succeeded and that [`Published::is_whole`].
     pub fn is_published(&self, output: &Output) {
         assert_eq!(self.ims.status(), "success", "{}", text(&output.stderr));
         Published { bucket: &self.bucket, ims: &self.ims }.is_whole(&text(&output.stdout));
     }
 
-    /// The published root, unpacked.
+    /// Unpacks the published root.
     pub fn unpacked(&self) -> PathBuf {
         Published { bucket: &self.bucket, ims: &self.ims }.unpacked(self.volume.dir.path())
     }
@@ -175,7 +175,7 @@ pub struct Published<'a> {
 }
 
 impl Published<'_> {
-    /// Asserts that all parts exist and agree. Nothing here is computed by the program under test.
+    /// Asserts that all parts exist and agree. The expected values are not computed by the program under test.
     pub fn is_whole(&self, said: &str) {
         let report = report_in(said);
         assert_eq!(report["result"], "success");
@@ -227,7 +227,7 @@ impl Published<'_> {
         }
     }
 
-    /// The published root, unpacked in `dir`.
+    /// Unpacks the published root in `dir`.
     pub fn unpacked(&self, dir: &Path) -> PathBuf {
         let key = self.bucket.keys().into_iter().find(|key| key.ends_with("/rootfs")).unwrap();
         let (file, tree) = (dir.join("rootfs"), dir.join("published"));

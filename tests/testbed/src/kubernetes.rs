@@ -1,5 +1,6 @@
-//! A stand-in for Kubernetes' API: it keeps objects and serves lists, watches and logs of them over HTTP as an API server
-//! does, and can be slow, refuse and cut off. A Job gets one pod, whose state the test sets.
+//! A stand-in for Kubernetes' API. It keeps objects and serves lists, watches and logs of them over HTTP, as an API
+//! server does; on request, it is slow, refuses, or cuts connections off. A Job gets one pod, whose state the test
+//! sets.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -11,16 +12,16 @@ use serde_json::{Value, json};
 
 use crate::listen;
 
-/// Fault that a request meets instead of being answered.
+/// Fault that occurs instead of an answer to a request.
 #[derive(Clone, Debug)]
 pub enum Fault {
-    /// It is refused with this status.
+    /// The request is refused with this status.
     Status(u16),
-    /// It is done, and the connection ends without an answer.
+    /// The request is carried out, and the connection ends without an answer.
     LostAnswer,
-    /// Nobody answers as long as the server runs.
+    /// The request gets no answer as long as the server runs.
     Silence,
-    /// It is answered after this time.
+    /// The request is answered after this time.
     Delay(Duration),
 }
 
@@ -32,18 +33,18 @@ pub struct State {
     pub objects: BTreeMap<Key, Value>,
     /// All requests: method and path with its query.
     pub requests: Vec<String>,
-    /// Objects as they were sent.
+    /// Objects in the form in which clients sent them.
     pub sent: Vec<Value>,
     /// Logs of containers, by `POD/CONTAINER`.
     pub logs: BTreeMap<String, String>,
-    /// Faults of requests that begin so, for as many times.
+    /// Faults, each with the beginning of the requests that meet it, and the number of times.
     faults: Vec<(String, Fault, usize)>,
     version: u64,
     /// Changes: version, plural, type, object.
     changes: Vec<(u64, String, &'static str, Value)>,
-    /// Changes up to this version are forgotten: a watch from there gets 410.
+    /// Changes up to this version are forgotten: a watch that begins there gets 410.
     forgotten: u64,
-    /// Counts up when all watches are to end.
+    /// Counter that is increased to end all watches.
     cut: u64,
 }
 
@@ -117,7 +118,7 @@ impl Kubernetes {
         self.shared.0.lock().unwrap()
     }
 
-    /// Configuration that a client finds by `KUBECONFIG`.
+    /// Content of a file for `KUBECONFIG` by which a client finds this server.
     pub fn configuration(&self) -> String {
         json!({
             "apiVersion": "v1", "kind": "Config", "current-context": "x", "users": [{"name": "x", "user": {}}],
@@ -127,7 +128,7 @@ impl Kubernetes {
         .to_string()
     }
 
-    /// Applies the fault to the next `times` requests that begin like this: "METHOD /path".
+    /// Applies the fault to the next `times` requests that begin with `request`, in the form "METHOD /path".
     pub fn fail(&self, request: &str, fault: Fault, times: usize) {
         self.state().faults.push((request.to_owned(), fault, times));
     }
@@ -136,17 +137,17 @@ impl Kubernetes {
         self.state().faults.clear();
     }
 
-    /// Names of the objects, sorted: plural and name.
+    /// Plural and name of each object, sorted.
     pub fn names(&self) -> Vec<String> {
         self.state().objects.keys().map(|(plural, _, name)| format!("{plural}/{name}")).collect()
     }
 
-    /// Objects of a plural.
+    /// Objects of one kind, named by its plural.
     pub fn all(&self, plural: &str) -> Vec<Value> {
         self.state().objects.iter().filter(|(key, _)| key.0 == plural).map(|(_, object)| object.clone()).collect()
     }
 
-    /// Adds an object as somebody else.
+    /// Adds an object that no client has sent.
     pub fn put(&self, plural: &str, namespace: &str, object: Value) {
         let name = object["metadata"]["name"].as_str().unwrap().to_owned();
         self.state().create(&(plural.into(), namespace.into(), name), object);
@@ -164,7 +165,7 @@ impl Kubernetes {
         self.shared.1.notify_all();
     }
 
-    /// Removes an object as somebody else.
+    /// Removes an object, as somebody else would.
     pub fn remove(&self, plural: &str, name: &str) {
         let mut state = self.state();
         let key = state.objects.keys().find(|key| key.0 == plural && key.2 == name).cloned();
@@ -172,7 +173,7 @@ impl Kubernetes {
         self.shared.1.notify_all();
     }
 
-    /// Ends all watches; `is_forgotten`, they cannot go on where they were.
+    /// Ends all watches. If `is_forgotten`, they cannot continue from where they were.
     pub fn cut_watches(&self, is_forgotten: bool) {
         let mut state = self.state();
         state.cut += 1;
@@ -184,7 +185,7 @@ impl Kubernetes {
     }
 }
 
-/// Answers a request.
+/// Answers one request.
 fn serve(connection: &TcpStream, shared: &(Mutex<State>, Condvar)) -> Option<()> {
     let mut reader = BufReader::new(connection);
     let mut line = String::new();
@@ -280,7 +281,7 @@ fn serve(connection: &TcpStream, shared: &(Mutex<State>, Condvar)) -> Option<()>
     reply(connection, code, &answer)
 }
 
-/// Sends the changes of a plural from the version that the query names on.
+/// Sends the changes of one kind of object, beginning after the version in the query.
 fn watch(
     mut connection: &TcpStream,
     shared: &(Mutex<State>, Condvar),

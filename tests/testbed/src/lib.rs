@@ -1,7 +1,7 @@
 //! Build environments for tests and benchmarks: the real programs, a real sshd, real image roots, clients and servers,
 //! in directories and mounts of their own.
 
-// Only tests use this crate: most names say enough, a builder whose result is unused shows in a test that fails, and a
+// Only tests use this crate: most names say enough, an unused result of a builder shows in a failing test, and a
 // `Default` would start servers.
 #![allow(missing_docs, clippy::new_without_default, clippy::return_self_not_must_use)]
 

@@ -1,4 +1,4 @@
-//! Networks of a test's own, with a name server: they belong to this thread and its children, and end with them.
+//! Networks for single tests, with a name server. They belong to the test's thread and its children, and end with them.
 
 use std::net::UdpSocket;
 use std::path::Path;
@@ -7,8 +7,8 @@ use nix::sched::{CloneFlags, unshare};
 
 use crate::succeed;
 
-/// Runs `test` in a network where only the name server knows `name`, and only /etc/hosts knows `in_file`; both are
-/// 127.0.0.1.
+/// Runs `test` in a network where only the name server knows `name`, and only /etc/hosts knows `in_file`. Both names
+/// stand for 127.0.0.1.
 pub fn with_names(dir: &Path, name: &'static str, in_file: &str, test: impl FnOnce() + Send) {
     std::fs::write(dir.join("resolv.conf"), "nameserver 127.0.0.1\n").unwrap();
     std::fs::write(dir.join("hosts"), format!("127.0.0.1 {in_file}\n")).unwrap();

@@ -1,5 +1,5 @@
-//! Remote build nodes: each a set of namespaces with a root, a /tmp, a network and an sshd of its own. They are joined
-//! to a network of their own too, in which the pod's programs run.
+//! Remote build nodes: each is a set of namespaces with a root, a /tmp, a network and an sshd of its own. A further
+//! network, in which the pod's programs run, connects them.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -19,7 +19,7 @@ use crate::{Ended, Image, directory, ssh_options, succeed, wait_until};
 pub struct Lab {
     holder: Ended,
     pub dir: TempDir,
-    /// The key that is root on each node, as IMS mounts it.
+    /// The key that logs in as root on each node, with the mode of the one that IMS mounts.
     pub key: PathBuf,
     pub nodes: Vec<Node>,
 }
@@ -28,16 +28,16 @@ pub struct Lab {
 pub struct Node {
     holder: Ended,
     number: usize,
-    /// Its own changes to the root directory that it shares with other nodes, or with this machine.
+    /// The node's changes to the root directory, which it shares with other nodes, or with this machine.
     upper: PathBuf,
-    /// Its first process, which is its sshd.
+    /// PID of the node's first process, which is its sshd.
     pub pid: i32,
-    /// Its address.
+    /// IP address of the node.
     pub address: String,
 }
 
-/// Makes a node's root and becomes its sshd. Arguments: a directory, the root below it, the public key, options of the
-/// mount of its /tmp, lines for its sshd's configuration, a directory of host keys.
+/// Makes a node's root and becomes its sshd. Arguments: a directory, the root directory to put below the overlay, the
+/// public key, mount options of the node's /tmp, lines for its sshd's configuration, a directory of host keys.
 const BOOT: &str = r#"
 cd "$1"
 mkdir upper work root
@@ -62,7 +62,7 @@ echo up
 exec /usr/sbin/sshd -D -E /run/sshd.log -f /etc/ssh/sshd_config
 "#;
 
-/// Starts a program in namespaces and waits for its first line.
+/// Starts a program in namespaces, and waits for its first line.
 fn hold(command: &mut Command) -> Ended {
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
     let mut line = String::new();
@@ -71,7 +71,7 @@ fn hold(command: &mut Command) -> Ended {
     Ended::killed(child)
 }
 
-/// Writes host keys into a directory, one set for all nodes of a run.
+/// Writes host keys into a directory; all nodes of a run have the same.
 fn put_host_keys(place: &Path) {
     static KEYS: OnceLock<Vec<(OsString, Vec<u8>)>> = OnceLock::new();
     let made = KEYS.get_or_init(|| {
@@ -90,16 +90,16 @@ fn put_host_keys(place: &Path) {
 /// Options of a node.
 #[derive(Default, Clone, Copy)]
 pub struct NodeOptions<'a> {
-    /// Of the mount of its /tmp.
+    /// Mount options of the node's /tmp.
     pub tmp: &'a str,
-    /// Further lines of its sshd's configuration.
+    /// Additional lines of the sshd's configuration.
     pub sshd: &'a str,
-    /// True for a node with all that this machine has, such as kiwi-ng and its package managers.
+    /// True for a node that has everything of this machine, such as kiwi-ng and its package managers.
     pub can_build: bool,
 }
 
 impl Lab {
-    /// One node.
+    /// A network with one node.
     pub fn new() -> Self {
         Self::with(&[NodeOptions::default()])
     }
@@ -109,7 +109,7 @@ impl Lab {
         let key = dir.path().join("remote-keys/id_ecdsa");
         std::fs::create_dir(key.parent().unwrap()).unwrap();
         succeed(Command::new("ssh-keygen").args(["-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f"]).arg(&key));
-        // As a ConfigMap has it.
+        // Give the key the mode that a file of a ConfigMap has.
         succeed(Command::new("chmod").arg("644").arg(&key));
         let holder = hold(Command::new("unshare").args([
             "--net",
@@ -169,14 +169,14 @@ impl Lab {
         format!("--net=/proc/{}/ns/net", self.holder.id())
     }
 
-    /// A program in the pod's network.
+    /// Starts a command line for a program in the pod's network.
     pub fn command(&self, program: &str) -> Command {
         let mut command = Command::new("nsenter");
         command.arg(self.network()).arg(program);
         command
     }
 
-    /// The same program, in the pod's network.
+    /// The command `given`, in the pod's network.
     pub fn moved(&self, given: &Command) -> Command {
         let mut command = self.command(given.get_program().to_str().unwrap());
         command.args(given.get_args()).env_clear();
@@ -184,7 +184,7 @@ impl Lab {
         command
     }
 
-    /// A command line on a node.
+    /// Runs a command line on a node over SSH.
     pub fn ssh(&self, node: &Node, command: &str) -> Output {
         let own = self.dir.path().join("own-key");
         if !own.exists() {
@@ -195,7 +195,7 @@ impl Lab {
         ssh.args(ssh_options(&own)).arg(format!("root@{}", node.address)).arg(command).output().unwrap()
     }
 
-    /// Drops every packet between the pod and a node, in both directions, without a word to either.
+    /// Drops every packet between the pod and a node, in both directions, without either being notified.
     pub fn cut(&self, node: &Node) {
         self.neighbours(node, "replace", " lladdr 02:00:00:00:00:99 nud permanent");
     }
@@ -214,7 +214,7 @@ impl Lab {
     }
 }
 
-/// What a job may leave on a node.
+/// Everything that a job may leave on a node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct State {
     pub processes: Vec<String>,
@@ -229,18 +229,18 @@ impl Node {
         format!("--net=/proc/{}/ns/net", self.pid)
     }
 
-    /// A path of the node, as seen from here.
+    /// Path of a file on the node, as seen from this process.
     pub fn path(&self, path: &str) -> PathBuf {
         PathBuf::from(format!("/proc/{}/root{path}", self.pid))
     }
 
-    /// Jobs on the node, as IMS counts them.
+    /// Names of the jobs' directories on the node, which IMS counts.
     pub fn jobs(&self) -> Vec<String> {
         let names = std::fs::read_dir(self.path("/tmp")).unwrap().map(|entry| entry.unwrap().file_name());
         names.map(|name| name.into_string().unwrap()).filter(|name| name.starts_with("ims_")).collect()
     }
 
-    /// Processes of the node: number there, and command line.
+    /// Processes of the node: PID in the node's namespace, and command line.
     pub fn processes(&self) -> Vec<(i32, String)> {
         let all = std::fs::read_dir(self.path("/proc")).unwrap().flatten();
         let numbers = all.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
@@ -252,7 +252,7 @@ impl Node {
             .collect()
     }
 
-    /// Kills a process of the node, by its number there.
+    /// Kills a process of the node, by its PID in the node's namespace.
     pub fn kill(&self, number: i32) {
         self.send(number, "KILL");
     }
@@ -264,7 +264,7 @@ impl Node {
         succeed(&mut kill);
     }
 
-    /// What is on the node now, but for sshd's connections, which end when their peer answers again.
+    /// State of the node. Leaves out processes of sshd's connections, which end only when their peer answers again.
     pub fn state(&self) -> State {
         let mut processes: Vec<_> = self.processes().into_iter().map(|(_, line)| line).collect();
         processes.retain(|line| {
@@ -273,7 +273,7 @@ impl Node {
         processes.sort();
         let mounts = std::fs::read_to_string(format!("/proc/{}/mountinfo", self.pid)).unwrap();
         let mounts = mounts.lines().map(|line| line.split(' ').skip(3).collect::<Vec<_>>().join(" ")).collect();
-        // Loop devices are the machine's: those of this node show files of its /tmp.
+        // Loop devices belong to the whole machine; those of this node show files of its /tmp.
         let device = std::fs::metadata(self.path("/tmp")).unwrap().dev();
         let device = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
         let shown = succeed(Command::new("losetup").args(["--noheadings", "--list", "-O", "BACK-MAJ:MIN"]));
@@ -294,7 +294,7 @@ impl Node {
         State { processes, mounts, loops: loops.count(), listening, files }
     }
 
-    /// Waits until the node is as it was; the programs that were sent may stay.
+    /// Waits until the node is in the state `before`. Programs that were copied to it may stay.
     pub fn is_as_before(&self, before: &State) {
         let is_program =
             |path: &PathBuf| path.starts_with("/var/lib/ims-sshd") && !path.to_string_lossy().contains(".new.");
@@ -332,7 +332,7 @@ fn gather(real: &Path, shown: &Path, files: &mut BTreeSet<PathBuf>) {
 
 impl Drop for Lab {
     fn drop(&mut self) {
-        // The nodes' overlays lie in the directory that goes next.
+        // End the nodes before the directory is removed in which their overlays lie.
         self.nodes.clear();
     }
 }

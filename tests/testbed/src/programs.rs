@@ -31,8 +31,9 @@ impl fmt::Display for Program {
     }
 }
 
-/// Cargo tells a package's own tests the paths of its programs, at compile time and since 1.94 at run time; a library
-/// has only the latter. With an older Cargo the program lies one directory above the test.
+/// Path of a program. Cargo passes the paths of a package's programs to the package's own tests at compile time, and
+/// since 1.94 also at run time, which is all that a library can read. With an older Cargo, the program lies one
+/// directory above the test.
 fn path(name: &str) -> String {
     let beside = || std::env::current_exe().unwrap().parent().unwrap().with_file_name(name);
     let path = std::env::var_os(format!("CARGO_BIN_EXE_{name}")).map_or_else(beside, PathBuf::from);

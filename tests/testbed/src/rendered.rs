@@ -7,18 +7,19 @@ use serde_json::Value;
 
 use crate::{cache_directory, repository};
 
-/// The objects of a variant, or of a file.
+/// Objects of a variant in deploy/kubernetes, or of a file there.
 pub fn manifests(variant: &str) -> Vec<Value> {
     let place = repository().join("deploy/kubernetes").join(variant);
     rendered_for(&place, &["1.31", "newest"]).unwrap_or_else(|complaint| panic!("{variant}: {complaint}"))
 }
 
-/// The objects of the kustomization, or file, at `place`, if these versions of Kubernetes take them.
+/// Objects of the kustomization or file at `place`; an error if one of these versions of Kubernetes would not accept
+/// them.
 pub fn rendered_for(place: &Path, versions: &[&str]) -> Result<Vec<Value>, String> {
     let python = cache_directory().join("kubernetes-validate/bin/python");
     assert!(python.exists(), "no {}: run the tests with 'make test'", python.display());
     let mut render = Command::new(python);
-    // The directory may be another user's.
+    // The directory may be another user's, so write no bytecode to it.
     render.env("PYTHONDONTWRITEBYTECODE", "1").arg(repository().join("tests/deploy/manifests.py"));
     render.args(versions.iter().map(|version| format!("--validate={version}")));
     let output = render.arg(place).output().unwrap();

@@ -1,4 +1,4 @@
-//! A server of a directory, such as a package repository, that records what it is asked.
+//! A server of a directory, such as a package repository, that records its requests.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
@@ -8,12 +8,12 @@ use std::sync::{Arc, Mutex};
 
 use crate::listen;
 
-/// How a server differs from one that answers everybody.
+/// Restrictions of a server, compared to one that answers everybody.
 #[derive(Clone, Debug, Default)]
 pub struct Manners {
-    /// It answers GET only.
+    /// True if the server answers GET only.
     pub without_head: bool,
-    /// It answers only those who send this header, name and value.
+    /// A header, name and value, without which the server refuses requests.
     pub wants: Option<(&'static str, String)>,
 }
 
@@ -26,7 +26,7 @@ pub struct RepositoryServer {
 pub struct Request {
     pub method: String,
     pub path: String,
-    /// By name, in lower case.
+    /// Headers by name, in lower case.
     pub headers: BTreeMap<String, String>,
 }
 
@@ -63,7 +63,7 @@ fn answer(
     let (method, target) = (words.next()?.to_owned(), words.next()?.to_owned());
     let headers: BTreeMap<_, _> =
         lines.filter_map(|l| l.split_once(": ").map(|(n, v)| (n.to_lowercase(), v.to_owned()))).collect();
-    // apt escapes signs in the names of files, some of which are escaped themselves.
+    // apt escapes some characters in the names of files, and some of these names contain escapes themselves.
     let path = target.split('?').next()?.replace("%2b", "+").replace("%7e", "~").replace("%25", "%");
     requests.lock().unwrap().push(Request { method: method.clone(), path: path.clone(), headers: headers.clone() });
     let file: PathBuf = directory.join(path.trim_start_matches('/'));

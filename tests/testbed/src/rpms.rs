@@ -1,4 +1,4 @@
-//! Repositories of tiny rpms for the recipe `rpm-local`, and kiwi-ng.
+//! Repositories of tiny rpms for the recipe `rpm-local`, and the location of kiwi-ng.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -7,13 +7,14 @@ use std::sync::LazyLock;
 use crate::job::md5;
 use crate::{cache, directory, repository, succeed};
 
-/// The repository, made once for all tests.
+/// The repository for x86_64, made once for all tests.
 pub static REPOSITORY: LazyLock<PathBuf> = LazyLock::new(|| repository_for("x86_64"));
 
-/// The same for aarch64, whose shell is Debian's.
+/// The repository for aarch64, whose shell is Debian's.
 pub static REPOSITORY_FOR_ARM: LazyLock<PathBuf> = LazyLock::new(|| repository_for("aarch64"));
 
-/// Kept in the cache under a name that its content decides: other runs may read it, and make one of other specs.
+/// Makes a repository, or finds it in the cache. Its name there is derived from its content, because other runs may use
+/// it at the same time, or make one from other specs.
 fn repository_for(architecture: &str) -> PathBuf {
     let recipe = repository().join("tests/recipe/rpm-local");
     let specs = std::fs::read_dir(recipe.join("specs")).unwrap().map(|spec| spec.unwrap().path());
@@ -41,14 +42,14 @@ fn repository_for(architecture: &str) -> PathBuf {
         succeed(build.args(["--target", architecture]).arg(spec));
     }
     succeed(Command::new("createrepo_c").arg("--quiet").arg(&made));
-    // Another run may have been first.
+    // Another run may have made the same repository first.
     if std::fs::rename(&made, &place).is_err() {
         std::fs::remove_dir_all(&made).unwrap();
     }
     place
 }
 
-/// A search path with kiwi-ng.
+/// Value of `$PATH` with kiwi-ng.
 pub fn path() -> String {
     format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", cache().join("kiwi/bin").display())
 }

@@ -1,5 +1,5 @@
-//! An S3 server (moto), one for all tests of a run, each with a bucket of its own; and proxies before it that break
-//! connections or refuse requests.
+//! An S3 server (moto), one for all tests of a run, in which each test has a bucket of its own; and proxies in front of
+//! it that break connections or refuse requests.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -29,8 +29,8 @@ impl Answer {
     }
 }
 
-/// Starts the server once. PDEATHSIG, which kills it, follows the thread that started it; that thread lives as long as
-/// this process.
+/// Starts the server on the first call. It is killed by PDEATHSIG, which is tied to the thread that started it, so that
+/// thread lives as long as this process.
 fn server() -> u16 {
     static PORT: OnceLock<u16> = OnceLock::new();
     *PORT.get_or_init(|| {
@@ -63,7 +63,7 @@ impl Bucket {
         Self { name: self.name.clone(), endpoint: self.endpoint.clone() }
     }
 
-    /// The variables that name it.
+    /// Variables that name the bucket.
     pub fn variables(&self) -> Vec<(&'static str, String)> {
         vec![
             ("S3_ENDPOINT", self.endpoint.clone()),
@@ -74,7 +74,7 @@ impl Bucket {
         ]
     }
 
-    /// A request without the program under test.
+    /// Sends a request, without using the program under test.
     pub fn ask(&self, method: &str, key: &str, body: &[u8]) -> Answer {
         ask(server(), method, &format!("/{}/{key}", self.name), body)
     }
@@ -83,7 +83,7 @@ impl Bucket {
         assert_eq!(self.ask("PUT", key, body).status, 200);
     }
 
-    /// An object of the job `job`.
+    /// Creates an object that belongs to the job `job`.
     pub fn put_of_job(&self, key: &str, body: &[u8], job: &str) {
         let header = format!("x-amz-meta-x-shasta-ims-job-id: {job}\r\n");
         let answer = ask_with(server(), "PUT", &format!("/{}/{key}", self.name), &header, body);
@@ -96,7 +96,7 @@ impl Bucket {
         answer
     }
 
-    /// All keys in it.
+    /// All keys in the bucket.
     pub fn keys(&self) -> Vec<String> {
         let listing = text(self.ask("GET", "?list-type=2", b"").body);
         let keys = listing.split("<Key>").skip(1).map(|rest| rest.split('<').next().unwrap().to_owned());
@@ -113,7 +113,7 @@ pub fn ask(port: u16, method: &str, path: &str, body: &[u8]) -> Answer {
     ask_with(port, method, path, "", body)
 }
 
-/// Like [`ask`], with further headers, each with its line end.
+/// Like [`ask`], with additional headers, each with its line end.
 fn ask_with(port: u16, method: &str, path: &str, headers: &str, body: &[u8]) -> Answer {
     let mut connection = TcpStream::connect(("127.0.0.1", port)).unwrap();
     let length = body.len();
@@ -136,14 +136,14 @@ fn ask_with(port: u16, method: &str, path: &str, headers: &str, body: &[u8]) -> 
     answer
 }
 
-/// A proxy that resets connections after a number of bytes.
+/// A proxy that resets connections after given numbers of bytes.
 pub struct Breaker {
     pub endpoint: String,
     pub broken: Arc<AtomicUsize>,
 }
 
 impl Breaker {
-    /// Every `every`th connection is reset, each at the next of `points`, until they are used up.
+    /// Resets every `every`th connection, each after the next number of bytes in `points`, until these are used up.
     pub fn start(points: &[usize], every: usize) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let endpoint = format!("http://{}", listener.local_addr().unwrap());
@@ -167,7 +167,7 @@ impl Breaker {
 fn pass(mut client: TcpStream, mut server: TcpStream, point: Option<usize>, broken: &AtomicUsize) {
     let (mut back_from, mut back_to) = (server.try_clone().unwrap(), client.try_clone().unwrap());
     let back = std::thread::spawn(move || {
-        // After a reset, the client gets no further data and no end.
+        // After a reset, the client must get neither further data nor a regular end.
         if std::io::copy(&mut back_from, &mut back_to).is_ok() {
             let _ = back_to.shutdown(std::net::Shutdown::Write);
         }
@@ -189,26 +189,26 @@ fn pass(mut client: TcpStream, mut server: TcpStream, point: Option<usize>, brok
     let _ = back.join();
 }
 
-/// A proxy that lets a number of parts through, and treats the others as [`Closed`] says.
+/// A proxy that lets a number of parts through, and then behaves as [`Closed`] says.
 pub struct Gate {
     pub endpoint: String,
     asked: Arc<Mutex<Vec<String>>>,
 }
 
-/// Treatment of the parts that are not let through, or of other requests.
+/// Treatment of further parts, or of other requests.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Closed {
     /// Parts are never answered.
     Silent,
     /// Parts are refused with 403, and so is ListMultipartUploads.
     Refusing,
-    /// Uploads are created, but the answer with their ID is lost.
+    /// Uploads are created, but the answers with their IDs are lost.
     Unheard,
-    /// Parts pass. The upload is completed, but the answer is lost; a second attempt to complete it gets 404.
+    /// Parts pass. The upload is completed, but the answer is lost; a second attempt to complete the upload gets 404.
     EndsUnheard,
-    /// Everything passes but deletions, which are answered with 200 and an error in the body.
+    /// Everything passes but deletions: they are not carried out, and get the status 200 with an error in the body.
     Undeleted,
-    /// Parts pass, the first one with another first byte.
+    /// Parts pass, but the first byte of the first one is changed.
     Altering,
 }
 
@@ -258,7 +258,7 @@ fn is_part(request: &str) -> bool {
     request.contains("partNumber=")
 }
 
-/// One request and its answer.
+/// Passes on one request and its answer.
 fn pass_one(
     client: &TcpStream,
     mut server: TcpStream,
@@ -323,7 +323,7 @@ fn pass_one(
     std::io::copy(&mut server, &mut &*client).map(|_| ())
 }
 
-/// Accepts objects of any size as S3 does, and keeps only their sizes.
+/// A server that accepts objects of any size as S3 does, and keeps only their sizes.
 pub struct Sink {
     endpoint: String,
     pub sizes: Arc<Mutex<std::collections::BTreeMap<String, u64>>>,
@@ -334,12 +334,12 @@ impl Sink {
         Self::losing(0)
     }
 
-    /// Reports each object as this many bytes too short.
+    /// Starts a server that reports each object as smaller by this many bytes.
     pub fn losing(bytes: u64) -> Self {
         Self::telling(bytes, "etag: \"e\"")
     }
 
-    /// Gives each object these headers, without the last line end.
+    /// Starts a server that gives each object these headers; `headers` lacks the last line end.
     pub fn describing(headers: &str) -> Self {
         Self::telling(0, headers)
     }

@@ -10,7 +10,7 @@ use rexpect::session::{Options, PtySession, spawn_with_options};
 
 use crate::{Environment, LIMIT, processes_with, wait_until};
 
-/// The prompt that tests give to shells, whatever the profile sets.
+/// The prompt that tests set in shells, whatever the profile sets.
 pub const PROMPT: &str = "[prompt]# ";
 
 /// A person's terminal: 31 rows, 200 columns (wide, so that no line editor wraps what is typed), with a program in it.
@@ -34,17 +34,17 @@ impl Terminal {
         Self { session, screen: String::new(), questions: 0 }
     }
 
-    /// `ssh -tt` with a command.
+    /// Runs `ssh -tt` with a command.
     pub fn running(environment: &Environment, command: &str) -> Self {
         Self::with(environment.ssh(&["-tt", "-e", "none"]).arg(command))
     }
 
-    /// `ssh` without a command, once the shell prompts.
+    /// Runs `ssh` without a command, and waits until the shell prompts.
     pub fn at_a_shell(environment: &Environment) -> Self {
         Self::at_a_shell_of(environment, "xterm")
     }
 
-    /// `ssh` without a command, once the shell prompts, from a terminal of this kind.
+    /// Like [`Self::at_a_shell`], from a terminal of the kind (`TERM`) `kind`.
     pub fn at_a_shell_of(environment: &Environment, kind: &str) -> Self {
         let mut terminal = Self::with(environment.ssh(&["-tt", "-e", "none"]).env("TERM", kind));
         terminal.wait_for_first_prompt();
@@ -59,7 +59,7 @@ impl Terminal {
         self.see(PROMPT);
     }
 
-    /// Waits for `wanted`; returns what came before it.
+    /// Waits for `wanted`; returns the text before it.
     pub fn see(&mut self, wanted: &str) -> String {
         self.see_any(ReadUntil::String(wanted.to_owned())).0
     }
@@ -84,7 +84,7 @@ impl Terminal {
         self.session.send_control(control).unwrap();
     }
 
-    /// Keys as they are, without a return.
+    /// Types keys as they are, without a return.
     pub fn keys(&mut self, keys: &str) {
         self.session.send(keys).unwrap();
         self.session.flush().unwrap();
@@ -94,7 +94,7 @@ impl Terminal {
     pub fn ask(&mut self, command: &str) -> String {
         self.questions += 1;
         let n = self.questions;
-        // The quotes keep the echo of what is typed from being taken for the answer.
+        // The quotes keep the echo of the typed line from being taken for the answer.
         self.line(&format!("echo \"<\"{n}\">\"; {command}; echo \"</\"{n}\">\""));
         self.see(&format!("<{n}>\r\n"));
         let answer = self.see(&format!("</{n}>\r\n"));
@@ -102,7 +102,7 @@ impl Terminal {
         answer.replace('\r', "").trim_end().to_owned()
     }
 
-    /// `$?`.
+    /// Value of `$?` in the shell.
     pub fn status(&mut self) -> String {
         self.line("echo \"<\"$?\">\"");
         let rest = self.see(">\r\n");
@@ -134,28 +134,29 @@ impl Terminal {
         }
     }
 
-    /// Kills the client, as a crash does.
+    /// Kills the program in the terminal, as a crash would.
     pub fn vanish(mut self) {
         self.session.process_mut().signal(Signal::SIGKILL).unwrap();
         self.session.process().wait().unwrap();
     }
 }
 
-/// A number of seconds that no other test sleeps for, and longer than any test.
+/// A number of seconds for which no other test sleeps, longer than any test takes.
 pub fn long(environment: &Environment, which: u32) -> String {
     (u32::from(environment.port) * 10 + 1_000_000 + which).to_string()
 }
 
-/// The processes that are `sleep seconds` and nothing more, or the interpreter of such a one.
+/// Processes that are `sleep seconds` and nothing more, or an emulator that runs one.
 pub fn sleeping(seconds: &str) -> Vec<u32> {
     let exactly = format!("\0sleep\0{seconds}\0");
     let line = |pid: &u32| std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    // An emulator may stand before it. The helper that enters the jail to run it does not count.
+    // The name of an emulator may precede the command. The helper that enters the jail to run the command does not
+    // count.
     let is_it = |pid: &u32| format!("\0{}", line(pid)).ends_with(&exactly) && !line(pid).contains("\0enter\0");
     processes_with(&format!("sleep {seconds}")).into_iter().filter(is_it).collect()
 }
 
-/// Waits until `sleep seconds` runs in the foreground of its terminal: only then do keys reach it.
+/// Waits until `sleep seconds` runs in the foreground of its terminal, because keys do not reach it before.
 pub fn wait_in_front(seconds: &str) {
     wait_until(&format!("sleep {seconds} in the foreground"), || {
         sleeping(seconds).first().is_some_and(|pid| {
@@ -169,8 +170,7 @@ pub fn wait_in_front(seconds: &str) {
 
 /// A person's own shell on this machine, from which they enter an image root.
 pub fn own_shell() -> Terminal {
-    // Tests that run in the background of a script have SIGINT and SIGQUIT ignored, and all children would inherit
-    // that.
+    // Tests that run in the background of a script have SIGINT and SIGQUIT ignored, which all children would inherit.
     let mut shell = Command::new("env");
     shell
         .args(["--default-signal=INT,QUIT,TSTP", "bash", "--norc", "--noprofile", "-i"])

@@ -1,4 +1,4 @@
-//! A TLS proxy before a server without TLS, and its certificates.
+//! A TLS proxy in front of a server without TLS, and its certificates.
 
 use std::net::TcpStream;
 use std::path::Path;
@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use crate::{Ended, free_port, succeed, wait_until};
 
-/// A TLS proxy.
+/// A running TLS proxy.
 pub struct Tls {
     pub process: Ended,
     pub port: u16,
@@ -35,7 +35,7 @@ while True: threading.Thread(target=serve, args=(listener.accept()[0],), daemon=
 ";
 
 impl Tls {
-    /// Starts a server in front of the one on port `to`, with the certificate in `dir`.
+    /// Starts a proxy in front of the server on port `to`, with the certificate in `dir`.
     pub fn start(dir: &Path, to: u16) -> Self {
         let port = free_port();
         let mut python = Command::new("/usr/bin/python3");
@@ -46,7 +46,7 @@ impl Tls {
     }
 }
 
-/// An authority, and a server's certificate that it has signed.
+/// Creates a certificate authority, and a server's certificate that it has signed.
 pub fn certificates(dir: &Path) {
     let script = "cd $0 && exec 2>&1 && set -e
         openssl req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.crt -subj /CN=authority -days 2

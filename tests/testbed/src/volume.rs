@@ -19,10 +19,10 @@ pub const MODES: [Mode; 2] = [Mode::Jailed, Mode::Plain];
 /// Tiers of a jail, best first.
 pub const TIERS: [&str; 3] = ["namespace", "user", "chroot"];
 
-/// Tiers whose jails have namespaces, and so mounts and processes of their own.
+/// Tiers whose jails have namespaces, and thus mounts and processes of their own.
 pub const NAMESPACE_TIERS: [&str; 2] = [TIERS[0], TIERS[1]];
 
-/// A command prefix: runs the rest where a file of /proc is masked.
+/// Prefix of a command that runs the rest with a file of /proc masked.
 pub const MASKING_PROC: [&str; 8] = [
     "unshare",
     "--mount",
@@ -34,7 +34,7 @@ pub const MASKING_PROC: [&str; 8] = [
     "sh",
 ];
 
-/// A directory laid out as a pod's volume, before an environment opens on it. Its mounts are this thread's own and
+/// A directory laid out as a pod's volume, before an environment opens on it. Mounts on it belong to this thread and
 /// vanish with it.
 pub struct Volume {
     pub dir: TempDir,
@@ -55,8 +55,8 @@ impl Volume {
         Self::within(directory(), image, below)
     }
 
-    /// In memory, for tests that open many environments: each close syncs the file system, with everything that other
-    /// tests wrote to it.
+    /// A volume in memory, for tests that open many environments. Closing each one syncs the file system, which on a
+    /// shared disk includes everything that other tests wrote.
     pub fn in_memory(image: Image) -> Self {
         own_mounts();
         let dir = directory();
@@ -136,12 +136,12 @@ impl Volume {
         .into()
     }
 
-    /// Starts the entrypoint; nothing listens before `ready`.
+    /// Starts the entrypoint; nothing listens until `ready` is created.
     pub fn start(self, mode: Mode) -> Environment {
         self.start_with(mode, &[])
     }
 
-    /// Starts the entrypoint with further variables; an empty one unsets.
+    /// Starts the entrypoint with additional variables; an empty value unsets one.
     pub fn start_with(self, mode: Mode, further: &[(&str, &str)]) -> Environment {
         self.start_by(Path::new(&IMS_SSHD), mode, further)
     }
@@ -154,7 +154,7 @@ impl Volume {
         Environment { entrypoint, volume: self, status: None }
     }
 
-    /// Starts the entrypoint in a container whose /proc is masked: the kernel then gives a user namespace no procfs of
+    /// Starts the entrypoint in a container whose /proc is masked. The kernel then refuses a user namespace a procfs of
     /// its own.
     pub fn start_where_proc_is_masked(self, mode: Mode, further: &[(&str, &str)]) -> Environment {
         let mut command = Command::new(MASKING_PROC[0]);
@@ -173,8 +173,8 @@ impl Volume {
         command
     }
 
-    /// Starts the entrypoint in a container made of the same image. A plain session changes only that container, and
-    /// the jail is the only difference between it and a jailed one.
+    /// Starts the entrypoint in a container made of the same image. So a plain session changes only that container, and
+    /// differs from a jailed one only by the jail.
     pub fn start_in_container(self, mode: Mode, further: &[(&str, &str)]) -> Environment {
         const CONTAINER: &str = "mkdir -p \"$1/container\" \"$1/container.work\"\n\
             mount -t overlay -o \"lowerdir=$2,upperdir=$1/container,workdir=$1/container.work\" overlay /mnt\n\
@@ -190,7 +190,7 @@ impl Volume {
         Environment { entrypoint, volume: self, status: None }
     }
 
-    /// The image root opened by sshd alone, with its `ChrootDirectory`.
+    /// Opens the image root with sshd alone, by its `ChrootDirectory`.
     pub fn chroot_directory(self) -> Environment {
         let file = self.dir.path().join("pid");
         let chroot = format!("ChrootDirectory {}\nPidFile {}\n", self.image_root.display(), file.display());
@@ -228,16 +228,16 @@ pub fn share_apts_settings(environment: &Environment) {
     let settings = succeed(Command::new("apt-config").arg("dump"));
     let of_mirrors = |line: &&str| line.starts_with("Acquire::http") || line.starts_with("Acquire::Check-");
     let mut kept: String = settings.lines().filter(of_mirrors).flat_map(|line| [line, "\n"]).collect();
-    // Translations are half of the download, and no test reads them.
+    // Leave out translations, which are half of the download, and which no test reads.
     kept += "Acquire::Languages \"none\";\n";
     std::fs::write(environment.image_root.join("etc/apt/apt.conf.d/99mirrors"), kept).unwrap();
 }
 
-/// Mounts made from here on belong to this test's thread and to what it starts; they are gone with it.
+/// Makes further mounts belong to this test's thread and to the processes that it starts, so that they vanish with it.
 fn own_mounts() {
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).expect("the tests need root");
     mount(&["--make-rprivate"], Path::new("/"));
-    // Every plain session would otherwise run the profile of the machine's own root, and wait for it.
+    // Hide the profile of the machine's own root: every plain session would run it and wait for it.
     if Path::new("/root/.bashrc").exists() {
         mount(&["--bind", "/dev/null"], Path::new("/root/.bashrc"));
     }

@@ -1,4 +1,4 @@
-//! Commands that have to succeed, waiting with a limit, ports, and listening on one.
+//! Helpers for commands that have to succeed, for waiting with a limit, and for ports.
 
 use std::io::Write;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -7,10 +7,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// A longer wait means that something hangs.
+/// Maximum time of a wait; a longer one means that something hangs.
 pub const LIMIT: Duration = Duration::from_secs(30);
 
-/// Runs `command` with `input`.
+/// Runs `command` with `input` as its standard input.
 pub fn feed(command: &mut Command, input: &[u8]) -> Output {
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut stdin = child.stdin.take().unwrap();
@@ -43,7 +43,7 @@ pub fn succeed(command: &mut Command) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// Listens on the loopback address for as long as the tests run; each connection is answered in a thread of its own.
+/// Listens on the loopback address for as long as the tests run, and answers each connection in a thread of its own.
 pub fn listen(answer: impl Fn(TcpStream) + Send + Sync + 'static) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
@@ -57,8 +57,8 @@ pub fn listen(answer: impl Fn(TcpStream) + Send + Sync + 'static) -> SocketAddr 
     address
 }
 
-/// A free port below those that the kernel gives to clients and to servers that ask for any: nobody else gets it
-/// meanwhile.
+/// A free port below the range from which the kernel chooses ports for clients, and for servers that ask for any.
+/// Thereby nobody else gets it before the test uses it.
 pub fn free_port() -> u16 {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     let begin = 10_000 + (std::process::id() as usize * 17) % 9_000;
@@ -68,8 +68,8 @@ pub fn free_port() -> u16 {
         .expect("a free port")
 }
 
-/// Runs each case in a thread of its own, whose mounts are the case's, a few at a time. Returns the names of those that
-/// failed.
+/// Runs each case in a thread of its own, to which the case's mounts belong, at most `at_once` of them at a time.
+/// Returns the names of the cases that failed.
 pub fn run_each<T: Sync>(
     cases: &[T],
     at_once: usize,
@@ -95,7 +95,7 @@ pub fn run_each<T: Sync>(
     failed.into_inner().unwrap()
 }
 
-/// Numbers of processes whose command line holds `text`.
+/// PIDs of processes whose command line contains `text`.
 pub fn processes_with(text: &str) -> Vec<u32> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc").unwrap().flatten() {
@@ -112,7 +112,7 @@ pub fn text(bytes: impl AsRef<[u8]>) -> String {
     String::from_utf8_lossy(bytes.as_ref()).into_owned()
 }
 
-/// The time for which a retried request was tried, in seconds, as a message says.
+/// The time in seconds for which a request was retried, according to a message.
 pub fn seconds_tried(said: &str) -> u64 {
     let found = said.split("tried for ").skip(1).find_map(|rest| rest.split_once(" s (IMS_RETRY_LIMIT)"));
     found.and_then(|(seconds, _)| seconds.parse().ok()).unwrap_or_else(|| panic!("no time is told: {said}"))
