@@ -20,7 +20,7 @@ use ims_sshd::sys::umask;
 
 ims_sshd::start_at!(start);
 
-/// Returns the exit code.
+/// Main function of `ims-jail-shell`. Returns the exit code.
 fn start() -> u8 {
     umask::set_own();
     let words: Vec<_> = std::env::args_os().skip(1).collect();
@@ -39,7 +39,7 @@ fn start() -> u8 {
         if !of_init.is_some_and(tell) {
             eprintln!("ims-jail-shell: {}", Printable(sentence));
         }
-        // Unwinding out of a function that C called would be a second panic.
+        // Exit here: unwinding out of a function that C called would be a second panic.
         exit_now(255)
     });
     let result = match arguments {

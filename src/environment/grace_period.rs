@@ -9,7 +9,7 @@ use crate::log::redaction::without_secrets;
 use crate::sshd::daemon::Running;
 use crate::sys::process::{Entry, Handle, children};
 
-/// Time for a shell that was hung up to write its history and exit; afterwards it does not delay the close.
+/// Time for a shell that was hung up to write its history and exit; afterwards the shell does not delay the close.
 const HANG_UP_TIME: Duration = Duration::from_secs(2);
 
 /// How long the close waits for a client's next session after one has ended. Ansible removes its temporary directory in

@@ -11,7 +11,7 @@ use crate::jailer::trial::{self, Choice};
 use crate::sshd::sftp_server;
 use crate::volume::state_directory::StateDirectory;
 
-/// Results of the preparations.
+/// Results of [`Groundwork::lay`].
 pub(crate) struct Groundwork {
     /// sftp-server and the files it needs.
     pub(crate) sftp: Vec<Program>,

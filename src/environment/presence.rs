@@ -22,7 +22,8 @@ use crate::sys::tree::Tree;
 /// read a mark nor end a process.
 const RESERVED: u64 = 48;
 
-/// How long a connection without a session is remembered. `ControlPersist` keeps Ansible's open for a minute.
+/// How long a connection without a session is remembered. `ControlPersist` keeps Ansible's connections open for a
+/// minute.
 const REMEMBERED: Duration = Duration::from_mins(10);
 
 /// A session that is running. Its JSON is part of the status.
@@ -206,7 +207,8 @@ impl Presence {
         }
     }
 
-    /// Removes a connection. The caller may keep its descriptor open, so it has to be removed from the sources too.
+    /// Removes a connection. The caller may keep the connection's descriptor open, so it is removed from the sources
+    /// too.
     fn remove(&mut self, number: Option<RawFd>) -> Option<Packets> {
         let connection = self.connections.remove(&number?)?;
         self.sources.remove(&connection.packets);

@@ -54,7 +54,7 @@ pub struct Settings {
     pub(crate) node_silence: Duration,
     /// `IMS_REMOTE_KEY`: the private key for remote build nodes.
     pub(crate) node_key: PathBuf,
-    /// Variables that sessions get, by the names that they see.
+    /// Variables that sessions get, with the names that sessions see.
     pub(crate) session_variables: Vec<(String, String)>,
 }
 
@@ -69,7 +69,7 @@ impl Marked {
     /// Messages in a pod, and wherever the image is published.
     pub(crate) const PACKED: Self =
         Self { complete: "marked complete and will be packed", failed: "marked failed and will not be packed" };
-    /// Messages if the changes are applied to the directory above which they were made.
+    /// Messages if the changes were made in an overlay and are applied to its directory.
     pub(crate) const APPLIED: Self = Self {
         complete: "marked complete, and its changes will be applied",
         failed: "marked failed, and its changes will not be applied",
@@ -174,7 +174,7 @@ pub(crate) fn of_node(variables: impl IntoIterator<Item = (OsString, OsString)>)
     reader.finish(Some(found))
 }
 
-/// Readers of variables that only a build environment has.
+/// Methods that read variables which only a build environment has.
 impl Reader {
     fn dkms(&mut self) -> bool {
         self.choice("JOB_ENABLE_DKMS", &TRUTH, Case::Any).unwrap_or(false)

@@ -73,7 +73,7 @@ pub(crate) fn build(plan: &Plan) -> Result<Programs> {
                 if let Some(text) = &resolv_conf {
                     put_resolv_conf(&jail, text)?;
                 }
-                // After the jail's own entries, which stay: an entry of the image can be anything.
+                // Create the image's entries after the jail's own, which stay: an entry of the image can be anything.
                 slash_run::make(jail.locate("run/-").attempt(|| "fill /run of the jail")?.0, &of_boot);
                 show_root_of_init(&jail)?;
                 if plan.proc == Proc::Container {

@@ -152,7 +152,7 @@ fn make(plan: &Plan, link: &Link) -> Result<Infallible> {
         .and_then(|()| rustix::stdio::dup2_stderr(&null))
         .attempt(|| "close the container's streams")?;
     close_on_exec_from(3).attempt(|| "mark descriptors close-on-exec")?;
-    // Kept open until the init ends, so that the binfmt_misc entry and the copies of programs stay.
+    // Keep these open until the init ends, so that the binfmt_misc entry and the copies of programs stay.
     let kept = interpreter.iter().filter_map(Interpreter::table).chain(programs.others.iter().map(AsFd::as_fd));
     for kept in kept {
         rustix::io::fcntl_setfd(kept, FdFlags::empty()).attempt(|| "keep the jail's programs open")?;

@@ -10,7 +10,7 @@ pub(crate) enum Source {
     /// A new tmpfs, limited to a part of the available memory: its content counts as the container's memory, and no
     /// process can be killed to free it.
     Memory {
-        /// Mode of its root directory.
+        /// Mode of the root directory.
         mode: &'static str,
         /// Maximum size, in tenths of the available memory.
         tenths: u64,

@@ -95,7 +95,7 @@ impl Entry {
                 above.replace(name, content)?;
             }
         }
-        // Set the mode even if this fails: a user namespace need not map every user.
+        // Set the mode even if changing the owner fails: a user namespace need not map every user.
         let (user, group) = (attributes::user(self.uid), attributes::group(self.gid));
         let owned = rustix::fs::chownat(&above, name, user, group, AtFlags::SYMLINK_NOFOLLOW);
         if !matches!(self.kind, Kind::Link(_)) {

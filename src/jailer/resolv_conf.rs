@@ -41,7 +41,7 @@ pub(crate) fn lend(image_root: &Tree) -> Result<()> {
     // An earlier run may have been killed before it restored the file.
     SIDECAR.restore(image_root)?;
     match of_container() {
-        // Decided for plain mode, in which /run is the image's own.
+        // Decide as for plain mode, in which /run is the image's own.
         Some(text) if needs_replacing(image_root, &text, false)? => {
             let replaced = SIDECAR.replace(image_root, &text);
             replaced.attempt(|| "put the pod's /etc/resolv.conf into the image").map(|_| ())

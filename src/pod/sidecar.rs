@@ -157,7 +157,7 @@ pub fn run(
     if result.is_err() && phase < Phase::Packing {
         close_environment(&files);
     } else if result.is_err() && (settings.job.id.is_none() || settings.ims.is_none()) {
-        // With IMS, the error ends the job.
+        // Do not say so with IMS, where the error ends the job.
         tracing::warn!(
             "the failed step can be repeated: 'ims-sshd sidecar' continues from there, without another session"
         );
@@ -537,7 +537,7 @@ impl<'a> Sidecar<'a> {
                     Err(_) if self.work.interrupted().is_some() => {}
                     other => drop(other?),
                 }
-                // The request may have taken some time.
+                // Start the wait anew: the request may have taken some time.
                 last_seen = Instant::now();
                 continue;
             }
@@ -585,12 +585,12 @@ impl<'a> Sidecar<'a> {
                     );
                 }
             }
-            // An environment that starts only now finds 'failed'.
+            // Do not wait for an environment that starts only now: it finds 'failed'.
             if asked_to_end.is_some_and(|since| !is_claimed || since.elapsed() > CLOSE_TIME) {
                 break;
             }
             let mut sources = [PollFd::new(&watch, PollFlags::IN), PollFd::new(self.work.signals(), PollFlags::IN)];
-            // The kernel raises no event when the claim is dropped.
+            // Poll soon, since the kernel raises no event when the claim is dropped.
             let is_ending = is_exiting && since.elapsed() < LOOK_EVERY;
             let _ = poll::wait(&mut sources, if is_ending { LOOK_SOON } else { LOOK_EVERY });
         }

@@ -144,7 +144,7 @@ fn attend(
         sources.extend(typed.iter().map(|typed| PollFd::new(typed, PollFlags::IN)));
         let _ = rustix::event::poll(&mut sources, None);
         let ready: Vec<_> = sources[of_agent].iter().map(|source| !source.revents().is_empty()).collect();
-        // Needs no event, since its socket does not block.
+        // Read typed signals in every round: their socket does not block.
         if typed.as_mut().is_some_and(|typed| !typed.pass_on()) {
             typed = None;
         }

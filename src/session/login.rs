@@ -55,7 +55,7 @@ pub fn run(jail: &Path, request: Request) -> Result<Infallible> {
     let errand = Errand { request, beside: beside.is_some(), job, image, in_place: record.in_place };
     let inner = errand.program(&environment).attempt(|| "build the inner stage's command line")?;
     let ended = |status: &WaitStatus| {
-        // sshd does not forward sftp-server's standard error.
+        // Report why a transfer cannot work, since sshd does not forward sftp-server's standard error.
         let failed = transfer && !matches!(status, WaitStatus::Exited(_, 0));
         let reason = if failed { why_no_transfer(&image_root) } else { None };
         told.end(status, reason.as_deref());

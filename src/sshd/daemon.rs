@@ -109,7 +109,8 @@ impl Daemon {
         std::fs::write(path, identity.to_string()).attempt(|| format!("write {}", path.display()))
     }
 
-    /// The listener recorded in the file `path`, if it is still running. A zombie that its parent does not reap is not.
+    /// The listener recorded in the file `path`, if it is still running. A zombie, which its parent does not reap,
+    /// counts as ended.
     pub fn recorded(path: &Path) -> Option<Entry> {
         let recorded = Identity::parse(&std::fs::read_to_string(path).ok()?)?;
         Entry::read(Pid::from_raw(recorded.pid)).filter(|e| e.identity() == recorded && !e.has_ended())

@@ -40,8 +40,8 @@ pub fn program() -> Result<&'static str> {
     })
 }
 
-/// Refuses a container in which sshd would listen but reject every login: before authentication it changes to its own
-/// unprivileged user and chroots to an empty directory.
+/// Refuses a container in which sshd would listen but reject every login: before authentication, sshd changes to its
+/// own unprivileged user and chroots to an empty directory.
 pub(crate) fn check_rights() -> Result<()> {
     let needed = [Capability::CAP_SETUID, Capability::CAP_SETGID, Capability::CAP_SYS_CHROOT];
     match needed.into_iter().find(|needed| lacks(*needed)) {

@@ -47,7 +47,7 @@ impl Node<'_> {
     pub(crate) fn take(&self, found: &Stat, attributes: &Attributes) -> io::Result<()> {
         let handle = self.open()?;
         let path = handle.path();
-        // Before the attributes: chown(2) clears a file's capabilities.
+        // Change the owner before the attributes: chown(2) clears a file's capabilities.
         rustix::fs::chown(&path, user(found.st_uid), group(found.st_gid))?;
         handle.set_attributes(attributes)?;
         if FileType::from_raw_mode(found.st_mode) != FileType::Symlink {

@@ -121,7 +121,7 @@ pub(crate) fn switch_root(new_root: impl AsFd) -> io::Result<()> {
     // Detach from the old root's ".": from that of the new root, the second round of the loop below would detach the
     // new root itself.
     rustix::process::fchdir(&old_root)?;
-    // Private first, so that the detach does not propagate to the original namespace.
+    // Make the old root private first, so that the detach does not propagate to the original namespace.
     set_attributes(CWD, c".", MountAttrFlags::empty(), libc::MS_PRIVATE, true)?;
     // EINVAL means that "." is no longer a mount of this namespace.
     loop {

@@ -453,7 +453,7 @@ impl Tree {
         parent.keeping_times(|| {
             let mode = Mode::from_raw_mode(0o666);
             rustix::fs::mknodat(&parent.directory, &name, FileType::CharacterDevice, mode, device)?;
-            // Overrides the umask. By descriptor: a rename by someone else must not redirect chmod to another file.
+            // Override the umask by descriptor: a rename by someone else must not redirect chmod to another file.
             let node = parent.handle(&name)?;
             if rustix::fs::fstat(&node)?.st_rdev != device {
                 return Err(Errno::EXIST.into());

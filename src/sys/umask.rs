@@ -33,7 +33,7 @@ pub(crate) fn with_callers(command: &mut Command) -> &mut Command {
     }
 }
 
-/// Starts `command` with 022: an unpacker creates directories that its archive does not list with this mask.
+/// Starts `command` with 022: an unpacker uses this mask for directories that its archive does not list.
 pub(crate) fn with_own(command: &mut Command) -> &mut Command {
     with(command, OWN)
 }

@@ -23,7 +23,7 @@ use crate::volume::layout::{CLAIM, READY, RESERVED, SSHD_LISTENING, STEP_CLAIM};
 /// earlier job.
 const INSTEAD_OF_READY: [&[u8]; 2] = [b"by the sidecar on ", b", instead of 'ready'\n"];
 
-/// Maximum length of that content in bytes; a host name has at most 64.
+/// Maximum length of a sidecar's mark in bytes; a host name has at most 64.
 const INSTEAD_LIMIT: u64 = 256;
 
 /// Age at which a sidecar's mark with another host name counts as an earlier pod's. Pulling an image and starting a
