@@ -17,7 +17,7 @@ use crate::transfer::Work;
 use crate::volume::layout::INVENTORY;
 use std::path::Path;
 
-/// Maximum size of an inventory in bytes, above that of more than a million files with long names.
+/// Maximum size of an inventory in bytes, enough for more than a million files with long names.
 const LIMIT: u64 = 1 << 30;
 
 /// State of a tree at one time: for each path, a text that differs whenever the file differs.

@@ -443,7 +443,7 @@ fn write(
     options.memory = options.memory.min(told.memory);
     let (seen, lengths) = thread::scope(|scope| {
         let inventory = known.as_ref().map(|known| &known.inventory).filter(|_| options.processors > 1);
-        // While the tree is being collected, another processor is idle.
+        // While the tree is being collected, another processor would be idle, so measure the source on it.
         let measuring = inventory.map(|inventory| scope.spawn(|| inventory.measure()));
         let seen = look(tree, told, known.as_ref());
         (seen, measuring.and_then(|measuring| measuring.join().ok()?.ok()))

@@ -348,7 +348,7 @@ fn squash(
     }
     let left_out = excluded.iter().map(PathBuf::as_path).chain(emptied.iter().map(|(name, _)| Path::new(name)));
     let (list, arguments) = exclude::listed(left_out);
-    // Kept open until mksquashfs has ended.
+    // The list must stay open until mksquashfs has ended.
     let list = (!list.is_empty()).then(|| packer::inheritable(&list)).transpose().attempt(|| attempted)?;
     if let Some(list) = &list {
         mksquashfs.args(["-wildcards", "-ef", &format!("/proc/self/fd/{}", list.as_raw_fd())]);
@@ -482,10 +482,11 @@ fn has_read(child: &Child) -> Option<u64> {
 /// Names of processes that pack: mksquashfs, and the packer's child before (`exe`) and after it has named itself.
 const PACKING: [&str; 3] = ["mksquashfs", "exe", packer::NAME];
 
-/// Time for the packer of a killed run to end: the kernel kills the packer with that run, but this takes a while.
+/// Time for the packer of a killed run to end: the kernel kills the packer along with its run, which takes a while.
 const TIME_TO_END: Duration = Duration::from_secs(10);
 
-/// Time for which locking an archive is retried: the lock of a killed run's packer goes a moment after the packer.
+/// Time for which locking an archive is retried: the lock of a killed run's packer is released a moment after the
+/// packer has ended.
 const TIME_TO_UNLOCK: Duration = Duration::from_secs(1);
 /// Interval between attempts to lock an archive.
 const LOCK_AGAIN: Duration = Duration::from_millis(20);

@@ -193,8 +193,8 @@ const PRECISE: [(u64, &str); 3] = [(0xef53, "ext4"), (0x5846_5342, "xfs"), (0x91
 /// Resolution of times of change, with a margin: the kernel takes them from its last clock tick.
 const CLOCK_TICK: Duration = Duration::from_millis(50);
 
-/// Decrease of `Clock::offset`, in nanoseconds, that does not count as setting the clock back: it is adjusted all the
-/// time.
+/// Decrease of `Clock::offset`, in nanoseconds, that does not count as setting the clock back, since the clock is
+/// adjusted all the time.
 const ADJUSTED: i64 = 1_000_000_000;
 
 /// The times of the machine, in nanoseconds.

@@ -36,7 +36,7 @@ use crate::transfer::{TICK, Work};
 use crate::volume::mounts_below::refuse_mounts_below;
 
 /// Unpacks `archive` into the new directory `name` of `volume`: copies a directory, merges the layers of a saved
-/// container image. Returns the directory opened, since its name may lead to another one by then.
+/// container image. Returns the open directory, since its name may lead to another one by the time the caller uses it.
 pub(crate) fn unpack(work: &Work, archive: &Opened, volume: &Tree, name: &str) -> Result<Tree> {
     confinement::refuse_to_lose_attributes()?;
     if archive.file().is_none() {
@@ -325,7 +325,8 @@ impl Decompressor {
         let _ = self.end();
     }
 
-    /// Waits for the decompressor to end. Its output must have been read to the end, or closed, or it may never end.
+    /// Waits for the decompressor to end. Its output must have been read to the end, or closed: a full pipe would keep
+    /// it from ending.
     fn end(mut self) -> io::Result<()> {
         let status = self.child.wait()?;
         let said = self.said.join().unwrap_or_default();
@@ -449,7 +450,8 @@ impl Overlay {
         for made in [directory, &squashfs, &upper, &inner, image_root] {
             std::fs::create_dir_all(made).attempt(|| format!("create the directory {}", made.display()))?;
         }
-        // Keeps others out: setuid programs in the upper directory work, while the overlay itself is nosuid.
+        // Keep other users out of the directory: setuid programs work in the upper layer, even though the overlay
+        // itself is nosuid.
         std::fs::set_permissions(directory, Permissions::from_mode(0o700)).attempt(attempted)?;
         // Users of this machine may see the overlay, so it is nosuid: setuid programs of the image work only inside a
         // jail.
@@ -478,7 +480,8 @@ impl Overlay {
             }
         };
         let mut overlay = Self { image_root: image_root.to_owned(), lower, mounted: mounted_below };
-        // The root of an overlay takes owner, mode and times from the upper directory.
+        // The root of an overlay takes owner, mode and times from the upper directory, so give that those of the
+        // source.
         if first {
             copy_root(&overlay.lower, &upper).attempt(attempted)?;
         }

@@ -17,8 +17,8 @@ use crate::sys::walk::{Descent, refuse_long};
 /// Prefix of the extended attributes in which overlayfs keeps its state of a file in the upper layer.
 const STATE: &[u8] = b"trusted.overlay.";
 
-/// Prefix under which overlayfs stores an attribute whose name, given by a session, has the prefix of overlayfs's own:
-/// a session may mount an overlay itself.
+/// Prefix under which overlayfs stores an attribute whose name begins like those of its own ([`STATE`]), as when a
+/// session mounts an overlay itself.
 pub(crate) const ESCAPED: &[u8] = b"trusted.overlay.overlay.";
 
 /// A directory of the upper layer.

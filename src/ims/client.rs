@@ -171,7 +171,7 @@ impl<'a> Ims<'a> {
     async fn find(&self, request: &Id) -> Tried<Option<Image>> {
         let Some(text) = self.request(LIST, &Method::GET, &["images"], None).await? else { return Ok(None) };
         let found = made_by(&text, request, || self.work.heed().is_ok()).attempt(|| LIST);
-        // A signal ends the parser with an error of its own, so check for one first.
+        // A signal ends the parser with another error, so check for a signal before using the result.
         self.work.heed()?;
         Ok(found?)
     }

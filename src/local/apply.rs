@@ -347,7 +347,7 @@ mod tests {
         Append(PathBuf),
         MakeDirectory(PathBuf),
         Remove(PathBuf),
-        /// Keeps a further hard link through which the fate of the file shows.
+        /// Writes to a file and removes it; another hard link of the file, if there is one, shows the result.
         WriteAndRemove(PathBuf),
         Rename(PathBuf, PathBuf),
         Link(PathBuf, PathBuf),

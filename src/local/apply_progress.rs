@@ -151,8 +151,8 @@ impl Progress {
                 }
                 return Ok((begun, stage));
             }
-            // The run was killed before it recorded the stage, which is still empty. If the entry is another one that
-            // is not empty, the removal fails.
+            // The run was killed before it recorded the stage, which is still empty. If the directory is not empty, it
+            // is somebody else's, and the removal fails.
             let _ = root.remove_directory(&begun.stage);
         }
         let stage = loop {

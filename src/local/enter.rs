@@ -123,7 +123,7 @@ pub fn run(mut run: Run, entry: &Entry) -> Result<u8> {
             tracing::info!("the image was marked {}", mark.signal_file());
         }
         let verdict = mark.filter(|mark| *mark == Verdict::Failed || !has_failed(status, at_terminal, true));
-        // A command that runs in a directory in place handles signals itself, as with chroot.
+        // A command that changes a directory in place handles signals itself, as with chroot.
         let stopped = stopped.filter(|_| decides || entry.answer == Some(Answer::Yes));
         let status = stopped.map_or(status, |signal| exited(128 + signal as i32));
         if !decides {

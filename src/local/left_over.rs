@@ -15,7 +15,7 @@ use crate::volume::state_directory::StateDirectory;
 pub(crate) const SSHD_LOG: &str = "sshd.log";
 
 /// Ends the sshd that a killed customization of `image_root` left running. Its mount namespace keeps the overlay busy,
-/// so that this could not be mounted again.
+/// which could then not be mounted again.
 pub(crate) fn end_left_over(image_root: &Path) -> Result<()> {
     let parent = RunDirectory::place("customize", image_root);
     if !is_claimed(&parent)? && StateDirectory::place(&parent).exists() {

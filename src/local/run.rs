@@ -47,7 +47,7 @@ use crate::volume::state_directory::name_for;
 pub enum End {
     /// Publishes the image in a store.
     Published,
-    /// Applies them to the source, a directory.
+    /// Applies the changes to the source, which is a directory.
     Applied,
     /// Discards the changes even then: the session was only for looking.
     Discarded,

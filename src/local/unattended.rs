@@ -1,5 +1,5 @@
 //! Record of a command or script that has succeeded, in the work directory with the changes that it made. If these
-//! could not be applied or published, the same command or script need not be run again.
+//! could not be applied or published, the same command or script is not run again.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;

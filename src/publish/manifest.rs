@@ -32,7 +32,7 @@ struct Manifest<'a> {
 
 /// Text of a manifest.
 pub(crate) fn text(artifacts: &[Artifact], created: SystemTime, identity: Option<Identity>) -> Vec<u8> {
-    // "2018-02-16T00:31:37.123456Z" with a space, and without a zone.
+    // The form is that of `2018-02-16 00:31:37.123456`, with a space and without a zone.
     let created = humantime::format_rfc3339_micros(created).to_string().replace('T', " ").replace('Z', "");
     indented(&Manifest { artifacts, created, identity, version: "1.0" })
 }

@@ -31,7 +31,8 @@ pub struct Settings {
     pub(crate) expected: Expected,
     /// Options for packing the image.
     pub(crate) packing: Packing,
-    /// `IMAGE_KEEP_SOURCE`: whether a fetched squashfs is kept beside an unpacked image root; `None` if there is room.
+    /// `IMAGE_KEEP_SOURCE`: whether a fetched squashfs is kept beside an unpacked image root; `None` means only if
+    /// there is room for it.
     pub(crate) keep_source: Option<bool>,
     /// Store of images.
     pub store: store::place::Place,

@@ -456,7 +456,7 @@ fn parts(key: &str) -> object_store::Result<(&str, &str)> {
         .ok_or_else(|| failure(key, std::io::Error::from(std::io::ErrorKind::InvalidInput)))
 }
 
-/// Directory that a URL or a path names as a store.
+/// Directory that a URL or a path names as a store; `None` if it names another kind of store.
 pub(crate) fn named_directory(url: &str) -> Option<PathBuf> {
     match url.split_once("://") {
         Some(("file", path)) => Some(path.into()),
@@ -508,17 +508,17 @@ fn s3(bucket: &str, settings: &Place, network: &Network) -> Result<(AmazonS3Buil
              or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
         ));
     };
-    // The crate would send the keys, and the image, to Amazon.
+    // Without this check, the crate would send the keys and the image to Amazon.
     if settings.endpoint.is_none() && settings.region.is_none() {
         return Err(Error::bad_input(format!(
             "no server is named for the store s3://{bucket}: expected its URL in S3_ENDPOINT or AWS_ENDPOINT_URL, \
              or AWS_REGION if it is Amazon's"
         )));
     }
-    // Checked here: the crate would report a wrong CA file as an error of the store.
+    // Build a client to check the CA file: the crate would report a wrong one as an error of the store.
     let connector = Connector { network: network.clone(), validate: settings.validate.clone(), outage: Arc::default() };
     connector.client(&HeaderMap::new())?;
-    // The connector's client retries, within the limits of the variables.
+    // Disable the crate's retries: the connector's client retries, within the limits of the variables.
     let retry = RetryConfig { max_retries: 0, ..RetryConfig::default() };
     let mut builder = AmazonS3Builder::new()
         .with_bucket_name(bucket)

@@ -118,7 +118,7 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
     })
 }
 
-/// Number of pieces of a file that are in use at a time, at most.
+/// Maximum number of pieces of a file that are in use at a time.
 const PIECES: usize = 6;
 /// Size of a piece in bytes, small enough to stay in a processor's cache.
 const PIECE: usize = 256 << 10;
@@ -334,8 +334,8 @@ pub(crate) fn etag_is_md5(headers: &HeaderMap) -> bool {
 /// Returns whether the ETag may be made of MD5s of the content: no header says otherwise.
 pub(crate) fn etag_can_be_md5(headers: &HeaderMap) -> bool {
     let mut names = headers.keys().map(HeaderName::as_str);
-    // These mark objects that are encrypted with other keys (SSE-C, SSE-KMS), and Swift's large objects, made of
-    // several.
+    // These mark objects that are encrypted with keys of a client or a key service (SSE-C, SSE-KMS), and Swift's large
+    // objects, which consist of several.
     let other = ["x-amz-server-side-encryption", "x-static-large-object", "x-object-manifest"];
     !names.any(|name| other.iter().any(|other| name.starts_with(other)))
 }

@@ -57,8 +57,8 @@ pub fn listen(answer: impl Fn(TcpStream) + Send + Sync + 'static) -> SocketAddr 
     address
 }
 
-/// A free port below the range from which the kernel chooses ports for clients, and for servers that ask for any.
-/// Thereby nobody else gets it before the test uses it.
+/// A free port below the range from which the kernel chooses ports for clients, and for servers that ask for any, so
+/// that nobody else gets it before the test uses it.
 pub fn free_port() -> u16 {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     let begin = 10_000 + (std::process::id() as usize * 17) % 9_000;
