@@ -84,9 +84,9 @@ pub(crate) struct Work {
     interrupted: Cell<Option<Signal>>,
     /// Set during cleanup, which signals do not interrupt.
     deaf: Cell<bool>,
-    /// Set during a rollback: after a signal, it must end soon.
+    /// Set during a rollback, which must end soon after a signal.
     is_rollback: Cell<bool>,
-    /// Time from which the rest of the rollback has to hurry.
+    /// Time at which a signal during a rollback shortened the time for servers.
     hurried: Cell<Option<Instant>>,
     /// TLS settings and timeouts.
     pub(crate) network: Network,

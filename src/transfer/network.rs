@@ -8,11 +8,11 @@ use crate::job::variables::{Checked, Reader};
 /// Value of `S3_SSL_VALIDATE`: how certificates are verified.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Validate {
-    /// Against the system's CA certificates and `CA_CERT`.
+    /// Certificates are verified against the system's CA certificates and `CA_CERT`.
     Yes,
-    /// Not verified.
+    /// Certificates are not verified.
     No,
-    /// Against the CA certificates in a file.
+    /// Certificates are verified against the CA certificates in a file.
     By(PathBuf),
 }
 

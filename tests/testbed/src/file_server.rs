@@ -122,7 +122,7 @@ fn answer(connection: &TcpStream, served: &Mutex<Served>, requests: &Mutex<Vec<R
     let body = &[&content[from..to], further].concat();
     if !matches!(fault, Some(Fault::Silence)) {
         let length = body.len();
-        // A weak ETag is passed with its quotes.
+        // A weak ETag has its quotes already.
         let etag = if etag.starts_with("W/") { etag } else { format!("\"{etag}\"") };
         write!(out, "HTTP/1.1 {head}\r\netag: {etag}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n").ok()?;
     }

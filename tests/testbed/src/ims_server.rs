@@ -233,7 +233,7 @@ fn handle(
 type Handled = Result<(u16, Value), (u16, String)>;
 
 fn token(state: &mut State, headers: &BTreeMap<String, String>, body: &[u8]) -> Handled {
-    // admin:s:cret
+    // The expected credentials are `admin:s:cret` in base64.
     if headers.get("authorization").map(String::as_str) != Some("Basic YWRtaW46czpjcmV0") {
         return Err((401, "who are you".into()));
     }

@@ -25,7 +25,7 @@ pub enum Fault {
     Delay(Duration),
 }
 
-/// An object by its plural, namespace and name.
+/// Key of an object: the plural of its kind, its namespace and its name.
 type Key = (String, String, String);
 
 #[derive(Default)]
@@ -40,7 +40,7 @@ pub struct State {
     /// Faults, each with the beginning of the requests that meet it, and the number of times.
     faults: Vec<(String, Fault, usize)>,
     version: u64,
-    /// Changes: version, plural, type, object.
+    /// Changes: version, plural of the object's kind, type of the change, object.
     changes: Vec<(u64, String, &'static str, Value)>,
     /// Changes up to this version are forgotten: a watch that begins there gets 410.
     forgotten: u64,
