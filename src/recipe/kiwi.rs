@@ -51,8 +51,8 @@ const FUNCTIONS: (&str, &str) = ("functions", "tar() { command tar --exclude=./p
 /// Minimum free space for a build to begin, in bytes.
 const LEAST_SPACE: u64 = 256 << 20;
 
-/// First version of kiwi-ng that works without debootstrap. In a container like this one, debootstrap cannot make
-/// device nodes and mounts the container's own instead.
+/// First version of kiwi-ng that works without debootstrap. For older ones the build sets `container=lxc`, with which
+/// debootstrap mounts devices instead of making their nodes, which it cannot do here.
 const FIRST_WITHOUT_DEBOOTSTRAP: (u32, u32) = (10, 0);
 
 /// First version of kiwi-ng that accepts the certificate of an authority.

@@ -1,5 +1,5 @@
-//! A build from a recipe on a node: the near side. The recipe, keys and certificates go there, its kiwi-ng builds, and the
-//! packed image comes back.
+//! The near side of a build from a recipe on a node. The recipe, keys and certificates are sent to the node, its
+//! kiwi-ng builds, and the packed image comes back.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -29,7 +29,7 @@ use crate::transfer::Work;
 use crate::volume::layout::{BUILD, CREATED_IMAGE_ROOT, KIWI_LOG, REMOTE_PARTS, REMOTE_RECIPE, REMOTE_TREE, TRANSFER};
 use crate::volume::state_directory::StateDirectory;
 
-/// Variables of the job that its build on the node gets.
+/// Variables of the job that are passed to its build on the node.
 const PASSED_ON: [&str; 10] = [
     "BUILD_ARCH",
     "ENABLE_DEBUG",
@@ -43,10 +43,10 @@ const PASSED_ON: [&str; 10] = [
     "SOURCE_DATE_EPOCH",
 ];
 
-/// Free space without which a node is not asked to build, in bytes.
+/// Minimum free space, in bytes, that a node must have for a build.
 const LEAST_SPACE: u64 = 512 << 20;
 
-/// A node that carries out a build, and what is wanted back from it.
+/// A node for a build, and the results that are wanted from it.
 #[derive(Debug)]
 pub struct Node {
     to: Destination,
@@ -55,16 +55,16 @@ pub struct Node {
     variables: Vec<(String, String)>,
     /// Directory of certificates of authorities for the image.
     authorities: Option<PathBuf>,
-    /// How long the node waits for the repositories, if nobody has before.
+    /// Time for which the node waits for the repositories; `None` if another step has waited.
     pub wait: Option<Duration>,
     /// Patterns of paths that are not packed.
     pub exclude: Vec<String>,
-    /// True if the image root is wanted although its build failed.
+    /// True if the image root is sent back even if its build failed.
     pub returns_tree: bool,
 }
 
 impl Node {
-    /// The node of a job in a pod; `None` if it has none.
+    /// Returns the node of a job in a pod; `None` if the job has none.
     pub fn of_job(settings: &Settings, variables: Vec<(OsString, OsString)>) -> Result<Option<Self>> {
         let (Some(host), Some(job)) = (&settings.job.node, &settings.job.id) else { return Ok(None) };
         let (silence, key) = environment::of_node(variables.iter().cloned())?;
@@ -98,13 +98,13 @@ impl Node {
     }
 }
 
-/// Builds on the node, and reports the job's status to IMS. The packed image and its boot files are left where a remote
-/// job has them.
+/// Builds on the node, and reports the job's status to IMS. Leaves the packed image and its boot files in the place in
+/// which a remote job leaves them.
 pub fn run(settings: &Settings, wanted: &kiwi::Wanted, node: &Node) -> Result<u8> {
     kiwi::run_by(settings, |work, parent, volume| Offloaded::begin(work, settings, wanted, node, parent, volume))
 }
 
-/// A build that the node has taken.
+/// A build that a node has accepted.
 struct Offloaded {
     program: Program,
     recipe: Option<File>,
@@ -113,7 +113,7 @@ struct Offloaded {
     _state: State,
 }
 
-/// Removed at the end, and after the connection whose socket it holds.
+/// A state directory that is removed at the end, after the connection, since it contains the connection's socket.
 struct State(StateDirectory);
 
 impl Drop for State {
@@ -135,7 +135,7 @@ impl Offloaded {
         volume: &Tree,
     ) -> Result<Self> {
         let offered = Offered::read(settings, wanted)?;
-        // This container may have been started again.
+        // Remove leftovers, since this container may have been started again.
         for name in REMOTE_PARTS.into_iter().chain([TRANSFER, REMOTE_TREE, REMOTE_RECIPE]) {
             volume.remove_whole(name.as_ref()).attempt(|| format!("remove {name}"))?;
         }
@@ -161,14 +161,14 @@ impl Offloaded {
         });
         let patience = node.silence.as_secs();
         let order = Order { job: node.job.clone(), size: size + LEAST_SPACE, patience, task };
-        // Not that of an environment on the parent, which 'status' would call killed.
+        // A state directory of its own: in that of the parent, 'status' would find an environment that looks killed.
         let state = State(StateDirectory::of(&parent.join(BUILD))?);
         let program = Program::start(&node.to, order, state.0.path(), &|| work.heed())?;
         let boot = left_names(&settings.boot, settings.job.arch());
         Ok(Self { program, recipe: Some(recipe), boot, parent: parent.to_owned(), _state: state })
     }
 
-    /// Sends the recipe, and receives what has come of it. Returns why the build failed, if it has.
+    /// Sends the recipe, and receives the results. Returns the reason if the build failed, and the received files.
     fn exchange(&mut self, work: &Work, volume: &Tree) -> Result<(Option<String>, Vec<Part>)> {
         let Self { program, recipe, .. } = self;
         let mut incoming = Incoming::default();
@@ -202,7 +202,7 @@ impl Offloaded {
         }
     }
 
-    /// Has the node remove everything, and waits for that.
+    /// Has the node remove everything, and waits until it has.
     fn end(&mut self) {
         let since = Instant::now();
         self.program.channel.say(&Message::End);
@@ -211,7 +211,7 @@ impl Offloaded {
         }
     }
 
-    /// Unpacks what a build that failed has left, for people who look for the reason.
+    /// Unpacks the image root that a failed build has left, for people who look for the reason.
     fn unpack(&self, work: &Work, volume: &Tree) -> Result<()> {
         let attempted = || format!("unpack the image root that {} has sent", self.program.connection.host());
         let file = volume.open_regular(REMOTE_TREE, OFlags::RDONLY | OFlags::NOFOLLOW).attempt(attempted)?;
@@ -256,7 +256,7 @@ impl Ready for Offloaded {
     }
 }
 
-/// An archive of the recipe.
+/// Makes an archive of the recipe.
 fn archive(work: &Work, recipe: &Tree, volume: &Tree) -> Result<File> {
     let attempted = "send the recipe";
     volume.create_file(REMOTE_RECIPE).attempt(|| attempted)?;

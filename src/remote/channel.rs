@@ -16,16 +16,16 @@ use crate::remote::message::Message;
 /// Interval of the signs of life.
 const BEAT: Duration = Duration::from_secs(1);
 
-/// Longest line in bytes: an order holds keys and certificates.
+/// Maximum length of a line, in bytes: an order contains keys and certificates.
 const LONGEST_LINE: usize = 4 << 20;
 
-/// Most bytes of data behind one line.
+/// Maximum number of data bytes after one line.
 const MOST_DATA: usize = 256 << 10;
 
-/// Bytes that are kept ready for the other side. More are read from a file only when these have been taken.
+/// Number of queued bytes from which no more are read from a file until the other side has taken some.
 const ENOUGH: usize = 1 << 20;
 
-/// Bytes that are read at once.
+/// Maximum number of bytes that are read at once.
 const AT_ONCE: usize = 128 << 10;
 
 /// A message or data from the other side.
@@ -37,7 +37,7 @@ pub(crate) enum Frame {
     Data(Vec<u8>),
 }
 
-/// How long the other side has been silent while this side listened.
+/// Time for which the other side has been silent while this side listened.
 pub(crate) struct Silence {
     length: Duration,
     listened: Instant,
@@ -49,19 +49,19 @@ impl Silence {
         Self { length: Duration::ZERO, listened: Instant::now() }
     }
 
-    /// Counts the time since the last call, but for most of a long one: while this side was busy, or the whole machine
-    /// stood still, nothing could be heard.
+    /// Adds the time since the last call, but at most [`BEAT`]: if this side was busy or the whole machine stood still,
+    /// nothing could be heard meanwhile.
     pub(crate) fn listen(&mut self) {
         self.length += self.listened.elapsed().min(BEAT);
         self.listened = Instant::now();
     }
 
-    /// Something was heard.
+    /// Ends the silence, since something was heard.
     pub(crate) fn end(&mut self) {
         self.length = Duration::ZERO;
     }
 
-    /// Returns whether it has lasted for more than `limit`.
+    /// Returns whether the silence has lasted for more than `limit`.
     pub(crate) fn exceeds(&self, limit: Duration) -> bool {
         self.length > limit
     }
@@ -71,13 +71,13 @@ impl Silence {
 pub(crate) struct Channel {
     input: File,
     output: File,
-    /// Bytes that were read; the frames before `taken` were returned.
+    /// Bytes that were read; the frames before `taken` have been returned.
     inbox: Vec<u8>,
     taken: usize,
     outbox: Vec<u8>,
     silence: Silence,
     said: Instant,
-    /// How long the other side may be silent; without a limit there are no signs of life either.
+    /// Limit of the other side's silence; without one, this side sends no signs of life either.
     patience: Option<Duration>,
     is_over: bool,
 }
@@ -102,7 +102,7 @@ impl Channel {
         })
     }
 
-    /// Sets how long the other side may be silent from now on.
+    /// Sets a limit for the other side's silence from now on.
     pub(crate) fn set_patience(&mut self, patience: Duration) {
         self.patience = Some(patience);
         self.silence.end();
@@ -122,12 +122,12 @@ impl Channel {
         }
     }
 
-    /// Returns whether the other side has yet to take what is queued.
+    /// Returns whether so much is queued that nothing should be added.
     pub(crate) fn is_full(&self) -> bool {
         self.outbox.len() >= ENOUGH
     }
 
-    /// Returns whether everything was taken.
+    /// Returns whether everything queued has been written.
     pub(crate) fn is_flushed(&self) -> bool {
         self.outbox.is_empty()
     }
@@ -139,7 +139,8 @@ impl Channel {
 
     /// Descriptors to wait for.
     pub(crate) fn sources(&self) -> [PollFd<'_>; 2] {
-        // Without a wish, poll(2) still reports an end that is closed, for ever.
+        // Leave out descriptors that are not needed: even without events to wait for, poll(2) keeps reporting a closed
+        // end.
         let [read, write] = [!self.is_over, !self.outbox.is_empty()];
         let wish = |is: bool, flags| if is { flags } else { PollFlags::empty() };
         let input = if self.is_over { self.output.as_fd() } else { self.input.as_fd() };
@@ -175,7 +176,7 @@ impl Channel {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(e),
             }
-            // The caller has to have its turn as well.
+            // Return, so that the caller can take frames.
             if self.inbox.len() >= ENOUGH {
                 break;
             }
@@ -206,7 +207,7 @@ impl Channel {
         result
     }
 
-    /// The next frame, if a whole one has come.
+    /// Returns the next frame, if a whole one has arrived.
     pub(crate) fn next(&mut self) -> Result<Option<Frame>> {
         loop {
             let unread = &self.inbox[self.taken..];
@@ -312,7 +313,7 @@ mod tests {
             let mut sources = ends[1].sources();
             let _ = crate::sys::poll::wait(&mut sources, BEAT / 10);
         }
-        // The first end says nothing any more.
+        // From here on, the first end sends nothing.
         let began = Instant::now();
         let lost = loop {
             ends[1].turn().unwrap();

@@ -1,4 +1,5 @@
-//! One ssh connection to a node, with the machine's own OpenSSH client. Everything of a job is a channel of it.
+//! One ssh connection to a node, by the machine's own OpenSSH client. Everything that a job does on the node is a
+//! channel of this connection.
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -22,30 +23,31 @@ use crate::sys::process::{Handle, Identity, end_with_us};
 use crate::sys::signals::unblock_signals;
 use crate::sys::tree::Tree;
 
-/// Time for a connection to stand, login included.
+/// Timeout for connecting, login included.
 const TIME_TO_CONNECT: Duration = Duration::from_secs(30);
 
-/// Time for ssh's master process to answer, and for a greeting through a forwarded port.
+/// Timeout for an answer of ssh's master process, and for a greeting through a forwarded port.
 const TIME_TO_ANSWER: Duration = Duration::from_secs(10);
 
 /// Time for the last lines of a node to be logged.
 const TIME_TO_LOG: Duration = Duration::from_secs(1);
 
-/// Longest text of ssh in a message, in bytes: a node can make it write anything.
+/// Maximum length of ssh's output in a message, in bytes: a node can make ssh print anything.
 const LONGEST_SAID: u64 = 4096;
 
-/// Interval at which a wait looks whether it is still wanted.
+/// Interval at which a wait checks whether it is still wanted.
 const TICK: Duration = Duration::from_millis(20);
 
-/// Interval of ssh's own signs of life.
+/// Interval of ssh's own keepalive messages.
 const ALIVE: Duration = Duration::from_secs(5);
 
-/// Where a node is, and how to log in there.
+/// Address of a node, and how to log in there.
 #[derive(Debug, Clone)]
 pub(crate) struct Destination {
     /// `HOST` or `USER@HOST`, see [`is_host`].
     pub(crate) host: String,
-    /// A private key, and known hosts. Without them the person's own configuration of ssh counts.
+    /// Private key, with a file `known_hosts` next to it if there is one. `None` stands for the person's own
+    /// configuration of ssh.
     pub(crate) key: Option<PathBuf>,
 }
 
@@ -79,29 +81,29 @@ fn is_host(text: &str) -> bool {
     host.len() <= 253 && is_word(user, &['-', '_', '.']) && is_word(host, &['-', '_', '.', ':'])
 }
 
-/// Fails if what is waited for is no longer wanted.
+/// Called during a wait; fails once the wait is no longer wanted.
 pub(crate) type Heed<'a> = &'a dyn Fn() -> Result<()>;
 
-/// A connection that stands.
+/// An established connection.
 #[derive(Debug)]
 pub(crate) struct Connection {
     host: String,
     master: Child,
     control: PathBuf,
     log: PathBuf,
-    /// Each is closed at the end of a command's standard error.
+    /// One receiver for each command, disconnected at the end of the command's standard error.
     commands: RefCell<Vec<Receiver<()>>>,
 }
 
 impl Connection {
-    /// Connects. `directory` is private, and holds a copy of the key, the hosts' keys and the socket of the master
+    /// Connects. `directory` is private, and gets a copy of the key, the hosts' keys and the socket of the master
     /// process. After `silence` without an answer, the connection is lost.
     pub(crate) fn open(to: &Destination, directory: &Path, silence: Duration, heed: Heed<'_>) -> Result<Self> {
         let attempted = || format!("connect to the build node {}", to.host);
         let log = directory.join("ssh.log");
         let control = directory.join("ssh");
         let known_hosts = directory.join("known_hosts");
-        // A run that was killed has left its socket, which would look as if this connection stood.
+        // Remove the socket of a run that was killed: its presence would look as if this connection were established.
         match std::fs::remove_file(&control) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(Error::new(attempted()).because(e)),
             _ => {}
@@ -135,7 +137,7 @@ impl Connection {
         ssh.args(&options).args(["-M", "-N", "-T", "-S"]).arg(&control).args(["--", &to.host]);
         let said = File::create(&log).attempt(attempted)?;
         ssh.stdin(Stdio::null()).stdout(Stdio::null()).stderr(said);
-        // A Ctrl-C at a terminal is ours to handle: the node's part is ended in order.
+        // A process group of its own keeps Ctrl-C from ssh: this process handles it and ends the node's part in order.
         let master =
             end_with_us(unblock_signals(ssh.process_group(0))).spawn().map_err(|e| missing(&attempted(), e))?;
         let commands = RefCell::default();
@@ -177,8 +179,8 @@ impl Connection {
         File::open(&self.log).map(said).unwrap_or_default()
     }
 
-    /// `ssh` over the connection. It needs nothing of a configuration, which might ask for forwardings of its own. Without
-    /// the master it would connect anew; the command that is to make that connection fails instead.
+    /// Returns `ssh` over the connection. It reads no configuration, which might request forwardings of its own.
+    /// Without the master, it would open a new connection; `ProxyCommand=false` makes that fail.
     fn ssh(&self) -> Command {
         let mut ssh = Command::new("ssh");
         ssh.args(["-F", "none", "-o", "BatchMode=yes", "-o", "ProxyCommand=false", "-S"])
@@ -189,14 +191,14 @@ impl Connection {
         ssh
     }
 
-    /// Command that runs `words` on the node. The far shell takes each word as it is.
+    /// Returns a command that runs `words` on the node, quoted so that the far shell takes each word as it is.
     pub(crate) fn command(&self, words: &[&str]) -> Command {
         let mut ssh = self.ssh();
         ssh.args(["-T", "--", &self.host]).arg(shell_words::join(words));
         ssh
     }
 
-    /// Starts a [`Connection::command`], whose standard error is logged here.
+    /// Starts a [`Connection::command`]; its standard error goes to the log here.
     pub(crate) fn spawn(&self, command: &mut Command) -> io::Result<Child> {
         let mut child = command.stderr(Stdio::piped()).spawn()?;
         if let Some(stderr) = child.stderr.take() {
@@ -210,8 +212,8 @@ impl Connection {
         Ok(child)
     }
 
-    /// Has the master forward connections to each port of `listen` here, on its address or on all, to `there` on the
-    /// node's loopback address. Returns where this process reaches the first one.
+    /// Has the master forward each port of `listen` on this machine, on its address or (`None`) on all, to the port
+    /// `there` of the node's loopback address. Returns the address at which this process reaches the first of them.
     pub(crate) fn forward(&self, listen: &[(Option<IpAddr>, u16)], there: u16, heed: Heed<'_>) -> Result<SocketAddr> {
         listen.iter().try_for_each(|&here| self.forward_one(here, there, heed))?;
         let (address, port) = listen.first().copied().unwrap_or((None, 22));
@@ -221,7 +223,7 @@ impl Connection {
     fn forward_one(&self, (listen, port): (Option<IpAddr>, u16), there: u16, heed: Heed<'_>) -> Result<()> {
         let attempted = || format!("forward port {port} to the build node {}", self.host);
         let mut ssh = self.ssh();
-        // For "[::]" ssh would open a port for IPv6 alone.
+        // `*` means IPv4 and IPv6; for "[::]" ssh would open a port for IPv6 alone.
         let here = match listen {
             None => format!("*:{port}"),
             Some(address) => SocketAddr::new(address, port).to_string(),
@@ -237,8 +239,8 @@ impl Connection {
             .advise("see whether something else listens there"))
     }
 
-    /// Waits for sshd's greeting at `address`. Where the node's sshd forbids forwarding, the port is there all the same,
-    /// and each connection is closed.
+    /// Waits for sshd's greeting at `address`. An open port is not enough: if the node's sshd forbids forwarding, the
+    /// port is open nevertheless, and each connection to it is closed.
     pub(crate) fn await_greeting(&self, address: SocketAddr, heed: Heed<'_>) -> Result<()> {
         let attempted = || format!("reach the environment on {} through the connection", self.host);
         if greets(address, heed).map_err(|e| Error::new(attempted()).because(e.reason()))? {
@@ -257,7 +259,7 @@ impl Connection {
     }
 }
 
-/// Returns whether an sshd greets at `address`, which is one of this machine.
+/// Returns whether an sshd greets at `address`, which is an address of this machine.
 pub(crate) fn greets(address: SocketAddr, heed: Heed<'_>) -> Result<bool> {
     let attempted = || format!("reach {address}");
     let mut stream = TcpStream::connect_timeout(&address, TIME_TO_ANSWER).attempt(attempted)?;
@@ -285,7 +287,7 @@ impl Drop for Connection {
         let _ = self.master.kill();
         let _ = self.master.wait();
         let _ = std::fs::remove_file(&self.control);
-        // The last lines tell why a job has failed. The master had their other ends.
+        // The last lines tell why a job has failed. They end now: the other ends of their pipes were the master's.
         let limit = Instant::now() + TIME_TO_LOG;
         for end in self.commands.take() {
             let _ = end.recv_timeout(limit.saturating_duration_since(Instant::now()));
@@ -296,8 +298,8 @@ impl Drop for Connection {
 /// File of the copied key.
 const KEY: &str = "id";
 
-/// Copies the key, since ssh refuses one that others can read, and the known hosts beside it. Returns whether there are
-/// any.
+/// Copies the key, since ssh refuses a key that others can read, and the file `known_hosts` next to it. Returns whether
+/// that file exists.
 fn copy_keys(key: &Path, directory: &Tree) -> Result<bool> {
     let copy = |from: &Path, name: &str| {
         let text = std::fs::read(from).attempt(|| format!("read {}", from.display()))?;
@@ -315,7 +317,7 @@ fn copy_keys(key: &Path, directory: &Tree) -> Result<bool> {
     Ok(false)
 }
 
-/// Text of ssh or a node on one line.
+/// Reads text of ssh or a node, and returns it on one line.
 pub(super) fn said(from: impl Read) -> String {
     let mut text = Vec::new();
     let _ = from.take(LONGEST_SAID).read_to_end(&mut text);
@@ -347,7 +349,7 @@ fn tell_host_keys(host: &str, known_hosts: &Path) {
     }
 }
 
-/// One sentence for ssh's warning about another host key than the known one, which has a dozen lines.
+/// Returns one sentence for ssh's warning that a host key has changed, which has a dozen lines.
 fn changed_key(said: &str) -> Option<String> {
     if !said.contains("REMOTE HOST IDENTIFICATION HAS CHANGED") {
         return None;
@@ -355,7 +357,7 @@ fn changed_key(said: &str) -> Option<String> {
     let words = || said.split_whitespace();
     let shown = words().find(|word| word.starts_with("SHA256:"))?.trim_end_matches(['.', ',']);
     let place = words().skip_while(|word| *word != "Offending").nth(4).unwrap_or("known_hosts");
-    // The job has a copy of the file beside its key.
+    // If ssh names the job's copy of the file, name the original, which is next to the key.
     let (file, line) = place.trim_end_matches([',', '.']).rsplit_once(':').unwrap_or((place, "?"));
     let file =
         if file.ends_with("/known_hosts") && file.starts_with("/run/") { "known_hosts beside the key" } else { file };
@@ -364,11 +366,11 @@ fn changed_key(said: &str) -> Option<String> {
     ))
 }
 
-/// Output of `child`; an error after `limit`, or if it is no longer wanted. It is killed then.
+/// Returns the output of `child`. Kills it and fails after `limit`, or once `heed` fails.
 pub(crate) fn finish(mut child: Child, limit: Duration, heed: Heed<'_>) -> Result<Output> {
     let began = Instant::now();
     let wait = || {
-        // A child that has ended already cannot be opened.
+        // `None` if the child has already ended.
         let process = Identity::of(Pid::from_raw(child.id().cast_signed())).and_then(|id| Handle::open(id).ok());
         while let Some(process) = &process
             && !process.ends_within(TICK)

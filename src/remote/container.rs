@@ -1,7 +1,7 @@
-//! The far side of a job that upstream's prepare has begun: its container runs on the node already, with an sshd on a port
-//! of the node's. This speaks that container's protocol of signal files, and checks what upstream's scripts do not: the
-//! port is open before anybody is told, results have their length and digest, and the container ends before its directory
-//! is removed.
+//! The far side of a job that upstream's prepare has begun: the job's container already runs on the node, with an sshd
+//! on a port of the node. This file speaks that container's protocol of signal files, and checks what upstream's
+//! scripts do not: that the port is open before anybody is told, that results have the right length and digest, and
+//! that the container has ended before its directory is removed.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -27,26 +27,27 @@ use crate::verdict::Verdict;
 use crate::volume::layout::{ARCHIVE, BUILD_FAILED, EXITING, KIWI_LOG, POD_ERROR, READY, SSHD_LISTENING, TRANSFER};
 use crate::volume::signal_files::SignalFiles;
 
-/// Interval at which it is tried whether the container's sshd answers.
+/// Interval between attempts to reach the container's sshd.
 const TRY_EVERY: Duration = Duration::from_secs(1);
 
-/// Time between two of the container's heartbeats, which `REMOTE_HEARTBEAT_TIMEOUT_COUNT` counts.
+/// Time between two heartbeats of the container; `REMOTE_HEARTBEAT_TIMEOUT_COUNT` is a number of heartbeats.
 const HEARTBEAT: Duration = Duration::from_secs(5);
 
 /// Time for the container to be removed.
 const TIME_TO_CLEAR: Duration = Duration::from_secs(30);
 
-/// Most bytes that a command on the node may print.
+/// Maximum number of bytes that a command on the node may print.
 const MOST_OUTPUT: usize = 64 << 10;
 
-/// Places for the files that a container leaves beside the packed image: its boot files, whose names only it knows.
+/// Parts as which the files next to the packed image are received, in any order: these are boot files, which have their
+/// own names.
 const PLACES: [Part; 4] = [Part::Kernel, Part::Initrd, Part::Parameters, Part::Changes];
 
 /// Names on the volume that are no boot files.
 const OTHERS: [&str; 7] = [ARCHIVE, BUILD_FAILED, EXITING, KIWI_LOG, POD_ERROR, READY, SSHD_LISTENING];
 
-/// Prints a line each second: the signal files of the container, and every fifth time whether it lives. Arguments: the
-/// job's directory, the container.
+/// Script that prints a line each second: the signal files of the container, and in every fifth line whether the
+/// container lives. Arguments: the job's directory, the container.
 const LOOK: &str = r#"
 number=0
 while :; do
@@ -62,8 +63,8 @@ while :; do
 done
 "#;
 
-/// Ends the container, so that nothing changes the files any more, and prints length, digest and name of each file that
-/// may be a result. Arguments: the job's directory, the container.
+/// Script that ends the container, so that nothing changes the files any more, and prints length, digest and name of
+/// each file that may be a result. Arguments: the job's directory, the container.
 const STOP: &str = r#"
 cd "$1/image" || exit 1
 podman stop -t 3 "$2" >/dev/null 2>&1
@@ -75,7 +76,7 @@ for name in *; do
 done
 "#;
 
-/// Removes the container, its image and its directory. Nothing else of podman's is touched. Arguments: the job's
+/// Script that removes the container, its image and its directory, and nothing else of podman's. Arguments: the job's
 /// directory, the container, the image.
 const CLEAR: &str = r#"
 podman stop -t 3 "$2" >/dev/null 2>&1
@@ -84,28 +85,28 @@ podman rmi -f "$3" >/dev/null 2>&1
 if [ -d "$1" ] && [ ! -L "$1" ] && [ "$(stat -c %u "$1")" = 0 ]; then rm -rf "$1"; fi
 "#;
 
-/// Has a mark reach the container, which looks in the image if sessions are jailed there. Arguments: the container, the
-/// mark, and "True" for a jail.
+/// Script that passes a mark to the container, which looks for marks in the image if sessions are jailed. Arguments:
+/// the container, the mark, and "True" for a jail.
 const MARK: &str = r#"
 if [ "$3" = True ]; then place=/mnt/image/image-root/tmp; else place=/mnt/image; fi
 podman exec "$1" touch "$place/$2"
 "#;
 
-/// How far the container is.
+/// Progress of the container.
 enum Step {
-    /// It unpacks the image. The time is that of the last try to reach its sshd.
+    /// The container unpacks the image; holds the time of the last attempt to reach its sshd.
     Opening(Option<Instant>),
     /// People can log in.
     Open,
-    /// It has ended well, and is stopped.
+    /// The container has reported success, and is being stopped.
     Stopping(Running),
-    /// Its files come.
+    /// The container's files are being received.
     Fetching(Option<Fetching>),
-    /// It is removed; `None` if that could not begin.
+    /// The container is being removed since this time; `None` if the removal could not be started.
     Clearing(Option<Running>, Instant),
 }
 
-/// A file of the container's, with the place that it has here until all have come.
+/// A file of the container, with the part as which it is received until all files have arrived.
 struct Fetched {
     place: Part,
     name: String,
@@ -113,11 +114,11 @@ struct Fetched {
     sha256: String,
 }
 
-/// A file that comes from the node.
+/// A file that is being received from the node.
 struct Fetching {
     child: Child,
     file: File,
-    /// `None` once it has come.
+    /// The file's description; `None` once the file has arrived.
     result: Option<Fetched>,
 }
 
@@ -128,7 +129,7 @@ impl Drop for Fetching {
     }
 }
 
-/// A command that runs on the node, and what it prints.
+/// A command that runs on the node, and its output so far.
 struct Running {
     child: Child,
     output: ChildStdout,
@@ -148,7 +149,7 @@ impl Running {
         Ok(Self { child, output, printed: Vec::new(), is_over: false })
     }
 
-    /// Reads what has come.
+    /// Reads the output that has arrived.
     fn read(&mut self) -> Result<()> {
         let mut bytes = [0; 4096];
         while !self.is_over && self.printed.len() < MOST_OUTPUT {
@@ -163,7 +164,7 @@ impl Running {
         Ok(())
     }
 
-    /// Whole lines that were printed, and not returned before.
+    /// Returns the whole lines that were printed since the last call.
     fn lines(&mut self) -> Vec<String> {
         let end = self.printed.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
         let lines: Vec<u8> = self.printed.drain(..end).collect();
@@ -178,7 +179,7 @@ impl Drop for Running {
     }
 }
 
-/// Keywords of sshd that close something, or force something, for all sessions.
+/// Keywords of sshd that forbid or force something for all sessions.
 const CLOSING: [&str; 7] = [
     "allowagentforwarding",
     "allowtcpforwarding",
@@ -189,7 +190,7 @@ const CLOSING: [&str; 7] = [
     "permittty",
 ];
 
-/// Refuses what a container that others have made and started cannot be told any more.
+/// Refuses settings that cannot reach a container that upstream has already started.
 fn refuse_for_container(order: &Customize) -> Result<()> {
     let refused = |what: &str| {
         Err(Error::bad_input(format!(
@@ -210,7 +211,7 @@ fn refuse_for_container(order: &Customize) -> Result<()> {
     Ok(())
 }
 
-/// A container of upstream's on a node.
+/// A container on a node that upstream's prepare has started.
 pub(super) struct Container {
     connection: Connection,
     directory: String,
@@ -220,8 +221,9 @@ pub(super) struct Container {
     here: SocketAddr,
     is_jailed: bool,
     looking: Running,
-    /// Heartbeats that failed in a row, and how many may.
+    /// Number of heartbeats in a row that have failed.
     missed: u64,
+    /// Number of failed heartbeats in a row that are tolerated.
     limit: u64,
     silence: Silence,
     patience: Duration,
@@ -237,7 +239,7 @@ pub(super) struct Container {
 }
 
 impl Container {
-    /// Connects to the node of a container that listens on `port` there.
+    /// Connects to the node of a container whose sshd listens on `port` there.
     pub(super) fn begin(wanted: Wanted, port: u16, state: &Path, heed: Heed<'_>) -> Result<Self> {
         let Wanted { to, job, task, listen, silence, .. } = wanted;
         let Task::Customize(order) = task else {
@@ -277,7 +279,7 @@ impl Container {
         Error::new(format!("go on with the job on {}", self.connection.host())).because(why)
     }
 
-    /// Looks at the container's signal files and heartbeats.
+    /// Checks the container's signal files and heartbeats.
     fn look(&mut self) -> Result<Option<Told>> {
         self.silence.listen();
         self.looking.read()?;
@@ -319,7 +321,7 @@ impl Container {
         Ok(None)
     }
 
-    /// Tries whether the container's sshd greets.
+    /// Checks whether the container's sshd greets.
     fn try_to_reach(&mut self, signals: &Signals) -> Result<Option<Told>> {
         let Step::Opening(tried) = &mut self.step else { return Ok(None) };
         if tried.is_some_and(|tried| tried.elapsed() < TRY_EVERY) {
@@ -343,7 +345,7 @@ impl Container {
         Ok(None)
     }
 
-    /// Goes on with fetching.
+    /// Continues to fetch the container's files.
     fn fetch(&mut self, files: Option<&SignalFiles>) -> Result<()> {
         let parent = files.ok_or_else(|| self.refused("the image root parent is gone"))?.parent();
         let Step::Fetching(fetching) = &mut self.step else { return Ok(()) };
@@ -376,7 +378,7 @@ impl Container {
         Ok(())
     }
 
-    /// Takes note of the files that the stopped container has left.
+    /// Queues the files that the stopped container has left.
     fn stopped(&mut self) -> Result<()> {
         let Step::Stopping(stopping) = &mut self.step else { return Ok(()) };
         stopping.read()?;
@@ -403,7 +405,7 @@ impl Container {
             }
         }
         let image = image.ok_or_else(|| self.refused("its container has left no packed image"))?;
-        // Last: a sidecar takes it for the sign that all is there.
+        // The image comes last: a sidecar takes it for the sign that all files are there.
         self.to_fetch.push_back(image);
         self.step = Step::Fetching(None);
         Ok(())
@@ -451,7 +453,7 @@ impl Far for Container {
             if self.is_lost || matches!(self.step, Step::Clearing(..)) {
                 return Err(error);
             }
-            // The container does not end by itself. The error is told when it is removed.
+            // The container does not end by itself: remove it first, then report the error.
             self.error = Some(error);
             self.end();
             Ok(None)

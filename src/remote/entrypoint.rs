@@ -18,7 +18,7 @@ use crate::sshd::effective::Effective;
 use crate::sys::tree::Tree;
 use crate::volume::layout::BOOT_NAMES;
 
-/// Variables of the job that its environment on the node gets.
+/// Variables of the job that are passed to its environment on the node.
 const PASSED_ON: [&str; 22] = [
     "BUILD_ARCH",
     "ENABLE_DEBUG",
@@ -44,13 +44,13 @@ const PASSED_ON: [&str; 22] = [
     "SSH_JAIL",
 ];
 
-/// Where a pod has its site's certificates, unless `CA_CERT` names a file elsewhere.
+/// Directory of the site's certificates in a pod, unless `CA_CERT` names a file elsewhere.
 pub(super) const AUTHORITIES: &str = "/etc/cray/ca";
 
-/// Largest customization script in bytes: as JSON it has to fit into a message.
+/// Maximum size of a customization script, in bytes: as JSON it must fit into a message.
 const LARGEST_SCRIPT: u64 = 512 << 10;
 
-/// Largest certificate in bytes.
+/// Maximum size of a certificate, in bytes.
 const LARGEST: u64 = 1 << 20;
 
 /// Returns whether the job's environment is on a build node.
@@ -113,14 +113,14 @@ fn wanted(settings: &Settings, variables: Vec<(OsString, OsString)>) -> Result<W
     })
 }
 
-/// Variables of the boot files' names.
+/// Variables that contain the boot files' names.
 const BOOT_VARIABLES: [&str; 3] = ["KERNEL_FILENAME", "INITRD_FILENAME", "KERNEL_PARAMETERS_FILENAME"];
 
 fn is_boot_name(name: &OsString) -> bool {
     BOOT_VARIABLES.iter().any(|boot| name == boot)
 }
 
-/// The names that `prepare` has recorded, if it was this program's.
+/// Returns the boot files' names that `prepare` has recorded; nothing if upstream's prepare ran.
 fn recorded_names(parent: &Path) -> Vec<(OsString, OsString)> {
     let text = Tree::open(parent).and_then(|volume| volume.read(BOOT_NAMES, LARGEST));
     let recorded = text.ok().and_then(|text| serde_json::from_slice::<Names>(&text).ok());
@@ -128,7 +128,7 @@ fn recorded_names(parent: &Path) -> Vec<(OsString, OsString)> {
     recorded.into_iter().flat_map(named).map(|(name, value)| (name.into(), value.into())).collect()
 }
 
-/// The customization script at `path`, if there is one.
+/// Reads the customization script at `path`, if there is one.
 fn script(path: &Path) -> Result<Option<Script>> {
     let found = match std::fs::metadata(path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
@@ -143,7 +143,7 @@ fn script(path: &Path) -> Result<Option<Script>> {
     Ok(Some(Script { text, is_executable: found.permissions().mode() & 0o111 != 0 }))
 }
 
-/// Public keys that sshd's configuration lets in as root.
+/// Returns the public keys that sshd's configuration accepts for root.
 fn keys(sshd: &Effective) -> Result<String> {
     let mut keys = String::new();
     for word in sshd.all("authorizedkeysfile").flat_map(str::split_whitespace).filter(|word| *word != "none") {
@@ -161,7 +161,7 @@ fn keys(sshd: &Effective) -> Result<String> {
     Ok(keys)
 }
 
-/// The certificates in `directory`, without the links through which Kubernetes mounts them.
+/// Reads the certificates in `directory`; skips the hidden links through which Kubernetes mounts them.
 pub(super) fn certificates(directory: &Path) -> Result<Vec<(String, String)>> {
     let attempted = || format!("read {}", directory.display());
     let Ok(entries) = std::fs::read_dir(directory) else { return Ok(Vec::new()) };

@@ -1,4 +1,4 @@
-//! What the near side of a remote job needs of the far one: this program on a node, or a container of upstream's.
+//! Interface of the near side of a remote job to the far side: this program on a node, or a container of upstream's.
 
 use std::fs::File;
 use std::net::IpAddr;
@@ -24,15 +24,15 @@ pub(crate) struct Wanted {
     pub(crate) to: Destination,
     /// The job's ID.
     pub(crate) job: String,
-    /// The work done there.
+    /// The work on the node.
     pub(crate) task: Task,
-    /// The image, a squashfs; `None` for the one in the image root's parent.
+    /// The image, a squashfs; `None` for the one in the image root parent.
     pub(crate) image: Option<File>,
-    /// The ports here that lead to the environment, each on an address or on all; at least one.
+    /// The local ports that lead to the environment, each on one address or (`None`) on all; at least one.
     pub(crate) listen: Vec<(Option<IpAddr>, u16)>,
-    /// Names for the boot files that come back, where a sidecar looks for them.
+    /// Names that the received boot files get, under which a sidecar looks for them.
     pub(crate) boot: Names,
-    /// Limit of silence.
+    /// Time of silence after which the node counts as lost.
     pub(crate) silence: Duration,
 }
 
@@ -41,34 +41,34 @@ pub(super) trait Far {
     /// Descriptors to wait for.
     fn sources(&self) -> Vec<PollFd<'_>>;
 
-    /// Passes a mark on.
+    /// Passes a mark to the far side.
     fn mark(&mut self, verdict: Verdict);
 
-    /// Returns whether it was marked, and closes by itself.
+    /// Returns whether the image was marked, so that the environment closes by itself.
     fn is_closing(&self) -> bool;
 
-    /// Returns whether it has closed, and sends its results.
+    /// Returns whether the environment has closed and the far side sends its results.
     fn has_closed(&self) -> bool;
 
-    /// Has it end everything.
+    /// Has the far side end everything.
     fn end(&mut self);
 
-    /// Reads and writes what is possible now.
+    /// Reads and writes as much as is possible now. Returns a report that has arrived.
     fn turn(&mut self, files: Option<&SignalFiles>, signals: &Signals) -> Result<Option<Told>>;
 }
 
-/// News that change the job's state.
+/// Report of the far side that changes the job's state.
 #[derive(Debug, Clone)]
 pub(super) enum Told {
-    /// The environment can be reached; its public host key, if it was told.
+    /// The environment can be reached; contains its public host key, or nothing if that is not known.
     Listening(String),
-    /// The environment has closed, with this exit code.
+    /// The environment has closed, with this verdict and exit code.
     Closed(Verdict, u8),
-    /// Nothing is left there.
+    /// Nothing of the job is left on the node.
     Gone,
 }
 
-/// Fails if a signal has arrived, which is left to be read.
+/// Fails if a signal has arrived; the signal is not consumed.
 pub(super) fn unless_signalled(signals: &Signals) -> Result<()> {
     let mut arrived = [PollFd::new(signals, PollFlags::IN)];
     match poll::wait(&mut arrived, Duration::ZERO) {
@@ -77,7 +77,7 @@ pub(super) fn unless_signalled(signals: &Signals) -> Result<()> {
     }
 }
 
-/// Name of a file until it is whole.
+/// Name of a file until it is complete.
 pub(super) fn part_name(part: Part) -> &'static str {
     let [image, kernel, initrd, parameters, changes, log] = REMOTE_PARTS;
     match part {
@@ -90,7 +90,7 @@ pub(super) fn part_name(part: Part) -> &'static str {
     }
 }
 
-/// Name of a file that is whole. Boot files have those of the image's /boot.
+/// Name of a complete file. Boot files have the names that they have in the image's /boot.
 pub(super) fn name_of(part: Part, boot: &Names) -> &str {
     match part {
         Part::Kernel => &boot.kernel,
@@ -103,7 +103,7 @@ pub(super) fn name_of(part: Part, boot: &Names) -> &str {
     }
 }
 
-/// Gives the files that have come their names, the image last.
+/// Renames received files to their final names, the image last.
 pub(super) fn give_names(volume: &Tree, received: &[Part], boot: &Names) -> Result<()> {
     let mut parts = received.to_vec();
     parts.sort_by_key(|part| *part == Part::Image);

@@ -10,13 +10,13 @@ use crate::remote::message::{Hello, Order, Task};
 use crate::sshd::{self, sftp_server};
 use crate::transfer;
 
-/// File systems that a job mounts; the last one if it changes an image. Asking for one loads its module.
+/// File systems that a job mounts; a build does not need the last one. Opening a file system loads its kernel module.
 const FILE_SYSTEMS: [&str; 4] = ["overlay", "tmpfs", "proc", "squashfs"];
 
-/// How many times the image's size has to be free: the image, the packed one, and what a session adds.
+/// Multiple of the image's size that must be free: for the image, the packed image, and what a session adds.
 const ROOM: u64 = 2;
 
-/// Looks at this machine.
+/// Reports facts about this machine, and reasons why it cannot run the job.
 pub(crate) fn hello(order: &Order) -> Hello {
     let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let free = rustix::fs::statvfs(TMP).map_or(0, |disk| disk.f_bavail.saturating_mul(disk.f_frsize));
@@ -53,7 +53,7 @@ pub(crate) fn hello(order: &Order) -> Hello {
     Hello { arch: std::env::consts::ARCH.into(), kernel: kernel.trim().into(), free, refusals }
 }
 
-/// Why other users could take a job's directory away from a /tmp like this.
+/// Returns the reason why other users could remove or replace a job's directory in a /tmp with this status.
 fn unfit(found: &Stat) -> Option<String> {
     let mode = found.st_mode & 0o7777;
     if FileType::from_raw_mode(found.st_mode) != FileType::Directory || found.st_uid != 0 {

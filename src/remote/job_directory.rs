@@ -1,7 +1,7 @@
 //! A job's directory on a node, `/tmp/ims_JOB`. IMS counts these directories to see how busy a node is.
 //!
-//! A lock in it lives as long as the job's first process. Directories whose lock is free were left by a job that was
-//! killed, or by a node that went down, and the next job removes them.
+//! A job's first process holds a lock in the directory as long as it lives. A directory whose lock is free was left by
+//! a job that was killed, or by a node that went down, and the next job removes it.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -16,20 +16,21 @@ use crate::sys::tree::Tree;
 /// Directory of the jobs' directories.
 pub(crate) const TMP: &str = "/tmp";
 
-/// Beginning of the directories' names, which is IMS's.
+/// Prefix of the directories' names, the same as IMS's.
 const PREFIX: &str = "ims_";
 
-/// Beginning of the name until the lock is taken.
+/// Prefix of a directory's name until its lock is taken.
 const NEW: &str = ".ims-sshd.";
 
-/// File that is locked.
+/// File in the directory that is locked.
 const LOCK: &str = ".ims-sshd.lock";
 
-/// Directories of a job: what sessions and the environment share, and what is sent back.
+/// Directory, in a job's directory, that sessions and the environment share.
 pub(crate) const IMAGE: &str = "image";
+/// Directory, in a job's directory, for the files that are sent back.
 pub(crate) const RESULTS: &str = "results";
 
-/// The directory of a job that runs.
+/// The directory of a running job.
 pub(crate) struct JobDirectory {
     tmp: Tree,
     name: String,
@@ -38,7 +39,7 @@ pub(crate) struct JobDirectory {
 }
 
 impl JobDirectory {
-    /// Creates the directory, which must not exist. Removes those of dead jobs first.
+    /// Creates the directory, which must not exist. Removes the directories of dead jobs first.
     pub(crate) fn make(job: &str) -> Result<Self> {
         Self::make_in(Path::new(TMP), job)
     }
@@ -49,7 +50,7 @@ impl JobDirectory {
         let attempted = || format!("create the directory {}", shown.display());
         let tmp = Tree::open(tmp).attempt(attempted)?;
         sweep(&tmp);
-        // Locked before it has its name, so that no other job takes it for a dead one's.
+        // Lock the directory before it gets its name, so that no other job takes it for that of a dead job.
         let new = format!("{NEW}{job}.{}", std::process::id());
         let tree = tmp.make_private(&new).attempt(attempted)?;
         let made = fill(&tree).and_then(|lock| {
@@ -76,19 +77,19 @@ impl JobDirectory {
         &self.tree
     }
 
-    /// Its path.
+    /// Path of the directory of `job`.
     pub(crate) fn path(job: &str) -> PathBuf {
         Path::new(TMP).join(format!("{PREFIX}{job}"))
     }
 
-    /// Removes it with all that is in it.
+    /// Removes the directory with everything in it.
     pub(crate) fn remove(self) -> Result<()> {
         let attempted = || format!("remove {}", self.tmp.shown().join(&self.name).display());
         self.tmp.remove_whole(self.name.as_ref()).attempt(attempted)
     }
 }
 
-/// The number of jobs, as IMS counts them.
+/// Returns the number of jobs, as IMS counts them.
 pub(crate) fn count() -> Result<usize> {
     let attempted = || format!("list {TMP}");
     let names = Tree::open(Path::new(TMP)).and_then(|tmp| tmp.names()).attempt(attempted)?;
@@ -104,7 +105,7 @@ fn fill(tree: &Tree) -> io::Result<OwnedFd> {
     Ok(lock.into())
 }
 
-/// Locks the directory `name`, if it is one of a job of this program, and of root.
+/// Locks the directory `name` if it belongs to a job of this program and to root.
 fn lock(tmp: &Tree, name: &str) -> io::Result<OwnedFd> {
     let tree = tmp.directory_without_links(name)?;
     let file = tree.open_regular(LOCK, OFlags::RDONLY | OFlags::NOFOLLOW)?;
@@ -143,7 +144,7 @@ mod tests {
         let dead = JobDirectory::make_in(tmp.path(), "dead").unwrap();
         std::fs::write(tmp.path().join("ims_dead/image/file"), "").unwrap();
         drop(dead);
-        // Upstream's, which has no lock, and one that another user made to look like ours.
+        // A directory of upstream's, which has no lock, and one that another user made to look like ours.
         for name in ["ims_upstream", "ims_other", "other"] {
             std::fs::create_dir(tmp.path().join(name)).unwrap();
         }

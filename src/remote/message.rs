@@ -1,5 +1,5 @@
-//! What the two sides of a remote job tell each other, and what a node's parent process and the process inside do:
-//! both ends of the protocol. Each message is a line of JSON on a [`Channel`](crate::remote::channel::Channel).
+//! The protocol between the two sides of a remote job, and between a node's parent process and the process inside; both
+//! ends of each use these types. A message is a line of JSON on a [`Channel`](crate::remote::channel::Channel).
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -10,11 +10,11 @@ use crate::error::{Error, Result};
 use crate::transfer::checksum::hex;
 use crate::verdict::Verdict;
 
-/// A message. Each side refuses those that are not meant for it.
+/// A message. Each side refuses messages that are not meant for it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "is", rename_all = "snake_case")]
 pub(crate) enum Message {
-    /// To the node, first: what it is to do.
+    /// To the node, as the first message: the work that it must do.
     Order(Box<Order>),
     /// From the node, before anything is sent to it.
     Hello(Hello),
@@ -30,28 +30,28 @@ pub(crate) enum Message {
         /// SHA-256, in hexadecimal digits.
         sha256: String,
     },
-    /// From the node: sshd accepts connections on this port of its loopback address.
+    /// From the node: sshd accepts connections on this port of the node's loopback address.
     Listening {
         /// The port.
         port: u16,
         /// Public host key of that sshd, in OpenSSH's format.
         host_key: String,
     },
-    /// To the node: the image is marked.
+    /// To the node: the image has been marked with this verdict.
     Mark(Judged),
     /// From the node: the environment has closed.
     Closed {
-        /// Its verdict.
+        /// The environment's verdict.
         verdict: Judged,
-        /// Its exit code.
+        /// The environment's exit code.
         exit_code: u8,
     },
     /// From the node: a build has ended; its files follow.
     Built {
-        /// Why it failed, if it has.
+        /// Reason of the failure; `None` if the build succeeded.
         failure: Option<String>,
     },
-    /// From the process inside to its parent: these files lie in the directory of results.
+    /// From the process inside to its parent: these files are in the directory of results.
     Packed {
         /// The files.
         parts: Vec<Part>,
@@ -65,7 +65,7 @@ pub(crate) enum Message {
     },
     /// To the node: end everything and remove it.
     End,
-    /// From the node, last: nothing of the job is left there.
+    /// From the node, as the last message: nothing of the job is left on the node.
     Gone,
 }
 
@@ -99,11 +99,11 @@ pub(crate) enum Part {
     Source,
     /// The packed image.
     Image,
-    /// Its kernel.
+    /// Kernel of the image.
     Kernel,
-    /// Its initrd.
+    /// Initrd of the image.
     Initrd,
-    /// Its kernel parameters.
+    /// Kernel parameters of the image.
     Parameters,
     /// Report of what was changed, as JSON.
     Changes,
@@ -134,9 +134,9 @@ impl Part {
 pub(crate) struct Order {
     /// The job's ID, see [`is_job_id`].
     pub(crate) job: String,
-    /// Length in bytes of the image that is to be sent.
+    /// Length in bytes of the image that will be sent; for a build, of the recipe plus the least space for a build.
     pub(crate) size: u64,
-    /// After so many seconds of silence each side takes the connection for lost.
+    /// Seconds of silence after which each side considers the connection lost.
     pub(crate) patience: u64,
     /// The work to be done.
     pub(crate) task: Task,
@@ -153,7 +153,7 @@ pub(crate) enum Task {
 }
 
 impl Task {
-    /// Variables of the job, as a container of a pod has them.
+    /// Environment variables of the job, as a container of a pod has them.
     pub(crate) fn variables(&self) -> &[(String, String)] {
         match self {
             Self::Customize(Customize { variables, .. }) | Self::Build(Build { variables, .. }) => variables,
@@ -178,15 +178,15 @@ pub(crate) struct Build {
     pub(crate) signing_keys: Vec<(String, Blob)>,
     /// Certificates of authorities for the image: file name and content.
     pub(crate) authorities: Vec<(String, String)>,
-    /// How many seconds the repositories are waited for there.
+    /// Seconds for which the node waits for the repositories; `None` if it does not wait.
     pub(crate) wait: Option<u64>,
     /// Patterns of paths that are not packed.
     pub(crate) exclude: Vec<String>,
-    /// True if the image root is wanted although its build failed.
+    /// True if the image root is sent back even if its build failed.
     pub(crate) returns_tree: bool,
 }
 
-/// Bytes that need not be a text.
+/// Bytes that need not be text, in base64 in a message.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub(crate) struct Blob(pub(crate) Vec<u8>);
@@ -220,7 +220,7 @@ pub(crate) struct Customize {
     pub(crate) exclude: Vec<String>,
     /// True if a report of what was changed is sent back.
     pub(crate) reports_changes: bool,
-    /// Lines of the site's configuration of sshd, which come in place of this program's own for sessions.
+    /// Lines of the site's sshd configuration, which replace this program's own lines for sessions.
     pub(crate) sshd: Option<Vec<(String, String)>>,
     /// The customization script.
     pub(crate) script: Option<Script>,
@@ -229,9 +229,9 @@ pub(crate) struct Customize {
 /// A script that runs in the environment once sshd listens.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Script {
-    /// Its text.
+    /// Text of the script.
     pub(crate) text: String,
-    /// False if a shell runs it.
+    /// True if the script is executed directly, false if a shell runs it.
     pub(crate) is_executable: bool,
 }
 
@@ -244,11 +244,12 @@ pub(crate) struct Hello {
     pub(crate) kernel: String,
     /// Bytes that are free for the job.
     pub(crate) free: u64,
-    /// Reasons why the job cannot run there, each a sentence.
+    /// Reasons why the job cannot run on the node, each a sentence.
     pub(crate) refusals: Vec<String>,
 }
 
-/// Returns whether the variable `name` says how to log on a node, whose lines become events of the log here.
+/// Returns whether the variable `name` configures the log of a node. Only the level does: the node's lines become
+/// events of the log on this side, which has its own format.
 pub(crate) fn is_of_log(name: &str) -> bool {
     name == "LOG_LEVEL"
 }
@@ -258,7 +259,7 @@ pub(crate) fn is_job_id(id: &str) -> bool {
     (1..=64).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
 }
 
-/// The ID of a job of IMS, unless it cannot be one on a node.
+/// Returns the ID of a job of IMS; fails if it cannot be a job's ID on a node.
 pub(crate) fn job_of_ims(id: &str) -> Result<String> {
     if is_job_id(id) {
         return Ok(id.to_owned());

@@ -1,5 +1,6 @@
-//! Remote build nodes: a job whose image is changed on another host. One ssh connection is the job. [`relay`] is the
-//! side of the pod, or of the machine that `customize --node` runs on; [`node`] is the far side, the same program.
+//! Remote build nodes: jobs whose image is changed on another host. A job lives as long as its one ssh connection.
+//! [`relay`] is the side of the pod, or of the machine on which `customize --node` runs; [`node`] is the far side, in
+//! the same program.
 
 pub mod build;
 pub(crate) mod channel;

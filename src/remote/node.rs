@@ -1,6 +1,6 @@
-//! `ims-sshd node`: the far side of a remote job. It reads an order, says what this machine is, receives the image, and
-//! starts the part that runs [inside](crate::remote::inside). It stays outside of the namespaces, so that it can remove
-//! everything when they end, and it is the only one that talks to the pod.
+//! `ims-sshd node`: the far side of a remote job. It reads an order, reports facts about this machine, receives the
+//! image, and starts the process that runs [inside](crate::remote::inside). The far side itself stays outside the
+//! namespaces, so that it can remove everything when they end, and it alone talks to the pod.
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -26,13 +26,13 @@ use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
 use crate::volume::layout::{ARCHIVE, REMOTE_RECIPE};
 
-/// Time for the order, and for the last message to be taken.
+/// Time limit for the order to arrive, and for the last message to be taken.
 const SOON: Duration = Duration::from_secs(30);
 
 /// Interval at which limits are checked.
 const TICK: Duration = Duration::from_millis(500);
 
-/// Runs the far side, or one of the stages inside, or what a key is tied to.
+/// Runs the far side; with `stage`, a stage inside; with `is_shell`, the command to which a key is restricted.
 pub fn run(stage: Option<Stage>, is_shell: bool) -> Result<u8> {
     if is_shell {
         return shell::run();
@@ -64,17 +64,17 @@ struct Node {
     inside: Option<Inside>,
 }
 
-/// The process inside, and the line to it.
+/// The process inside, and the channel to it.
 struct Inside {
     child: Child,
     channel: Channel,
-    /// True if it has said how the job ended.
+    /// True once the process has reported how the job ended.
     is_told: bool,
 }
 
 impl Drop for Inside {
     fn drop(&mut self) {
-        // The kernel ends every process of its PID namespace with it, and its mounts.
+        // With this process, the kernel ends all others of its PID namespace, and its mounts disappear.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -91,15 +91,15 @@ impl Node {
             None
         };
         self.channel.say(&Message::Hello(hello));
-        // The other side tells the refusals.
+        // Without a directory, the job is refused, and the other side reports why.
         let Some(directory) = directory else { return Ok(()) };
         let result = self.carry_out(&order, directory.tree());
-        // Ends it before the directory is removed.
+        // End the process inside before its directory is removed.
         self.inside = None;
         result.and(directory.remove())
     }
 
-    /// The first message.
+    /// Reads the first message, which must be an order.
     fn order(&mut self) -> Result<Order> {
         match self.next()? {
             Frame::Message(Message::Order(order)) if is_job_id(&order.job) => Ok(*order),
@@ -107,7 +107,7 @@ impl Node {
         }
     }
 
-    /// Waits until a frame has come.
+    /// Waits for a frame.
     fn next(&mut self) -> Result<Frame> {
         loop {
             self.turn()?;
@@ -204,7 +204,7 @@ impl Node {
         }
     }
 
-    /// Messages from inside. Reports its end if it has not said anything of it.
+    /// Returns messages from inside. If the process has ended without reporting that, the result includes an error.
     fn heard_inside(&mut self) -> Result<Vec<Message>> {
         let mut messages = Vec::new();
         let Some(inside) = &mut self.inside else { return Ok(messages) };
@@ -223,7 +223,7 @@ impl Node {
         Ok(messages)
     }
 
-    /// Lets the other side take the last messages.
+    /// Waits until the other side has taken the last messages.
     fn flush(&mut self) {
         let began = Instant::now();
         while !self.channel.is_flushed() && began.elapsed() < SOON && self.channel.turn().is_ok() {
@@ -251,7 +251,7 @@ fn start(order: &Order) -> Result<Inside> {
     Ok(Inside { child, channel, is_told: false })
 }
 
-/// Marks the image for the environment.
+/// Marks the image, for the environment to see.
 fn mark(image: &Tree, judged: Judged) -> Result<()> {
     let name = Verdict::from(judged).signal_file();
     image.touch(name).attempt(|| format!("create '{name}'")).map(drop)

@@ -1,17 +1,18 @@
-//! Standard error of a command on a node: the log of this program there, and words of ssh. Each line becomes an event of
-//! the log here, since a node may write anything.
+//! Standard error of a command on a node: the log of this program there, and messages of ssh. Each line becomes an
+//! event of the log here, since a node may write anything.
 
 use std::io::{BufRead, BufReader, Read};
 
 use crate::printable::Printable;
 
-/// Longest line that is logged, in bytes.
+/// Maximum length of a logged line, in bytes.
 const LONGEST: u64 = 1000;
 
-/// Number of lines of one command that are logged.
+/// Maximum number of lines of one command that are logged.
 const MOST: u64 = 10_000;
 
-/// Logs what `host` writes to `stderr`, until its end. Reads on where nothing more is logged: the command must not wait.
+/// Logs what `host` writes to `stderr`, until its end. Reads on after the last line that is logged, so that the command
+/// does not block.
 pub(super) fn log_all(host: &str, stderr: impl Read) {
     let mut stderr = BufReader::new(stderr);
     let mut count = 0_u64;
@@ -33,7 +34,7 @@ pub(super) fn log_all(host: &str, stderr: impl Read) {
     }
 }
 
-/// The next line, cut off after [`LONGEST`] bytes.
+/// Returns the next line, cut off after [`LONGEST`] bytes.
 fn next_line(input: &mut impl BufRead) -> Option<String> {
     let mut line = Vec::new();
     input.by_ref().take(LONGEST).read_until(b'\n', &mut line).ok().filter(|length| *length > 0)?;
@@ -42,7 +43,7 @@ fn next_line(input: &mut impl BufRead) -> Option<String> {
     Some(if is_cut { format!("{line}…") } else { line.into_owned() })
 }
 
-/// Logs a line, at its own level if it is one of this program's log there.
+/// Logs a line; a line of this program's log on the node keeps its level.
 fn log(host: &str, line: &str) {
     let (level, said) = level_of(line);
     let said = Printable(said);
@@ -54,7 +55,7 @@ fn log(host: &str, line: &str) {
     }
 }
 
-/// Level and text of a line as [the log](crate::log::format) writes it: after the time.
+/// Returns level and text of a line in the format of [the log](crate::log::format), in which they follow the time.
 fn level_of(line: &str) -> (&str, &str) {
     let after_time = line.split_once(' ').filter(|(time, _)| time.starts_with("20") && time.ends_with('Z'));
     let parts = after_time.and_then(|(_, rest)| rest.trim_start().split_once(' '));

@@ -13,26 +13,26 @@ use crate::sys::file_kind::FileKind;
 use crate::sys::mounts::{self, Detached};
 use crate::sys::tree::Tree;
 
-/// Where a job's environment finds the image root's parent.
+/// Path of the image root parent in a job's environment.
 pub(crate) const PARENT: &str = "/mnt/image";
 
-/// Where it finds this program.
+/// Directory of this program in a job's environment.
 pub(crate) const PROGRAMS: &str = "/run/ims-sshd-programs";
 
-/// Where it leaves the files that are sent back.
+/// Directory in a job's environment for the files that are sent back.
 pub(crate) const RESULTS: &str = "/run/ims-sshd-results";
 
-/// Directories of a build for the results and for the order's files. /mnt exists everywhere, and a build gets nothing from
-/// it.
+/// Directory of a build for its results. It is below /mnt, which exists everywhere and from which a build needs
+/// nothing.
 pub(crate) const BUILD_RESULTS: &str = "/mnt/ims-sshd-results";
+/// Directory of a build for the order's files.
 pub(crate) const BUILD_OWN: &str = "/mnt/ims-sshd-job";
 
-/// Directories of a system that may be on a disk of their own. What is mounted elsewhere (homes, data, other jobs) is not
-/// shown.
+/// System directories that may be file systems of their own. Other mounts (homes, data, other jobs) are not shown.
 const SYSTEM: [&str; 9] = ["/boot", "/etc", "/opt", "/root", "/srv", "/usr", "/usr/local", "/var", "/var/lib"];
 
-/// Makes the root in `place`, the job's directory, and enters it. This process has to have a mount namespace of its own;
-/// its working directory is then the new root.
+/// Makes the root in `place`, the job's directory, and enters it. This process must have a mount namespace of its own.
+/// Its working directory is then the new root.
 pub(crate) fn enter(place: &Path, (image, results): (&Path, &Path)) -> Result<()> {
     let programs = std::env::current_exe().attempt(|| "find this program's own file")?;
     let programs = programs.parent().unwrap_or(Path::new("/"));
@@ -41,7 +41,7 @@ pub(crate) fn enter(place: &Path, (image, results): (&Path, &Path)) -> Result<()
     let top = layers.join("top");
     let attempted = || format!("mount a root directory on {}", top.display());
     std::fs::create_dir_all(&top).attempt(attempted)?;
-    // Attached first: nothing can be mounted on a mount that has no place yet.
+    // Attach the overlay first: nothing can be mounted on a detached mount.
     let target = Tree::open(&top).attempt(attempted)?;
     let root = Tree::from_fd(overlay(Path::new("/"), &layers.join("0"))?.attach(target).attempt(attempted)?);
     let mounted = std::fs::read("/proc/self/mountinfo").attempt(|| "read /proc/self/mountinfo")?;
@@ -83,8 +83,8 @@ pub(crate) fn enter(place: &Path, (image, results): (&Path, &Path)) -> Result<()
     mounts::switch_root(&root).attempt(|| "enter the job's root directory")
 }
 
-/// Gives a build the job's directories in place of /mnt and /tmp. The rest of the node stays: kiwi-ng gets a root directory
-/// of its own, with the parts of this one that it reads.
+/// Gives a build the job's directories in place of /mnt and /tmp. The rest of the node stays visible: kiwi-ng gets a
+/// root directory of its own, with only those parts of this one that it reads.
 pub(crate) fn enter_for_build(place: &Path, (image, results): (&Path, &Path)) -> Result<()> {
     let tmp = place.join("tmp");
     let attempted = || format!("create the directory {}", tmp.display());
@@ -98,7 +98,7 @@ pub(crate) fn enter_for_build(place: &Path, (image, results): (&Path, &Path)) ->
     let shown = |path: &Path, attributes: MountAttrFlags| {
         Detached::copy_of(path, false, attributes).attempt(|| format!("show {}", path.display()))
     };
-    // Copied before /tmp, which they lie in, is covered.
+    // Copy these mounts before /tmp is covered, since the job's directories are in it.
     let mounts = [
         ("/proc", new("proc", &[])?),
         ("/mnt", new("tmpfs", &[("mode", "0755"), ("source", "ims-sshd")])?),
@@ -107,14 +107,14 @@ pub(crate) fn enter_for_build(place: &Path, (image, results): (&Path, &Path)) ->
         ("/tmp", shown(&tmp, quiet)?),
     ];
     for (point, detached) in mounts {
-        // Opened anew each time: a handle of before would lead below the new mount.
+        // Open / each time: an older handle would lead below the new mount.
         let root = Tree::open(Path::new("/")).attempt(|| "open /")?;
         attach(detached, &root, Path::new(point))?;
     }
     Ok(())
 }
 
-/// An overlay over `lower`, without what is mounted below that.
+/// Returns an overlay over `lower`, without the mounts below it.
 fn overlay(lower: &Path, layers: &Path) -> Result<Detached> {
     let attempted = || format!("mount an overlay over {}", lower.display());
     let [upper, work] = ["upper", "work"].map(|name| layers.join(name));
@@ -135,7 +135,7 @@ fn attach(mount: Detached, root: &Tree, point: &Path) -> Result<()> {
     target.and_then(|target| mount.attach(target)).attempt(|| format!("mount on /{}", point.display())).map(drop)
 }
 
-/// Writes the node's resolv.conf where a link leads into the node's /run.
+/// If resolv.conf is a link, which may lead into the node's /run, replaces it by the node's content.
 fn replace_link(root: &Tree, text: &[u8]) -> std::io::Result<()> {
     let is_link = root.look(RESOLV_CONF)?.is_some_and(|found| FileKind::of(&found) == FileKind::SymbolicLink);
     if is_link { root.replace(RESOLV_CONF, text) } else { Ok(()) }

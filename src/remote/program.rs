@@ -1,5 +1,5 @@
-//! The near side's end of this program on a node: the connection, the process there, the line to it, and the files that
-//! come back.
+//! The near side's view of this program on a node: the connection, the process there, the channel to it, and the files
+//! that come back.
 
 use std::fs::File;
 use std::io::PipeReader;
@@ -22,10 +22,10 @@ use crate::sys::poll;
 use crate::sys::tree::Tree;
 use crate::volume::signal_files::LOOK_EVERY;
 
-/// Time for the node to remove everything at the end. Afterwards its own limit of silence ends it.
+/// Time for the node to remove everything at the end. After that, its own limit of silence ends its part.
 const TIME_TO_CLEAR: Duration = Duration::from_secs(20);
 
-/// This program on a node. The node's part ends when this is dropped.
+/// This program on a node. The node's part ends when this value is dropped.
 pub(super) struct Program {
     pub(super) connection: Connection,
     pub(super) channel: Channel,
@@ -41,7 +41,7 @@ impl Program {
         let connection = Connection::open(to, state, silence, heed)?;
         let path = provision::provide(&connection, heed)?;
         let attempted = || format!("start ims-sshd on the build node {}", connection.host());
-        // Its log comes here, by ssh.
+        // Pass on the variables for the log, since the node's log arrives here through ssh.
         let log = order.task.variables().iter().filter(|(name, _)| is_of_log(name));
         let log: Vec<_> = log.map(|(name, value)| format!("{name}={value}")).collect();
         let words = ["env"].into_iter().chain(log.iter().map(String::as_str)).chain([path.as_str(), "node"]);
@@ -83,7 +83,7 @@ impl Program {
         }
     }
 
-    /// Fails if the connection is lost; the reason has ssh's own words.
+    /// Fails if the connection is lost; the error includes ssh's own output.
     pub(super) fn check(&self) -> Result<()> {
         self.channel.check().map_err(|e| {
             let said = self.connection.last_words();
@@ -97,8 +97,8 @@ impl Program {
         Error::new(format!("go on with the job on {}", self.connection.host())).because(why)
     }
 
-    /// Looks for the node's last message, `since` it was told to end. Whatever comes before it no longer counts. Returns
-    /// whether the wait is over.
+    /// Reads messages up to the node's last one; the others no longer count. Returns true if the last one has arrived,
+    /// or if too much time has passed `since` the node was told to end.
     pub(super) fn has_ended(&mut self, since: Instant) -> bool {
         loop {
             match self.channel.next() {
@@ -134,7 +134,7 @@ impl Drop for Program {
 #[derive(Default)]
 pub(super) struct Incoming {
     receiving: Option<Receiving>,
-    /// Whole files that are being written to the disk, which may take longer than the node waits for a sign of life.
+    /// Complete files that threads write to the disk, which may take longer than the node waits for a sign of life.
     storing: Vec<Storing>,
     received: Vec<Part>,
     is_sent: bool,
@@ -142,13 +142,13 @@ pub(super) struct Incoming {
 
 struct Storing {
     thread: JoinHandle<Result<Part>>,
-    /// Is closed by the thread's end.
+    /// Closed when the thread ends.
     done: PipeReader,
 }
 
 impl Incoming {
-    /// Takes what belongs to files, into `directory`; returns another message. `None` for `directory` if no file may
-    /// come.
+    /// Takes a frame that belongs to a file, and writes the file into `directory`; returns any other message.
+    /// `directory` is `None` while no file may come.
     pub(super) fn take(&mut self, frame: Frame, directory: Option<&Tree>) -> Result<Option<Message>> {
         let refused = |why: &str| Err(Error::new("receive the results").because(why));
         match (frame, directory) {
@@ -192,7 +192,7 @@ impl Incoming {
         Ok(())
     }
 
-    /// The files, once all have come and are on the disk.
+    /// Returns the files, once all have arrived and are on the disk.
     pub(super) fn results(&mut self) -> Result<Option<Vec<Part>>> {
         if !self.is_sent || self.storing.iter().any(|storing| !storing.thread.is_finished()) {
             return Ok(None);

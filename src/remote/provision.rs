@@ -1,5 +1,5 @@
-//! Sends this program to a node, below a directory that is named after its digest: a second job sends nothing, and
-//! another version is another directory.
+//! Sends this program to a node, into a directory that is named after the program's digest: a second job need not send
+//! it again, and another version gets another directory.
 
 use std::io::Seek;
 use std::path::Path;
@@ -14,14 +14,16 @@ use crate::remote::connection::{Connection, Heed, finish, said};
 use crate::sys::architecture::Architecture;
 use crate::transfer::checksum::sha256_of;
 
-/// Directory of the programs on a node. `customize` keeps changes there too, and others must not look into it.
+/// Directory of the programs on a node. `customize` also keeps changes in it, which other users must not see.
 const PLACE: &str = "/var/lib/ims-sshd";
 
-/// Time for a node to answer, and to take both programs.
+/// Time limit for a node to say whether it has the programs.
 const TIME_TO_LOOK: Duration = Duration::from_secs(30);
+/// Time limit for a node to receive both programs.
 const TIME_TO_TAKE: Duration = Duration::from_mins(1);
 
-/// Whether the programs in `$place/$1` are root's, can be changed by nobody else, and have the digests $2 and $3.
+/// Shell function that checks that the programs in `$place/$1` belong to root, cannot be changed by other users, and
+/// have the digests $2 and $3.
 const IS_WHOLE: &str = r#"
 PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C
 export PATH LC_ALL
@@ -38,16 +40,16 @@ is_whole() {
 }
 "#;
 
-/// Prints the node's architecture, and whether it has the programs. Their directory's time says when they were last
-/// wanted.
+/// Prints the node's architecture, and whether it has the programs. Sets the time of their directory, which thus shows
+/// when they were last wanted.
 const LOOK: &str = r#"
 uname -m
 if is_whole "$@"; then touch "$place/$1"; echo whole; else echo missing; fi
 "#;
 
-/// Takes the programs, of which the first has $4 bytes, within $5 seconds each. The directory gets its name when both are
-/// whole; another job may have been faster. Removes what a node that went down has left, and other versions that nobody
-/// has wanted for a day and that no job runs.
+/// Receives the two programs, the first of which has $4 bytes, within $5 seconds each. Renames their directory once
+/// both are complete, unless another job was faster. Also removes incomplete directories, which a crash has left, and
+/// other versions that were not wanted for a day and that no job runs.
 const TAKE: &str = r#"
 set -e
 mkdir -m 700 "$place" 2>/dev/null || [ -d "$place" ]
@@ -105,21 +107,21 @@ pub(crate) fn provide(connection: &Connection, heed: Heed<'_>) -> Result<String>
     Ok(Programs::path_of(name))
 }
 
-/// The text of the script that looks for the programs.
+/// Returns the script that checks whether a node has the programs.
 pub(crate) fn look() -> String {
     format!("{IS_WHOLE}{LOOK}")
 }
 
-/// The text of the script that takes them.
+/// Returns the script that receives the programs.
 pub(crate) fn take() -> String {
     format!("{IS_WHOLE}{TAKE}")
 }
 
 /// This program and `ims-jail-shell`.
 pub(crate) struct Programs {
-    /// Both, one after the other.
+    /// Content of both programs, one after the other.
     content: Vec<u8>,
-    /// Length of the first.
+    /// Length of the first program, in bytes.
     first: usize,
     digests: [String; 2],
     /// Name of their directory on a node.
@@ -127,7 +129,7 @@ pub(crate) struct Programs {
 }
 
 impl Programs {
-    /// Reads the programs that this process and its helper run.
+    /// Reads the program of this process, and its helper.
     pub(crate) fn own() -> Result<Self> {
         let read = |program: &Path| std::fs::read(program).attempt(|| format!("read {}", program.display()));
         let mut content = read(&std::env::current_exe().attempt(|| "find this program's own file")?)?;
@@ -142,7 +144,7 @@ impl Programs {
         format!("{PLACE}/{name}/ims-sshd")
     }
 
-    /// Path of the first on a node.
+    /// Path of `ims-sshd` on a node.
     pub(crate) fn path(&self) -> String {
         Self::path_of(&self.name)
     }

@@ -1,5 +1,5 @@
 //! The near side of a remote job, in a pod or on a person's machine. It drives the same state machine as a local
-//! environment: what that does here, this has done on the node, and relays marks and results.
+//! environment. Where that acts on this machine, this side has the node act, and it relays marks and results.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -32,12 +32,12 @@ use crate::volume::layout::{ARCHIVE, EXITING, POD_ERROR, READY, REMOTE_PARTS, RE
 use crate::volume::signal_files::{LOOK_EVERY, SignalFiles, Stamp, Watch};
 use crate::volume::state_directory::StateDirectory;
 
-/// Time for the parent to appear, as for a local environment.
+/// Time for the image root parent to appear, as for a local environment.
 const TIME_FOR_PARENT: Duration = Duration::from_secs(30);
 
-/// Runs a remote job from start to end, on the image root's parent `parent`. `files` is that directory if the caller has
-/// claimed it. `wanted` is called once the job may begin, and `listening` once the environment can be reached, with the
-/// public host key of its sshd.
+/// Runs a remote job from start to end, on the image root parent `parent`. `files` is that directory if the caller has
+/// claimed it. `wanted` is called once the job may begin. `listening` is called once the environment can be reached,
+/// with the public host key of its sshd.
 pub(crate) fn run(
     parent: &Path,
     files: Option<SignalFiles>,
@@ -47,7 +47,7 @@ pub(crate) fn run(
     let blocked = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
     let signals = Signals::block(&blocked).attempt(|| "block signals")?;
     let mut relay = Relay {
-        // The node gives running commands their time.
+        // No grace period here: the node itself gives running commands time to finish.
         machine: Machine::new(Duration::ZERO),
         parent: parent.to_owned(),
         files,
@@ -75,7 +75,7 @@ struct Relay<W, L> {
     wanted: Option<W>,
     listening: Option<L>,
     node: Option<Box<dyn Far>>,
-    /// True after an error, of which the sidecar hears by 'pod_error'.
+    /// True after an error, which 'pod_error' reports to the sidecar.
     is_broken: bool,
     /// The signal that has ended the job.
     stopped_by: Option<Signal>,
@@ -101,7 +101,7 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
                 events.extend(self.carry_out(action));
             }
         }
-        // An image that has failed meanwhile is not fetched.
+        // An image that was marked as failed meanwhile is not fetched.
         if self.machine.state() == State::Ending
             && self.machine.verdict() == Some(Verdict::Failed)
             && let Some(node) = &mut self.node
@@ -122,7 +122,8 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
                 }),
             },
             Action::AwaitSessions(_) => {
-                // A mark is passed on, and the node tells when it has closed. After a signal nobody waits.
+                // After a mark, the node reports when its environment has closed. After a signal, no session is waited
+                // for.
                 let awaits = self.node.as_ref().is_some_and(|node| node.is_closing());
                 (!awaits).then_some(Event::Idle)
             }
@@ -145,7 +146,7 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
             }
             Action::Record(verdict) => Some(self.record(verdict)),
             Action::Announce => Some(Event::Announced { cleanly: self.announce() }),
-            // The node's sshd accepts no connection once it closes, and tells people at its shells.
+            // The node does this itself: when it closes, its sshd accepts no connection, and people at shells are told.
             Action::Restart(..) | Action::StopListening | Action::HangUp(..) => None,
         };
         let late = if is_closing { self.marks() } else { Vec::new() };
@@ -193,7 +194,7 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
         Ok(events)
     }
 
-    /// Events of what the node has told.
+    /// Returns the events that follow from the node's report.
     fn told(&mut self, told: Told) -> Vec<Event> {
         match told {
             Told::Listening(host_key) => {
@@ -259,7 +260,7 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
         self.files.as_ref().is_some_and(|files| matches!(files.verdict(), Ok(Some(Verdict::Failed))))
     }
 
-    /// New marks in the image root's parent.
+    /// Returns events for new marks in the image root parent.
     fn marks(&mut self) -> Vec<Event> {
         let found = self.files.as_ref().map(SignalFiles::verdict);
         let verdict = match found {
@@ -282,7 +283,7 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
         vec![Event::Marked(verdict)]
     }
 
-    /// Connects, and begins to send the image.
+    /// Connects to the node, and begins to send the image.
     fn prepare(&mut self) -> Result<()> {
         let (Some(files), Some(wanted)) = (&self.files, self.wanted.take()) else { return Ok(()) };
         if files.stands(EXITING)? {
@@ -330,7 +331,7 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
         }
         if verdict == Verdict::Failed {
             succeeded(files.retract(Verdict::Complete.signal_file()));
-            // The sidecar tells it: nobody has marked the image.
+            // Nobody has marked the image: write the reason, which the sidecar reports.
             if let (Some(signal), false) = (self.stopped_by, self.machine.is_given_up()) {
                 let why = format!("the build environment received {signal}\n");
                 let _ = files.parent().replace(verdict.signal_file(), why.as_bytes());
@@ -348,20 +349,20 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
     }
 }
 
-/// How far the node is.
+/// Progress of the node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
-    /// It receives the image, and opens it.
+    /// The node receives the image, and opens it.
     Opening,
     /// People can log in.
     Open,
-    /// It has closed; if the image is complete, it packs and sends that.
+    /// The environment has closed; if the image is complete, the node packs and sends it.
     Closed,
-    /// It removes everything.
+    /// The node is removing everything, since this time.
     Ending(Instant),
 }
 
-/// A node, and what is under way to it and from it.
+/// A node, and the files on their way to it and from it.
 struct Node {
     program: Program,
     listen: Vec<(Option<IpAddr>, u16)>,
@@ -393,10 +394,10 @@ impl Node {
         match (message, self.step) {
             (Message::Failed { why }, _) => Err(self.program.refused(why)),
             (Message::Listening { port, host_key }, Step::Opening) => {
-                // It becomes a line of known_hosts.
+                // The key becomes a line of known_hosts, so it must be nothing but a key.
                 let host_key = public_keys::host_key(&host_key)
                     .ok_or_else(|| self.program.refused("it has sent a host key that is none"))?;
-                // Meanwhile the node wants signs of life.
+                // The node expects signs of life during the forwarding.
                 let Program { connection, channel, .. } = &mut self.program;
                 let (host, channel) = (connection.host(), RefCell::new(channel));
                 let heed = || {
@@ -408,7 +409,7 @@ impl Node {
                     Ok(()) => {
                         tracing::info!("the environment on {host} is open, and can be reached on port {}", here.port());
                     }
-                    // A script that marks the image at once has sshd closed by now.
+                    // If a script has marked the image at once, sshd is closed by now.
                     Err(error) if self.has_script && !error.to_string().contains("administratively prohibited") => {
                         tracing::warn!("the environment on {host} is open to its script alone: {error}");
                     }

@@ -1,5 +1,5 @@
-//! `ims-sshd node --shell`: what an administrator may tie IMS's key to on a node. It answers the questions that IMS asks
-//! each node, and runs jobs of this very version. Nothing else can be done with the key.
+//! `ims-sshd node --shell`: the command to which an administrator may restrict IMS's key on a node. It answers the
+//! questions that IMS asks each node, and runs jobs of exactly this version. Nothing else can be done with the key.
 
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -11,10 +11,10 @@ use crate::remote::message::is_of_log;
 use crate::remote::provision::{self, Programs};
 use crate::sys::architecture::Architecture;
 
-/// The program that IMS looks for on a node. A job of this program does not use it.
+/// Path that answers IMS when it looks for podman on a node. A job of this program does not use podman.
 const PODMAN: &str = "/usr/bin/podman";
 
-/// Something that the other side may ask for.
+/// A request that the other side may make.
 #[derive(Debug, PartialEq, Eq)]
 enum Request<'a> {
     /// `uname -i`.
@@ -23,15 +23,15 @@ enum Request<'a> {
     Podman,
     /// The number of jobs.
     Load,
-    /// Whether the programs of these digests are there.
+    /// Check whether the programs with these digests are there.
     Look(&'a [String]),
-    /// Sends programs.
+    /// Receive programs.
     Take,
-    /// Runs the program of this path as a job's far side, with these variables.
+    /// Run the program at this path as a job's far side, with these variables.
     Job(&'a str, &'a [String]),
 }
 
-/// Parses a command line, as `words` and as the `line` that they were split from.
+/// Parses a command line, given as `line` and as the `words` that it was split into.
 fn parse<'a>(line: &str, words: &'a [String]) -> Option<Request<'a>> {
     match line {
         "uname -i" => return Some(Request::Architecture),

@@ -1,5 +1,5 @@
-//! sshd's configuration of the pod, as far as it holds on a build node. What does not hold there is refused if it keeps
-//! somebody out or something closed, and warned of otherwise.
+//! Carries the pod's configuration of sshd over to a build node. Settings that cannot take effect there are refused if
+//! they restrict access or features, and cause a warning otherwise.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -10,8 +10,8 @@ use crate::sshd::accept_env;
 use crate::sshd::effective::Effective;
 use crate::sshd::public_keys;
 
-/// Keywords whose values sshd on the node gets, and nothing else. All sshds know them that this program runs with, but
-/// for the last three; an sshd that does not know one of these ends with that complaint.
+/// Keywords whose values are carried over to sshd on the node; no others are. Every sshd that this program supports
+/// knows them, except for the last three. An sshd that does not know one of those exits with an error that names it.
 const CARRIED: [&str; 44] = [
     "acceptenv",
     "allowagentforwarding",
@@ -59,8 +59,8 @@ const CARRIED: [&str; 44] = [
     "unusedconnectiontimeout",
 ];
 
-/// Keywords that are used in the pod, that the environment's sshd has a value of its own for, or that are about logs or
-/// files that the node's sshd has itself.
+/// Keywords that need not be carried over: they are used in the pod, the environment's sshd has its own value for them,
+/// or they concern logs or files that the node's sshd has itself.
 const ELSEWHERE: [&str; 17] = [
     "addressfamily",
     "authorizedkeysfile",
@@ -81,7 +81,7 @@ const ELSEWHERE: [&str; 17] = [
     "xauthlocation",
 ];
 
-/// Reads what holds on the node from the configuration of the pod: lines for sshd there.
+/// Returns the lines of the pod's sshd configuration that take effect on the node.
 pub(super) fn carried(sshd: &Effective, settings: &Settings, keys: &str) -> Result<Vec<(String, String)>> {
     let jailed = settings.job.jailed;
     for (keyword, shown) in [("allowusers", "AllowUsers"), ("denyusers", "DenyUsers")] {
@@ -130,7 +130,7 @@ pub(super) fn carried(sshd: &Effective, settings: &Settings, keys: &str) -> Resu
     Ok(lines)
 }
 
-/// Why nothing that depends on a client's address or host name can hold.
+/// Reason why nothing that depends on a client's address or host name can take effect on a node.
 const ONE_ADDRESS: &str = "every client has the address 127.0.0.1 there";
 
 fn refused(what: &str, why: &str) -> Error {
@@ -140,7 +140,7 @@ fn refused(what: &str, why: &str) -> Error {
     ))
 }
 
-/// The subsystem for file transfers, by sshd's own server.
+/// Returns the subsystem for file transfers, run by sshd's own server. Other subsystems are programs of the pod.
 fn sftp(value: &str) -> Option<String> {
     let (name, command) = value.split_once(' ')?;
     let (server, options) = command.split_once(' ').unwrap_or((command, ""));
@@ -151,7 +151,7 @@ fn sftp(value: &str) -> Option<String> {
     None
 }
 
-/// Lines of sshd's configuration on the node. The other side has chosen them, and may choose among known ones only.
+/// Lines of sshd's configuration on the node. The other side has chosen them, so unknown keywords are refused.
 pub(super) fn lines(carried: &[(String, String)]) -> Result<String> {
     let mut text = String::new();
     for (keyword, value) in carried {
@@ -161,12 +161,12 @@ pub(super) fn lines(carried: &[(String, String)]) -> Result<String> {
         }
         text.extend([keyword, " ", value, "\n"]);
     }
-    // The keys are those of root, and the lines were asked for root: another account of the node is not meant.
+    // Keys and lines are meant for root, so no other account of the node may log in.
     text.push_str("Match User *,!root\n    DenyUsers *\n");
     Ok(text)
 }
 
-/// Addresses that sshd would listen on; `None` for all.
+/// Addresses on which the pod's sshd would listen; `None` for all.
 pub(super) fn listen(sshd: &Effective) -> Result<Vec<(Option<IpAddr>, u16)>> {
     let parse = |text: &str| {
         let wrong = || Error::bad_input(format!("cannot listen on ListenAddress {text}: it is no address of this pod"));

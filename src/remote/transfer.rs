@@ -1,4 +1,4 @@
-//! Files on a channel: sent with their length before and their digest after, and accepted only if both fit.
+//! Files on a channel: the length is sent before a file and its digest after it. A file is accepted only if both match.
 
 use std::fs::File;
 use std::io::{Read, Seek, Write};
@@ -10,7 +10,7 @@ use crate::remote::channel::Channel;
 use crate::remote::message::{Message, Part};
 use crate::transfer::checksum::hex;
 
-/// Bytes that are read at once.
+/// Maximum number of bytes that are read at once.
 const CHUNK: usize = 256 << 10;
 
 /// A file that is being sent.
@@ -51,7 +51,7 @@ impl Sending {
 
 /// A file that is being received.
 pub(crate) struct Receiving {
-    /// Which file.
+    /// Kind of the file.
     pub(crate) part: Part,
     file: File,
     left: u64,
@@ -59,13 +59,13 @@ pub(crate) struct Receiving {
 }
 
 impl Receiving {
-    /// Begins with an empty file that is to have `size` bytes.
+    /// Begins to receive `size` bytes into the empty `file`; fails if there is no room for them.
     pub(crate) fn begin(part: Part, size: u64, file: File) -> Result<Self> {
         check_room(part, size, &file)?;
         Ok(Self { part, file, left: size, digest: Context::new(&SHA256) })
     }
 
-    /// Takes data.
+    /// Writes data to the file.
     pub(crate) fn take(&mut self, data: &[u8]) -> Result<()> {
         self.count(data)?;
         self.file.write_all(data).attempt(|| receiving(self.part))
@@ -80,7 +80,7 @@ impl Receiving {
         Ok(())
     }
 
-    /// Checks length and digest. The file need not be on the disk yet.
+    /// Checks length and digest. The file is not synced to disk.
     pub(crate) fn finish(self, sha256: &str) -> Result<(Part, File)> {
         let refused = |why: &str| Err(Error::new(receiving(self.part)).because(why));
         if self.left > 0 {
@@ -93,7 +93,7 @@ impl Receiving {
     }
 }
 
-/// Fails if `size` bytes do not fit where `file` is.
+/// Fails if `size` bytes do not fit into the file system of `file`.
 pub(crate) fn check_room(part: Part, size: u64, file: &File) -> Result<()> {
     let room = rustix::fs::fstatvfs(file).attempt(|| receiving(part))?;
     let free = room.f_bavail.saturating_mul(room.f_frsize);
