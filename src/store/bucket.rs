@@ -41,7 +41,7 @@ impl Asked<'_> {
         Ok(parse(&String::from_utf8_lossy(&text)))
     }
 
-    /// Deletes an object. The answer does not say whether the object existed.
+    /// Deletes an object. Success does not prove that it is gone: some stores report errors with the status 200.
     pub(crate) async fn delete(&self, key: &Path) -> object_store::Result<()> {
         let answer = self.ask(Method::DELETE, key, &[]).await?;
         if answer.status() == StatusCode::NOT_FOUND { Ok(()) } else { refuse(key, &answer) }

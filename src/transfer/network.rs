@@ -12,7 +12,7 @@ pub(crate) enum Validate {
     Yes,
     /// Certificates are not verified.
     No,
-    /// Certificates are verified against the CA certificates in a file.
+    /// Certificates are verified against those CA certificates and the ones in a file.
     By(PathBuf),
 }
 

@@ -30,7 +30,7 @@ pub fn podman(arguments: &[&str]) -> Command {
         command.arg(option).arg(storage.join(directory));
     }
     command.env("CONTAINERS_CONF", repository().join("tests/containers.conf"));
-    // The working directory must be writable: conmon writes a file to it when the OOM killer strikes.
+    // Run in the storage's directory: conmon writes a file to its working directory when the OOM killer strikes.
     command.args(arguments).current_dir(storage).stdin(Stdio::null());
     command
 }
