@@ -20,7 +20,7 @@ pub(crate) const NAME: &str = "cray_ca_cert";
 const VERSION: &str = "1.0.1";
 const RELEASE: &str = "1";
 
-/// Name of the file.
+/// File name of the package.
 pub const FILE: &str = "cray_ca_cert-1.0.1-1.noarch.rpm";
 
 /// Directory of the package in a pod.

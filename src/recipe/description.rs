@@ -56,7 +56,7 @@ pub(crate) struct Scope {
 pub(crate) struct Repository {
     /// `rpm-md`, `apt-deb` and others; empty if the package manager decides.
     pub(crate) kind: String,
-    /// Name, or the path if it has none.
+    /// Name of the repository, or its path if it has no name.
     pub(crate) alias: String,
     /// Address.
     pub(crate) path: String,

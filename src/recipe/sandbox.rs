@@ -81,13 +81,14 @@ const EMPTY: [(&str, u32); 15] = [
     ("var/tmp", 0o1777),
 ];
 
-/// Directory, in the one for the build's own files, for downloaded packages; on the volume, since they need much space.
+/// Directory for downloaded packages, inside the one for the build's own files; on the volume, since they need much
+/// space.
 pub(crate) const CACHE: &str = "cache";
 
 /// Directory of kiwi-ng's cache, which kiwi-ng also binds into the image root.
 const KIWI_CACHE: &str = "/var/cache/kiwi";
 
-/// Files of /etc that may be links to a directory that the build does not see.
+/// Files of /etc that may be links to a directory that the build does not see; their content is copied.
 const LINKED_FILES: [&str; 3] = ["hosts", "hostname", "resolv.conf"];
 
 /// Directories from which this machine's tools read further certificate authorities, each with its tool.
@@ -97,7 +98,7 @@ const AUTHORITIES: [(&str, &str); 3] = [
     ("/etc/pki/ca-trust/source/anchors", "update-ca-trust"),
 ];
 
-/// Search path of those tools, since this process has no environment variables.
+/// Search path of the tools in [`AUTHORITIES`], since this process has no environment variables.
 const SYSTEM_PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Directory of further certificate authorities in an image root of Debian packages.
@@ -370,7 +371,7 @@ impl View {
     /// directories.
     fn enter(order: &Order) -> Result<()> {
         let attributes = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID;
-        // Paths lead to the machine's root until it is switched.
+        // Until the switch to the new root, paths still lead to the machine's files.
         let root = Detached::filesystem("tmpfs", &[("mode", "0755")], attributes)
             .and_then(mounts::cover_root)
             .attempt(|| "mount a root directory for the build")?;

@@ -186,7 +186,7 @@ pub(crate) struct Build {
     pub(crate) returns_tree: bool,
 }
 
-/// Bytes that need not be text, in base64 in a message.
+/// Bytes that need not be text; a message contains them in base64.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub(crate) struct Blob(pub(crate) Vec<u8>);

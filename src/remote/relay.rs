@@ -1,5 +1,5 @@
 //! The near side of a remote job, in a pod or on a person's machine. It drives the same state machine as a local
-//! environment. Where that acts on this machine, this side has the node act, and it relays marks and results.
+//! environment. Where a local environment acts itself, this side has the node act; it also relays marks and results.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;

@@ -24,7 +24,7 @@ use crate::squashfs::progress::Meter;
 pub(crate) struct FileBlocks {
     /// Start of the first block in the image; 0 if all are holes.
     pub(crate) start: u64,
-    /// Sizes of its blocks, as in [`Extent::blocks`](crate::squashfs::format::Extent::blocks).
+    /// Sizes of the file's blocks, as in [`Extent::blocks`](crate::squashfs::format::Extent::blocks).
     pub(crate) sizes: Vec<u32>,
 }
 
@@ -47,7 +47,7 @@ pub(crate) struct Target<'a> {
     pub(crate) method: &'a Method,
     pub(crate) workers: usize,
     pub(crate) meter: &'a Meter<'a>,
-    /// True once the image cannot be finished for another reason: no more blocks are accepted.
+    /// Set by other code once the image cannot be finished: no more blocks are accepted.
     pub(crate) is_stopped: &'a AtomicBool,
 }
 

@@ -89,7 +89,7 @@ const METADATA_ZSTD_LEVEL: u32 = 5;
 /// Preset of xz for metadata blocks, for the same reason.
 const METADATA_XZ_PRESET: u32 = 1;
 
-/// Smallest dictionary that mksquashfs lets xz have, in bytes.
+/// Minimum size of xz's dictionary that mksquashfs accepts, in bytes.
 const SMALLEST_DICTIONARY: u32 = 8 << 10;
 /// Bits of the xz filters that liblzma has.
 const XZ_FILTERS: u32 = 0xff;
@@ -337,7 +337,7 @@ enum DecompressorState {
     Zstd(DCtx<'static>),
 }
 
-/// Memory that liblzma may take for the dictionary of a block: the kernel's limit is the block size.
+/// Maximum memory of liblzma for a block, in bytes. The kernel limits the dictionary to the block size.
 const XZ_MEMORY: u64 = 8 << 20;
 
 impl Decompressor {

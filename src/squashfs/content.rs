@@ -248,7 +248,7 @@ impl<'a, 'o> Reading<'a, 'o> {
         while at < length {
             if has_holes {
                 let data = next_data(file, at).map_err(fail)?.min(length);
-                // End of the hole in whole blocks, unless the hole reaches to the end.
+                // Skip only whole blocks of the hole, unless it reaches to the end.
                 let end = if data == length { data } else { data - data % block_size };
                 if end > at {
                     let count = usize::try_from((end - at).div_ceil(block_size)).unwrap_or(usize::MAX);

@@ -489,7 +489,7 @@ impl Inode {
 pub(crate) struct RunHeader {
     /// Number of entries below the header.
     pub(crate) count: u32,
-    /// Start of the metadata block with their inodes.
+    /// Start of the metadata block with the inodes of these entries.
     pub(crate) block: u32,
     /// Inode number to which the numbers of the entries are relative.
     pub(crate) number: u32,
@@ -516,7 +516,7 @@ impl RunHeader {
 pub(crate) struct ListingEntry<'a> {
     /// Offset of the inode in its metadata block.
     pub(crate) offset: u16,
-    /// Inode number of the entry, minus the number in its header.
+    /// Inode number of the entry, minus the number in the run's header.
     pub(crate) difference: i16,
     pub(crate) kind: Kind,
     pub(crate) name: &'a [u8],

@@ -58,7 +58,7 @@ impl MetadataWriter {
         self.pending.clear();
     }
 
-    /// The whole table.
+    /// Returns the complete table.
     pub(crate) fn finish(mut self) -> Vec<u8> {
         if !self.pending.is_empty() {
             self.end_block();

@@ -38,9 +38,9 @@ pub enum Object<'a> {
     Directory,
     /// A regular file of `size` bytes.
     File {
-        /// Its length in bytes.
+        /// Length of the file in bytes.
         size: u64,
-        /// Source of its content.
+        /// Source of the file's content.
         content: Content,
     },
     /// A symbolic link with its target.

@@ -270,7 +270,8 @@ impl Xattrs {
         Ok(next)
     }
 
-    /// Writes an attribute; returns its length as listxattr(2) and the values count it.
+    /// Writes an attribute. Returns the length of its name, with a NUL as listxattr(2) counts it, plus that of its
+    /// value.
     fn write(&mut self, name: &[u8], value: &[u8]) -> Result<usize, Limit> {
         let (prefix, rest) = split_xattr(name).ok_or_else(|| Limit::Xattr(name.to_owned()))?;
         let known = if value.len() > Self::SHORT { self.known_values.get(value).copied() } else { None };

@@ -60,7 +60,7 @@ impl Ranges {
 #[derive(Debug, Default)]
 pub(crate) struct Takeover<'a> {
     source: Option<&'a Inventory>,
-    /// Ranges of the source that are copied, in their order.
+    /// Ranges of the source that are copied, in the order of the source.
     copied: Ranges,
     /// Place of each copied range in the new image.
     places: Vec<u64>,

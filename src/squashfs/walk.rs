@@ -106,7 +106,7 @@ struct Found {
 
 /// A directory that is being listed.
 struct Open<'r, 'a> {
-    /// `None` if it has no entries.
+    /// `None` if the directory has no entries.
     listing: Option<Cursor<'r, 'a>>,
     /// Bytes of the listing that have not been read yet.
     left: u32,

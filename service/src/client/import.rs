@@ -67,7 +67,7 @@ pub(super) async fn image(service: &Service, wanted: &ImportImage) -> Result<Val
         Err(Error::new(attempted()).because(format!("'ims-sshd {step}' failed, {}", output.status)))
     };
     let archive = format!("{name}.sqsh");
-    // The records of the steps lie in the current directory.
+    // The steps keep their records in the current directory.
     let root = if Path::new(&source).is_dir() { source.as_str() } else { "." };
     if root == "." {
         run(&["prepare", ".", &source]).await?;

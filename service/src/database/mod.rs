@@ -1,8 +1,8 @@
 //! Records in SQLite or PostgreSQL, by the same statements. A committed change survives a kill and a power failure.
 //!
 //! A record is stored as the text that a GET returns. Each table has a version number. The first statement of a change
-//! raises it, which also locks the table against other changes, those of other replicas included. Readers compare
-//! versions to see whether a list that they have is current.
+//! raises that number, which also locks the table against other changes, those of other replicas included. Readers
+//! compare versions to see whether a list that they have is current.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -46,7 +46,7 @@ pub struct Database {
 /// All records of a table, in order of creation.
 #[derive(Debug, Clone)]
 pub struct List {
-    /// Number of the table's last change.
+    /// Version of the table that the list belongs to.
     pub version: i64,
     /// Records as JSON.
     pub records: Arc<Vec<String>>,
@@ -62,7 +62,7 @@ impl List {
     }
 }
 
-/// Connections to PostgreSQL, and readers of SQLite.
+/// Maximum number of connections to PostgreSQL, or of readers of SQLite.
 const CONNECTIONS: u32 = 8;
 
 /// Timeout for a connection of the pool to become free or to be opened.
@@ -96,7 +96,7 @@ impl Database {
         Ok(Self { pool, writer: is_file.then(Arc::default), lists: Mutex::default(), identity })
     }
 
-    /// Returns the number of the last change of a table.
+    /// Returns the current version of a table.
     pub async fn version(&self, kind: Kind) -> Result<i64> {
         let row = sqlx::query("SELECT version FROM kinds WHERE kind = $1").bind(kind.name());
         row.fetch_one(&self.pool).await?.try_get(0)
@@ -291,7 +291,7 @@ impl Change {
         Ok(insert.execute(&mut *self.transaction).await?.rows_affected() > 0)
     }
 
-    /// Takes objects off the list of removals, because they stay or because they are gone.
+    /// Takes objects off the list of removals, either because they are to stay or because they have been removed.
     pub async fn forget_removal(&mut self, objects: &[Location]) -> Result<()> {
         for object in objects {
             let delete = sqlx::query("DELETE FROM removals WHERE bucket = $1 AND object = $2");

@@ -66,7 +66,7 @@ impl<L: Listener<Addr = SocketAddr>> Connected<IncomingStream<'_, OnAddress<L>>>
     }
 }
 
-/// Requests that are answered.
+/// Rule for the requests that are answered.
 pub enum Access {
     /// All: a gateway has authenticated the sender.
     All,

@@ -76,7 +76,8 @@ impl Service {
 /// Maximum number of bytes of a download in memory.
 const CHUNK: usize = 256 << 10;
 
-/// Start of a range without an end, by which a download is continued; other ranges are ignored, as HTTP allows.
+/// Returns the start of a range without an end, with which clients continue a download. Other ranges are ignored, as
+/// HTTP allows.
 fn from(range: &str) -> Option<u64> {
     range.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok()
 }

@@ -1,4 +1,4 @@
-//! Jobs: started, changed and removed.
+//! Starts, changes and removes jobs.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

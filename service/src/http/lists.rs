@@ -21,7 +21,7 @@ pub const FILTERS: &[&str] = &[
     "image_root_archive_name",
 ];
 
-/// Query of a list. Parameters that are not known are ignored, as upstream ignores all.
+/// Query of a list. Unknown parameters are ignored; upstream ignores all parameters.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Wanted {
     limit: Option<usize>,

@@ -43,7 +43,7 @@ pub struct Field {
     pub name: &'static str,
     /// Type.
     pub rule: Rule,
-    /// Whether it has to be there.
+    /// True if the field must be present.
     pub required: bool,
     /// Whether `null` passes.
     pub null: bool,

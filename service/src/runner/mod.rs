@@ -1,4 +1,5 @@
-//! Runners start, watch and end the steps of a job. A job is a record of the service; a runner is what it runs on.
+//! Runners start, watch and end the steps of a job. A job is a record of the service; its runner carries it out, on
+//! Kubernetes or on this machine.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -26,7 +27,7 @@ pub use nothing::Nothing;
 pub struct NewJob {
     /// The record as it will be stored. Its ID is final; the fields that the runner fills in are still empty.
     pub job: Job,
-    /// Where the recipe's archive or the image's rootfs is.
+    /// Location of the recipe's archive or of the image's rootfs.
     pub object: Location,
     /// Presigned URL of the recipe's archive or of the image's rootfs. A secret: it is not logged.
     pub download_url: String,
@@ -40,7 +41,7 @@ pub struct NewJob {
     pub template_dictionary: BTreeMap<String, String>,
 }
 
-/// A runner's answer to [`Runner::start`]: the record, with the fields that the runner decides filled in.
+/// Result of [`Runner::start`]: the record, with the fields that the runner fills in.
 pub type Started = Job;
 
 /// Failed steps, one sentence each.
@@ -72,7 +73,7 @@ pub enum Log {
     Stream(BoxStream<'static, std::io::Result<Vec<u8>>>),
 }
 
-/// Whether a remote build node can run jobs.
+/// Status of a remote build node: can it run jobs, and if not, why.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct NodeStatus {
     /// Host name.
@@ -86,10 +87,10 @@ pub struct NodeStatus {
     /// Result of the last SSH connection to the node.
     #[serde(rename = "sshStatus")]
     pub ssh: String,
-    /// Whether jobs can run there.
+    /// True if jobs can run on the node.
     #[serde(rename = "ableToRunJobs")]
     pub is_able: bool,
-    /// Number of jobs there; -1 if it is not known.
+    /// Number of jobs on the node; -1 if unknown.
     #[serde(rename = "numCurrentJobs")]
     pub jobs: i64,
 }
@@ -120,7 +121,7 @@ pub trait Runner: Send + Sync {
     /// fails or the service is killed before the job's record is stored.
     async fn start(&self, job: &NewJob) -> Result<Started, Failures>;
 
-    /// Called once the job's record is stored: from now on the job's programs find it in the service.
+    /// Called once the job's record is stored: from then on the job's programs find it in the service.
     async fn stored(&self, _job: &Job) {}
 
     /// Returns the output of the job's programs, if this runner keeps it. If it `is_followed`, a stream continues until

@@ -25,13 +25,13 @@ pub struct S3 {
     sts: Option<AwsCredential>,
 }
 
-/// Region for which requests are signed; the servers in question ignore it.
+/// Region for which requests are signed; the S3 servers in use ignore the region.
 const REGION: &str = "us-east-1";
 
 /// Owner, in the ACL, of objects that only the STS credentials may copy.
 const STS: &str = "STS";
 
-/// Pauses before a request is retried that the server did not answer, or answered with 5xx.
+/// Pauses before retrying a request that the server did not answer, or answered with 5xx.
 const PAUSES: [Duration; 3] = [Duration::from_millis(100), Duration::from_millis(500), Duration::from_secs(2)];
 
 /// Maximum size of an object that S3 copies by one request, in bytes; larger objects are copied in parts.
