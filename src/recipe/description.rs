@@ -221,7 +221,7 @@ impl Scope {
         }
     }
 
-    /// True if a build of `selection` uses the part.
+    /// Returns whether a build of `selection` uses a part with this scope.
     pub(crate) fn holds(&self, selection: &Selection) -> bool {
         (self.profiles.is_empty() || self.profiles.iter().any(|profile| selection.profiles.contains(profile)))
             && (self.architectures.is_empty() || self.architectures.iter().any(|name| name == selection.architecture))

@@ -594,7 +594,7 @@ pub(crate) fn clean(root: &Tree) -> Result<()> {
     Ok(())
 }
 
-/// Returns the base64 text of the first certificate, by which bundles are searched for it.
+/// Returns the base64 text of the first certificate, for which bundles are searched.
 fn body(pem: &[u8]) -> Vec<u8> {
     let text = String::from_utf8_lossy(pem).into_owned();
     let certificate = text.split_once("-----BEGIN CERTIFICATE-----").map_or("", |(_, rest)| rest);

@@ -12,7 +12,7 @@ use crate::records::manifest::{self, Artifact, MANIFEST};
 use crate::records::{Deleted, Image, Kind, Link, Location, PublicKey, Recipe, Record, now};
 use crate::store::Failure;
 
-/// Name of the manifest of a deleted image, below its ID.
+/// Key of a deleted image's manifest, below the image's ID.
 const DELETED_MANIFEST: &str = "deleted_manifest.json";
 
 /// Size in bytes from which a manifest is not read at all.

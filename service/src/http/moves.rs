@@ -210,7 +210,7 @@ impl Service {
         Ok(())
     }
 
-    /// Runs `work`, and renews the claim of `objects` until it ends.
+    /// Runs `work`, and renews the claim of `objects` until `work` ends.
     async fn renewing<T>(&self, objects: &[Location], work: impl Future<Output = T>) -> T {
         let mut work = std::pin::pin!(work);
         loop {

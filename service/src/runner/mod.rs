@@ -124,7 +124,7 @@ pub trait Runner: Send + Sync {
     /// Called once the job's record is stored: from then on the job's programs find it in the service.
     async fn stored(&self, _job: &Job) {}
 
-    /// Returns the output of the job's programs, if this runner keeps it. If it `is_followed`, a stream continues until
+    /// Returns the output of the job's programs, if this runner keeps it. With `is_followed`, a stream continues until
     /// the programs end.
     async fn log(&self, _job: &Job, _is_followed: bool) -> Result<Option<Log>, Failures> {
         Ok(None)

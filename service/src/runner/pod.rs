@@ -41,7 +41,7 @@ pub struct Pod {
 pub struct Program {
     /// Command and arguments.
     pub arguments: Vec<String>,
-    /// All its variables.
+    /// All environment variables of the command.
     pub variables: BTreeMap<String, String>,
 }
 

@@ -17,10 +17,10 @@ pub(super) type Variables = BTreeMap<&'static str, Filled>;
 pub(super) enum Filled {
     /// A text, which stays one even if it looks like a number.
     Text(String),
-    /// A text. If it is empty and the variable is all of a field or item, the field becomes null and the item is left
-    /// out.
+    /// A text. If it is empty, a field that consists of the variable alone becomes null, and such an item of a list is
+    /// left out.
     Optional(String),
-    /// A boolean if the variable is all of a field.
+    /// A boolean if a field consists of the variable alone, otherwise the text `true` or `false`.
     Truth(bool),
 }
 
