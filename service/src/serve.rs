@@ -83,7 +83,12 @@ async fn run(settings: Settings) -> Result<()> {
             let url = socket.as_ref().map(|socket| format!("unix:{}", socket.display()));
             Arc::new(Machine::new(&settings, url.expect("jobs here have a socket"), program)?)
         }
-        On::Kubernetes => Arc::new(Kubernetes::new(&settings, database.identity()).await?),
+        On::Kubernetes => {
+            if !database.is_shared() {
+                files::make_missing(&database, &settings.records.data).await?;
+            }
+            Arc::new(Kubernetes::new(&settings, database.identity()).await?)
+        }
     };
     let service = Arc::new(Service::new(settings, database, store, runner, access));
     // If only this process uses the database, every start that it finds was interrupted.

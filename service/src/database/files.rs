@@ -1,11 +1,14 @@
 //! Upstream's files: one JSON array for each table. They are imported at the first start, and again whenever they have
 //! been replaced. `ims export` writes them, so that one can go back to upstream's service.
 
+use std::collections::BTreeMap;
+use std::fs::Permissions;
 use std::io::Write;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
 use ims_sshd::error::{Attempt, Error, Result as Started};
+use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
 use super::{Change, Database, Result};
@@ -37,6 +40,28 @@ pub async fn export(database: &Database, directory: &Path) -> Started<()> {
     Ok(())
 }
 
+/// Makes the files that are missing of those that the manual's import replaces: it looks for them first. Only for a
+/// database that no other replica uses: each would have such a file of its own, and take that of another for a new one.
+pub async fn make_missing(database: &Database, directory: &Path) -> Started<()> {
+    for name in [Kind::PublicKeys, Kind::Recipes, Kind::Images].into_iter().filter_map(Kind::file) {
+        let path = directory.join(name);
+        let attempted = || format!("make {}", path.display());
+        if std::fs::symlink_metadata(&path).is_ok() {
+            continue;
+        }
+        let new = tempfile::Builder::new().permissions(Permissions::from_mode(0o644)).tempfile_in(directory);
+        let mut file = new.attempt(attempted)?;
+        file.write_all(b"[]").attempt(attempted)?;
+        // Known before it is there: a kill in between must not let the next start import it.
+        let state = state(file.path()).ok_or_else(|| Error::new(attempted()).because("it is gone already"))?;
+        let mut change = database.change(&[]).await.attempt(attempted)?;
+        change.set_imported(name, &state).await.attempt(attempted)?;
+        change.commit().await.attempt(attempted)?;
+        file.persist_noclobber(&path).map_err(|e| Error::new(attempted()).because(e.error))?;
+    }
+    Ok(())
+}
+
 async fn import_table<R: Record>(database: &Database, directory: &Path) -> Started<()> {
     let Some(name) = R::KIND.file() else { return Ok(()) };
     let path = directory.join(name);
@@ -51,7 +76,7 @@ async fn import_text<R: Record>(database: &Database, name: &str, state: &str, te
     if change.imported(name).await?.as_deref() == Some(state) {
         return Ok(());
     }
-    match serde_json::from_slice::<Vec<Value>>(text) {
+    match serde_json::from_slice::<Vec<&RawValue>>(text) {
         Ok(items) => replace::<R>(&mut change, name, items).await?,
         Err(error) => {
             let reason = format!("{name} is no JSON array: {error}");
@@ -63,32 +88,35 @@ async fn import_text<R: Record>(database: &Database, name: &str, state: &str, te
 }
 
 /// Replaces the records of a table by those in a file. Records that the file lacks are set aside.
-async fn replace<R: Record>(change: &mut Change, name: &str, items: Vec<Value>) -> Result<()> {
+async fn replace<R: Record>(change: &mut Change, name: &str, items: Vec<&RawValue>) -> Result<()> {
     let before: Vec<R> = change.records().await?;
     change.clear(R::KIND).await?;
-    let mut count = 0;
-    let mut ids = std::collections::BTreeSet::new();
-    for item in items {
-        let text = item.to_string();
-        match record::<R>(item) {
-            Ok(record) => {
-                change.insert(&record).await?;
-                ids.insert(record.id().to_owned());
-                count += 1;
+    let mut records: BTreeMap<String, (usize, R)> = BTreeMap::new();
+    for (place, item) in items.into_iter().enumerate() {
+        match record::<R>(item.get()) {
+            // Of records with the same ID, upstream keeps the last.
+            Ok(record) => drop(records.insert(record.id().to_owned(), (place, record))),
+            Err(reason) => {
+                set_aside(change, R::KIND, item.get(), &format!("a record in {name} is wrong: {reason}")).await?;
             }
-            Err(reason) => set_aside(change, R::KIND, &text, &format!("a record in {name} is wrong: {reason}")).await?,
         }
     }
-    for record in before.iter().filter(|record| !ids.contains(record.id())) {
+    for record in before.iter().filter(|record| !records.contains_key(record.id())) {
         let reason = format!("{name} was replaced by a file without this record");
         set_aside(change, R::KIND, &wire::compact(record), &reason).await?;
     }
+    let mut records: Vec<_> = records.into_values().collect();
+    records.sort_unstable_by_key(|(place, _)| *place);
+    let records: Vec<_> = records.into_iter().map(|(_, record)| record).collect();
+    change.fill(&records).await?;
+    let count = records.len();
     tracing::info!("imported {count} records from {name}");
     Ok(())
 }
 
 /// Reads a record as upstream does: unknown fields are dropped, missing ones get their defaults.
-fn record<R: Record>(mut item: Value) -> std::result::Result<R, String> {
+fn record<R: Record>(item: &str) -> std::result::Result<R, String> {
+    let mut item: Value = serde_json::from_str(item).map_err(|e| e.to_string())?;
     let fields = item.as_object_mut().ok_or("it is no object")?;
     if R::KIND != Kind::Nodes {
         fields.entry("id").or_insert_with(|| json!(new_id()));

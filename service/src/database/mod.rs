@@ -65,8 +65,14 @@ impl List {
 /// Maximum number of connections to PostgreSQL, or of readers of SQLite.
 const CONNECTIONS: u32 = 8;
 
-/// Timeout for a connection of the pool to become free or to be opened.
+/// Records that a statement of an import inserts.
+const AT_ONCE: usize = 200;
+
+/// Timeout for a connection to PostgreSQL to become free or to be opened.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Timeout for a connection to a file of SQLite. It is longer, since a file is never away, and a disk under load is slow.
+const PATIENCE_WITH_DISKS: Duration = Duration::from_mins(1);
 
 impl Database {
     /// Opens the database and brings its tables to the newest version.
@@ -79,7 +85,8 @@ impl Database {
         let is_file = matches!(place, Place::File(_));
         let attempted = || Error::new(format!("open the database {name}"));
         let options = AnyConnectOptions::from_str(&url).map_err(|e| attempted().because(e))?;
-        let pool = AnyPoolOptions::new().max_connections(CONNECTIONS).acquire_timeout(PATIENCE);
+        let patience = if is_file { PATIENCE_WITH_DISKS } else { PATIENCE };
+        let pool = AnyPoolOptions::new().max_connections(CONNECTIONS).acquire_timeout(patience);
         let pool = pool.after_connect(move |connection, _| {
             Box::pin(async move {
                 // WAL lets readers go on during a change; FULL waits for the disk before a change is answered.
@@ -243,6 +250,24 @@ impl Change {
         let insert = sqlx::query(statement).bind(kind.name()).bind(record.id());
         let insert = insert.bind(record.link().map_or("", |link| &link.path)).bind(text(record)).bind(kind.name());
         insert.execute(&mut *self.transaction).await.map(drop)
+    }
+
+    /// Inserts records into an empty table, many by each statement, since an import has thousands.
+    pub async fn fill<R: Record>(&mut self, records: &[R]) -> Result<()> {
+        let mut place = 0_i64;
+        for group in records.chunks(AT_ONCE) {
+            let row = |row: usize| format!("({})", [1, 2, 3, 4, 5].map(|at| format!("${}", 5 * row + at)).join(", "));
+            let rows: Vec<_> = (0..group.len()).map(row).collect();
+            let statement = format!("INSERT INTO records (kind, id, place, link, body) VALUES {}", rows.join(", "));
+            let mut insert = sqlx::query(&statement);
+            for record in group {
+                place += 1;
+                let link = record.link().map_or("", |link| &link.path);
+                insert = insert.bind(R::KIND.name()).bind(record.id()).bind(place).bind(link).bind(text(record));
+            }
+            insert.execute(&mut *self.transaction).await?;
+        }
+        Ok(())
     }
 
     /// Replaces the record that has the same ID; its place in the order of the table stays.
