@@ -11,6 +11,7 @@ use testbed::kubernetes::{Fault, Kubernetes};
 use testbed::{repository, wait_until, wait_within};
 
 use crate::server::{Answer, Server};
+use crate::times;
 
 /// The service, its store and its cluster.
 pub struct Site {
@@ -20,10 +21,10 @@ pub struct Site {
 }
 
 const PODS: &str = "/api/v1/namespaces/ims/pods";
-const JOBS: &str = "/apis/batch/v1/namespaces/ims/jobs";
+pub const JOBS: &str = "/apis/batch/v1/namespaces/ims/jobs";
 
 impl Site {
-    fn start() -> Self {
+    pub fn start() -> Self {
         Self::with(&[])
     }
 
@@ -39,8 +40,13 @@ impl Site {
     }
 
     /// Starts the service on the same data; a running one is killed.
-    fn restart(&mut self, variables: &[(&str, &str)]) {
+    pub fn restart(&mut self, variables: &[(&str, &str)]) {
         self.server = None;
+        self.server = Some(self.beside(self.data.path(), variables));
+    }
+
+    /// A service with a data directory of its own, beside the same store and cluster.
+    pub fn beside(&self, data: &Path, variables: &[(&str, &str)]) -> Server {
         let templates = repository().join("deploy/service/job-templates").display().to_string();
         let (store, kubeconfig) = (format!("file://{}", self.path("store")), self.path("kubeconfig"));
         let mut all = vec![
@@ -50,7 +56,12 @@ impl Site {
             ("IMS_JOB_TEMPLATE_PATH", &templates),
         ];
         all.extend(variables);
-        self.server = Some(Server::with(self.data.path(), &all));
+        Server::with(data, &all)
+    }
+
+    /// Kills the service.
+    pub fn kill(&mut self) {
+        self.server = None;
     }
 
     pub fn server(&self) -> &Server {
@@ -61,7 +72,7 @@ impl Site {
         std::fs::read_to_string(self.data.path().join("log")).unwrap()
     }
 
-    fn key(&self) -> String {
+    pub fn key(&self) -> String {
         self.server().post("/public-keys", &json!({"name": "n", "public_key": "ssh-ed25519 A\nssh-ed25519 B\n"})).id()
     }
 
@@ -72,7 +83,7 @@ impl Site {
         json!({"path": format!("s3://boot-images/{key}"), "etag": "", "type": "s3"})
     }
 
-    fn image(&self, arch: &str) -> String {
+    pub fn image(&self, arch: &str) -> String {
         let id = ims_service::records::new_id();
         let rootfs = self.put(&format!("{id}/rootfs"), b"rootfs");
         let artifact = json!({"link": rootfs, "type": "application/vnd.cray.image.rootfs.squashfs", "md5": "d41d8cd9"});
@@ -99,7 +110,7 @@ impl Site {
     }
 
     /// A customize job as CFS asks for it.
-    fn job(&self) -> Value {
+    pub fn job(&self) -> Value {
         let image = self.image("x86_64");
         self.post("customize", &image, json!({"ssh_containers": [{"name": "cfs-1", "jail": true}]})).good()
     }
@@ -121,7 +132,7 @@ impl Site {
         self.cluster.names().into_iter().map(|name| name.replace(id, "ID")).collect()
     }
 
-    fn pod(&self, job: &Value, status: Value) {
+    pub fn pod(&self, job: &Value, status: Value) {
         self.cluster.set_status("pods", &format!("{}-pod", job["kubernetes_job"].as_str().unwrap()), status);
     }
 }
@@ -385,28 +396,47 @@ fn restarted_service_finds_its_jobs_and_clears_up() {
 #[test]
 fn slow_or_silent_api_holds_nothing_else_up() {
     let site = Site::start();
-    let image = site.image("x86_64");
-    let key = site.key();
-    site.cluster.fail("POST ", Fault::Delay(Duration::from_secs(2)), 1);
-    site.cluster.fail("POST ", Fault::Silence, 1);
+    let (image, key) = (site.image("x86_64"), site.key());
     let body =
         json!({"artifact_id": image, "public_key_id": key, "job_type": "customize", "image_root_archive_name": "n"});
-    let slow = std::thread::scope(|scope| {
-        let slow = scope.spawn(|| (site.server().post("/v3/jobs", &body).status, Instant::now()));
-        let mut longest = Duration::ZERO;
-        while !slow.is_finished() {
-            let began = Instant::now();
-            assert_eq!(site.server().get("/healthz/live").status, 200);
-            assert_eq!(site.server().get("/v3/jobs").status, 200);
-            longest = longest.max(began.elapsed());
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        assert!(longest < Duration::from_secs(2), "{longest:?}");
-        slow.join().unwrap()
+    let post = |_| {
+        let began = Instant::now();
+        let status = site.server().post("/v3/jobs", &body).status;
+        (status, began.elapsed())
+    };
+    for (what, fault, status) in [
+        ("Kubernetes is slow", Fault::Delay(Duration::from_secs(2)), 201),
+        ("Kubernetes is silent", Fault::Silence, 500),
+    ] {
+        site.cluster.fail("", fault, usize::MAX);
+        let ask = |method: &str, path: &str, body: &Value| site.server().send(method, path, body);
+        let answers = times::others_are_answered(what, Duration::from_secs(10), 10, ask, post);
+        assert!(answers.iter().all(|(answered, _)| *answered == status), "{what}: {answers:?}");
+        // Each call ends after 20 s with its retries; the start needs one that fails, and its roll-back another.
+        assert!(answers.iter().all(|(_, took)| *took < Duration::from_mins(2)), "{what}: {answers:?}");
+        site.cluster.forget_faults();
+    }
+    assert_eq!(site.server().delete("/v3/jobs").status, 204);
+    wait_within(Duration::from_mins(4), "nothing to be left", || site.cluster.names().is_empty());
+    site.job();
+}
+
+#[test]
+fn refusing_api_and_one_that_cuts_answers_off_fail_only_starts_of_jobs() {
+    let site = Site::start();
+    let (image, count) = (site.image("x86_64"), |method: &str| {
+        site.cluster.state().requests.iter().filter(|request| request.starts_with(method)).count()
     });
-    assert_eq!(slow.0, 500, "the silence");
-    site.cluster.forget_faults();
-    wait_within(Duration::from_mins(1), "nothing to be left", || site.cluster.names().is_empty());
+    for (begin, fault) in [("", Fault::Status(500)), ("POST ", Fault::LostAnswer)] {
+        site.cluster.fail(begin, fault.clone(), usize::MAX);
+        let refused = site.post("customize", &image, json!({}));
+        assert_eq!((refused.status, refused.json()["errors"][0].is_string()), (500, true), "{fault:?}");
+        assert_eq!(site.server().get("/healthz/ready").status, 200);
+        assert_eq!(site.server().get("/v3/jobs").body, "[]\n");
+        site.cluster.forget_faults();
+        // Objects whose answers were lost are found by their labels.
+        assert_eq!(site.cluster.names(), [""; 0], "{fault:?}: {} removals", count("DELETE"));
+    }
     site.job();
 }
 

@@ -3,24 +3,29 @@
 use std::collections::BTreeSet;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use crate::kubernetes::Site;
 use crate::server::{Server, try_ask};
 
 /// Kills in the short form; `IMS_TEST_KILLS` says otherwise.
 const KILLS: usize = 5;
 
+fn kills() -> usize {
+    std::env::var("IMS_TEST_KILLS").map_or(KILLS, |kills| kills.parse().unwrap())
+}
+
 #[test]
 fn what_was_answered_outlives_kills() {
-    let kills = std::env::var("IMS_TEST_KILLS").map_or(KILLS, |kills| kills.parse().unwrap());
     let data = tempfile::tempdir().unwrap();
     let store = data.path().join("store");
     let endpoint = format!("file://{}", store.display());
     let variables = [("S3_ENDPOINT", endpoint.as_str())];
     let created = Mutex::new(BTreeSet::new());
     let (deleted, asked) = (Mutex::new(BTreeSet::new()), Mutex::new(BTreeSet::new()));
-    for _ in 0..kills {
+    for _ in 0..kills() {
         let mut server = Server::with(data.path(), &variables);
         let address = server.address;
         let ended = AtomicBool::new(false);
@@ -105,6 +110,76 @@ fn what_was_answered_outlives_kills() {
         names_there.filter(|name| !names.contains(name)).collect()
     };
     testbed::wait_until("copies without a record to be removed", || copies().is_empty());
+}
+
+#[test]
+fn jobs_on_kubernetes_outlive_kills_without_an_orphan() {
+    let mut site = Site::start();
+    let job = json!({
+        "artifact_id": site.image("x86_64"), "public_key_id": site.key(), "job_type": "customize",
+        "image_root_archive_name": "n",
+    });
+    let sets: [Mutex<BTreeSet<String>>; 5] = Default::default();
+    let [created, kept, ended, asked, deleted] = &sets;
+    for _ in 0..kills() {
+        let address = site.server().address;
+        let is_over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for worker in 0..3 {
+                let (job, is_over) = (&job, &is_over);
+                scope.spawn(move || {
+                    let send = |method: &str, path: &str, body: &Value| {
+                        try_ask(address, method, path, "content-type: application/json\r\n", body.to_string())
+                    };
+                    while !is_over.load(Ordering::Relaxed) {
+                        let Ok(answer) = send("POST", "/v3/jobs", job) else { break };
+                        let (id, path) = (answer.id(), format!("/v3/jobs/{}", answer.id()));
+                        created.lock().unwrap().insert(id.clone());
+                        if worker == 0 {
+                            let Ok(answer) = send("PATCH", &path, &json!({"status": "success"})) else { break };
+                            assert_eq!(answer.status, 200, "{answer:?}");
+                            ended.lock().unwrap().insert(id);
+                        } else if worker == 1 {
+                            asked.lock().unwrap().insert(id.clone());
+                            let Ok(answer) = send("DELETE", &path, &json!({})) else { break };
+                            assert_eq!(answer.status, 204, "{answer:?}");
+                            deleted.lock().unwrap().insert(id);
+                        } else {
+                            kept.lock().unwrap().insert(id);
+                        }
+                    }
+                });
+            }
+            let before = created.lock().unwrap().len();
+            testbed::wait_until("some jobs", || created.lock().unwrap().len() > before + 6);
+            site.kill();
+            is_over.store(true, Ordering::Relaxed);
+        });
+        site.restart(&[]);
+    }
+    let [created, kept, ended, asked, deleted] = sets.map(|set| set.into_inner().unwrap());
+    let list = site.server().get("/v3/jobs").good();
+    let live: BTreeSet<String> =
+        list.as_array().unwrap().iter().map(|job| job["id"].as_str().unwrap().to_owned()).collect();
+    let lost: Vec<_> = created.difference(&live).filter(|id| !asked.contains(*id)).collect();
+    assert!(lost.is_empty() && live.is_disjoint(&deleted), "{lost:?}");
+    for id in &ended {
+        assert_eq!(site.status(&json!({ "id": id })), "success");
+    }
+    // What starts and deletions have left is removed, and what jobs that have ended still held.
+    testbed::wait_within(Duration::from_mins(4), "orphans to be removed", || {
+        let names = site.cluster.names();
+        let is_known = |name: &String| live.iter().any(|id| name.contains(id.as_str()));
+        let is_held =
+            |name: &String| name.starts_with("services/") && ended.iter().any(|id| name.contains(id.as_str()));
+        names.iter().all(|name| is_known(name) && !is_held(name))
+    });
+    // A job that was only started has all that it was started with, and its pod.
+    let names = site.cluster.names();
+    for id in &kept {
+        let own: Vec<_> = names.iter().filter(|name| name.contains(id.as_str())).collect();
+        assert_eq!(own.len(), 6, "{id}: {own:?}");
+    }
 }
 
 #[test]

@@ -20,7 +20,10 @@ mod postgres;
 #[allow(dead_code)]
 #[path = "../../tests/recipe/recipes.rs"]
 mod recipes;
+mod replicas;
 mod schema;
 mod server;
 mod slow_store;
+mod statuses;
+mod times;
 mod wire;

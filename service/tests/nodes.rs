@@ -1,6 +1,7 @@
 //! Remote build nodes: the service in a network with nodes, which are namespaces. One of them swallows packets.
 
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -11,6 +12,9 @@ use testbed::job::{image, squashfs_of};
 use testbed::node::{Lab, Node, NodeOptions};
 use testbed::{Ended, directory, ssh_options, succeed, text, wait_until, wait_within};
 
+use crate::server::exchange;
+use crate::times;
+
 /// The service of one machine, in the network of the nodes.
 struct Site<'a> {
     lab: &'a Lab,
@@ -19,7 +23,7 @@ struct Site<'a> {
 }
 
 /// Makes a node answer IMS's questions, as an administrator does.
-fn prepare(node: &Node, arch: &str) {
+pub fn prepare(node: &Node, arch: &str) {
     for (path, script) in
         [("/usr/bin/podman", "#!/bin/sh\n".into()), ("/usr/bin/uname", format!("#!/bin/sh\necho {arch}\n"))]
     {
@@ -40,6 +44,7 @@ impl<'a> Site<'a> {
         service
             .args(["serve", "--auth", "gateway", "--runner", "machine", "--listen", "127.0.0.1:9000", "--data"])
             .arg(path("data"));
+        service.arg("--socket").arg(path("ims.sock"));
         service.arg("--jobs").arg(path("jobs")).arg("--remote-key").arg(&lab.key);
         service.arg("--s3-endpoint").arg(format!("file://{}", path("store").display()));
         service.env_remove("IMS_DATABASE_URL").env_remove("IMS_RUNNER").env("IMAGE_COMPRESSION", "none");
@@ -153,4 +158,45 @@ fn nodes_are_probed_at_once_and_jobs_run_on_the_best() {
     assert_eq!(succeed(Command::new("unsquashfs").arg("-cat").arg(rootfs).arg("etc/motd")), "changed\n");
     lab.nodes[1].is_as_before(&before);
     site.ims(&["jobs", "delete", id]);
+}
+
+#[test]
+fn node_that_swallows_packets_delays_only_requests_that_ask_it() {
+    let lab = Lab::new();
+    prepare(&lab.nodes[0], "x86_64");
+    let site = Site::start(&lab);
+    site.ims(&["remote-build-nodes", "create", "--xname", &lab.nodes[0].address]);
+    let source = squashfs_of(&image(site.dir.path()));
+    let image = site.ims(&["images", "import", source.to_str().unwrap(), "--name", "compute"]);
+    let public = site.path("key.pub").display().to_string();
+    let key = site.ims(&["public-keys", "create", "--name", "me", "--public-key", &public]);
+    lab.cut(&lab.nodes[0]);
+    let ask = |method: &str, path: &str, body: &Value| {
+        let connection = UnixStream::connect(site.path("ims.sock")).unwrap();
+        let headers = "content-type: application/json\r\n";
+        exchange(connection, method, path, headers, body.to_string().as_bytes()).unwrap()
+    };
+    let job = json!({
+        "artifact_id": image["id"], "public_key_id": key["id"], "job_type": "customize", "image_root_archive_name": "n",
+    });
+    let answers = times::others_are_answered("a node swallows packets", Duration::from_secs(10), 6, ask, |number| {
+        let began = Instant::now();
+        // One of them is a job, which runs here then.
+        let answer = if number == 0 {
+            let answer = ask("POST", "/v3/jobs", &job);
+            assert_eq!(answer.good()["remote_build_node"], "");
+            answer
+        } else {
+            let answer = ask("GET", "/v3/remote-build-nodes/status", &Value::Null);
+            assert_eq!(answer.good()[0]["ableToRunJobs"], false);
+            answer
+        };
+        (answer.status, began.elapsed())
+    });
+    // A node is given up after six seconds.
+    assert!(answers.iter().all(|(_, took)| (5..30).contains(&took.as_secs())), "{answers:?}");
+    assert_eq!(ask("DELETE", "/v3/jobs", &Value::Null).status, 204);
+    wait_within(Duration::from_mins(2), "the job to be removed", || {
+        std::fs::read_dir(site.path("jobs")).is_ok_and(|jobs| jobs.count() == 0)
+    });
 }

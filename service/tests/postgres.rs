@@ -11,13 +11,13 @@ use testbed::{Ended, succeed, wait_until};
 use crate::server::Server;
 
 /// A PostgreSQL server on a Unix socket. It refuses to run as root.
-struct Postgres {
+pub struct Postgres {
     directory: TempDir,
     program: Option<Ended>,
 }
 
 impl Postgres {
-    fn start() -> Self {
+    pub fn start() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().display().to_string();
         succeed(Command::new("chown").args(["postgres", &path]));
@@ -49,17 +49,17 @@ impl Postgres {
     }
 
     /// Ends it at once: connections are cut.
-    fn stop(&mut self) {
+    pub fn stop(&mut self) {
         let mut program = self.program.take().unwrap();
         succeed(Command::new("kill").args(["-INT", &program.id().to_string()]));
         program.wait().unwrap();
     }
 
-    fn url(&self) -> String {
+    pub fn url(&self) -> String {
         format!("postgres://postgres@localhost/postgres?host={}", self.directory.path().display())
     }
 
-    fn replica(&self, data: &Path) -> Server {
+    pub fn replica(&self, data: &Path) -> Server {
         let store = format!("file://{}", data.display());
         Server::with(data, &[("S3_ENDPOINT", &store), ("IMS_DATABASE_URL", &self.url())])
     }

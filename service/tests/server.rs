@@ -50,8 +50,17 @@ pub fn try_ask(
     headers: &str,
     body: impl AsRef<[u8]>,
 ) -> std::io::Result<Answer> {
-    let body = body.as_ref();
-    let mut connection = TcpStream::connect(to)?;
+    exchange(TcpStream::connect(to)?, method, path, headers, body.as_ref())
+}
+
+/// As [`try_ask`], over a connection that stands.
+pub fn exchange(
+    mut connection: impl Read + Write,
+    method: &str,
+    path: &str,
+    headers: &str,
+    body: &[u8],
+) -> std::io::Result<Answer> {
     let length = if body.is_empty() { String::new() } else { format!("content-length: {}\r\n", body.len()) };
     let head = format!("{method} {path} HTTP/1.1\r\nhost: ims\r\nconnection: close\r\n{length}{headers}\r\n");
     connection.write_all(&[head.as_bytes(), body].concat())?;
