@@ -158,9 +158,9 @@ fn jobs_on_kubernetes_outlive_kills_without_an_orphan() {
         site.restart(&[]);
     }
     let [created, kept, ended, asked, deleted] = sets.map(|set| set.into_inner().unwrap());
-    let list = site.server().get("/v3/jobs").good();
+    let jobs = site.server().get("/v3/jobs").good();
     let live: BTreeSet<String> =
-        list.as_array().unwrap().iter().map(|job| job["id"].as_str().unwrap().to_owned()).collect();
+        jobs.as_array().unwrap().iter().map(|job| job["id"].as_str().unwrap().to_owned()).collect();
     let lost: Vec<_> = created.difference(&live).filter(|id| !asked.contains(*id)).collect();
     assert!(lost.is_empty() && live.is_disjoint(&deleted), "{lost:?}");
     for id in &ended {

@@ -39,10 +39,9 @@ fn documented() -> Statuses {
 fn is_elsewhere(path: &str, method: &str, status: u16) -> bool {
     let is_list = !path.ends_with('}') && !path.contains("/status") && !path.contains("/logs");
     match (method, status) {
-        // images.rs, kubernetes.rs and slow_store.rs; for the others it is what a bug would be answered with.
-        (_, 500) => true,
-        // images.rs: links that differ, objects that another request works on.
-        (_, 409) => true,
+        // 500: images.rs, kubernetes.rs and slow_store.rs; for the others it is what a bug would be answered with.
+        // 409: images.rs, links that differ and objects that another request works on.
+        (_, 409 | 500) => true,
         // Health needs neither a token nor the database.
         _ if path.starts_with("/healthz") || path == "/version" => {
             status != 200 && (path != "/version" || status != 401)

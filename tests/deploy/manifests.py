@@ -1,5 +1,5 @@
 """Prints what 'kubectl kustomize' would make of the directory or file that is named, as JSON, of what the manifests here use of kustomize:
-resources, components, strategic merge patches, the namespace, and names of images. With --validate=VERSION, which may come several times,
+resources, components, strategic merge patches, the namespace, names of images, and ConfigMaps of files. With --validate=VERSION, which may come several times,
 checks it against the schemas of that version of Kubernetes, or of the 'newest' one."""
 
 import json
@@ -24,8 +24,10 @@ def rendered(place):
         return json.loads(json.dumps([o for o in yaml.safe_load_all(place.read_text()) if o]))
     kustomization = yaml.safe_load((place / "kustomization.yaml").read_text())
     known = {"apiVersion", "kind", "resources", "components", "patches", "images", "namespace"}
+    known |= {"configMapGenerator", "generatorOptions"}
     assert set(kustomization) <= known, f"{place}: {set(kustomization) - known} is not known here"
     objects = [o for resource in kustomization["resources"] for o in rendered(place / resource)]
+    objects += map(config_map(place, kustomization), kustomization.get("configMapGenerator", []))
     for component in kustomization.get("components", []):
         patch_objects(objects, place / component)
     patch_objects(objects, place)
@@ -40,6 +42,20 @@ def rendered(place):
     return objects
 
 
+def config_map(place, kustomization):
+    """A function that makes a ConfigMap of the files in an entry of configMapGenerator."""
+
+    def made(entry):
+        # Other names would have a hash of the content.
+        assert kustomization["generatorOptions"] == {"disableNameSuffixHash": True}, place
+        files = [place / name for name in entry["files"]]
+        metadata = {"name": entry["name"], "namespace": entry["namespace"]}
+        data = {file.name: file.read_text() for file in files}
+        return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}
+
+    return made
+
+
 def patch_objects(objects, place):
     """Applies the patches of a kustomization, or of a component, which has nothing else."""
     named = lambda o: (o["kind"], o["metadata"]["name"])
@@ -48,7 +64,10 @@ def patch_objects(objects, place):
         is_meant = lambda o: o["kind"] == target["kind"] if target else named(o) == named(patch)
         found = [o for o in objects if is_meant(o)]
         assert len(found) == 1, f"{place}: {named(patch)} is {len(found)} objects"
-        merge(found[0], patch | {"metadata": {}} if target else patch)
+        if patch.get("$patch") == "delete":
+            objects.remove(found[0])
+        else:
+            merge(found[0], patch | {"metadata": {}} if target else patch)
 
 
 def merge(target, patch):
@@ -73,7 +92,7 @@ def merged_lists(items, patches, key):
 
 
 def containers(objects):
-    for job in (o for o in objects if o["kind"] == "Job"):
+    for job in (o for o in objects if o["kind"] in ("Job", "Deployment")):
         spec = job["spec"]["template"]["spec"]
         yield from spec.get("initContainers", []) + spec["containers"]
 
