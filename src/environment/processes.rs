@@ -146,7 +146,6 @@ impl Ending {
     }
 
     fn sweep(&mut self, visit: &impl Fn(Visitor<'_>), kill: bool) -> Sweep {
-        reap();
         self.sweeps += 1;
         let mut sweep = Sweep { left: 0, watched: Vec::new() };
         let (is_first, newest) = (self.newest.is_none(), self.newest.unwrap_or(0));
@@ -170,6 +169,8 @@ impl Ending {
             // Stop asking when its time is over; kill in every sweep until none is left.
             if kill || self.began.elapsed() < TERM_TIME { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         });
+        // Beside a fork bomb that takes long; first, every process has its signal.
+        reap();
         sweep
     }
 

@@ -88,13 +88,15 @@ pub(crate) fn close_all_but_streams() -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Children that are reaped before the caller goes on. A fork bomb's orphans may end faster than they are reaped.
-const REAPED_AT_ONCE: usize = 1024;
+/// Time after which the caller goes on. A fork bomb's orphans may end faster than they are reaped, and the kernel lets
+/// every other process run several times for each of them.
+const TIME_TO_REAP: Duration = Duration::from_millis(50);
 
 /// Reaps ended children, ours or adopted, and returns their statuses. If there may be more, SIGCHLD is raised again.
 pub(crate) fn reap() -> Vec<WaitStatus> {
     let mut ended = Vec::new();
-    while ended.len() < REAPED_AT_ONCE {
+    let began = Instant::now();
+    while began.elapsed() < TIME_TO_REAP {
         match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
             Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return ended,
             Ok(status) => ended.push(status),
