@@ -20,7 +20,7 @@ use ims_sshd::volume::mounts_below::refuse_mounts_below;
 use tokio::sync::mpsc;
 
 use super::nodes::Nodes;
-use super::pod::{self, Pod, Program, State};
+use super::pod::{self, POD, Pod, Program, State};
 use super::{Death, Failures, Log, NewJob, NodeStatus, Runner, Started, programs};
 use crate::records::{Address, Job};
 use crate::settings::{MachineSettings, Settings};
@@ -280,7 +280,8 @@ impl Shared {
         let (shared, job) = (self.clone(), job.to_owned());
         tokio::spawn(async move {
             let directory = shared.directory(&job);
-            let is_removed = || !directory.exists() || directory.join(REMOVED).exists();
+            // In the order in which they are removed.
+            let is_removed = || directory.join(REMOVED).exists() || !directory.join(POD).exists();
             let failure = loop {
                 if is_removed() {
                     return;
@@ -340,7 +341,11 @@ impl Shared {
         if place.exists() {
             let attempted = format!("remove {}", place.display());
             refuse_mounts_below(&place, &attempted, "removal")?;
-            std::fs::remove_dir_all(&place).attempt(|| attempted)?;
+            // First, so that nobody takes the rest for a job that died.
+            let description = std::fs::remove_file(place.join(POD));
+            let removed =
+                description.or_else(|e| if e.kind() == std::io::ErrorKind::NotFound { Ok(()) } else { Err(e) });
+            removed.and_then(|()| std::fs::remove_dir_all(&place)).attempt(|| attempted)?;
         }
         self.free_port(job);
         Ok(())

@@ -15,7 +15,7 @@ use ims_sshd::error::{Attempt, Error, Result};
 use ims_sshd::sys::process::{Entry, Handle, Identity, descendants};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use rustix::fs::FlockOperation;
+use rustix::fs::{CWD, FlockOperation, RenameFlags};
 use serde::{Deserialize, Serialize};
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
@@ -53,7 +53,7 @@ struct End {
 }
 
 /// Description of the pod, in the job's directory.
-const POD: &str = "pod.json";
+pub(super) const POD: &str = "pod.json";
 /// Log of all programs of the pod, in the job's directory.
 pub(super) const LOG: &str = "log";
 /// Processes of the pod, in the job's directory; locked while the pod runs.
@@ -162,14 +162,18 @@ pub(super) fn end_sshd(config: &Path) {
 pub fn run(directory: &Path) -> Result<ExitCode> {
     let pod = Pod::read(directory)?;
     let attempted = || format!("run the job in {}", directory.display());
-    let path = directory.join(PROCESSES);
-    let mut processes = File::options().create(true).append(true).open(&path).attempt(attempted)?;
+    // Locked before it gets its name: a reader would take an unlocked one for that of a killed process, and its lock
+    // would be in the way of ours.
+    let (new, path) = (directory.join("processes.new"), directory.join(PROCESSES));
+    let mut processes = File::options().create(true).append(true).open(&new).attempt(attempted)?;
     rustix::fs::flock(&processes, FlockOperation::NonBlockingLockExclusive).attempt(attempted)?;
-    if processes.metadata().attempt(attempted)?.len() > 0 {
-        return Err(Error::new(attempted()).because("it was run before"));
-    }
+    processes.set_len(0).attempt(attempted)?;
     let us = Identity::of(Pid::this()).ok_or_else(|| Error::new(attempted()).because("/proc is missing"))?;
     writeln!(processes, "{us}").attempt(attempted)?;
+    rustix::fs::renameat_with(CWD, &new, CWD, &path, RenameFlags::NOREPLACE).map_err(|e| {
+        let reason = if e == rustix::io::Errno::EXIST { "it was run before".into() } else { e.to_string() };
+        Error::new(attempted()).because(reason)
+    })?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().attempt(attempted)?;
     // Keep the lock until the end is recorded: an unlocked pod without a recorded end counts as killed.
     let _lock = processes.try_clone().attempt(attempted)?;
