@@ -6,7 +6,7 @@ use std::fs::Metadata;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -41,6 +41,9 @@ pub(crate) const HALF_APPLIED: &str = "half-applied";
 /// Value of an entry's `state`: the run was killed.
 pub(crate) const KILLED: &str = "killed";
 
+/// Maximum time that processes of an ended run hold its lock.
+const TIME_TO_END: Duration = Duration::from_secs(2);
+
 /// Size limit of an entry, in bytes.
 const LIMIT: u64 = 64 << 10;
 
@@ -73,7 +76,7 @@ impl Entry {
         });
         let known = before.as_ref().and_then(|before| before["name"].as_str()).map(str::to_owned);
         let _alone = keeps.is_some().then(alone).transpose()?;
-        if let Some(run) = keeps.as_deref().and_then(open_in) {
+        if let Some(run) = keeps.as_deref().and_then(open_in_use) {
             return Err(Error::new(format!("open {source}"))
                 .because(format!("it is open as {}", run["name"].as_str().unwrap_or_default()))
                 .advise(how_it_ends(&run)));
@@ -271,6 +274,18 @@ fn alone() -> Result<OwnedFd> {
     let opened = OwnedFd::from(std::fs::File::open(&register).attempt(attempted)?);
     rustix::fs::flock(&opened, rustix::fs::FlockOperation::LockExclusive).attempt(attempted)?;
     Ok(opened)
+}
+
+/// Like [`open_in`], but waits for the last processes of a run that has ended: they hold its lock a moment longer.
+fn open_in_use(work: &Path) -> Option<Value> {
+    let began = Instant::now();
+    loop {
+        let run = open_in(work)?;
+        if process(&run).is_some() || began.elapsed() >= TIME_TO_END {
+            return Some(run);
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// Entry of the open run that keeps its changes in `work`; that directory need not exist yet.
