@@ -56,9 +56,8 @@ pub(super) enum Command {
         /// [default: $IMAGE_ROOT_PARENT, else /mnt/image]
         #[arg(value_name = "IMAGE_ROOT_PARENT")]
         first: String,
-        /// An image: URL (https, s3), squashfs, tar or cpio archive (plain, gzip, bzip2, xz, zstd), saved container image
-        /// or
-        /// directory
+        /// An image: URL (https, s3), squashfs, tar or cpio archive (plain, gzip, bzip2, xz, zstd), saved container
+        /// image or directory
         #[arg(value_name = "SOURCE")]
         second: Option<String>,
         /// How the image becomes a tree
@@ -586,7 +585,7 @@ pub(super) fn refuse_late_options(name: &str, command: &[OsString], given: &[OsS
     let mut program = Arguments::command();
     program.build();
     let options = program.find_subcommand(name).into_iter().flat_map(clap::Command::get_arguments);
-    // `--help` is more often meant for the command than for this program.
+    // A user who types `--help` after a command more often means that command than this program.
     let longs: Vec<_> = options.filter_map(clap::Arg::get_long).filter(|long| *long != "help").collect();
     let is_ours = |word: &&OsString| {
         let word = word.to_string_lossy();

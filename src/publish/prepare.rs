@@ -50,13 +50,13 @@ pub(crate) fn marks() -> impl Iterator<Item = &'static str> {
     [READY, SSHD_LISTENING, EXITING, POD_ERROR, REMOTE_PORT].into_iter().chain(verdicts)
 }
 
-/// Removes them, for an image root that is there or about to get its name: a refused command leaves those of the old
-/// one, which may be complete. Keeps the journal if the image root `stays`: the sidecar continues with what this job
-/// published in part.
+/// Removes the files of [`marks`], for an image root that exists or is about to get its name. A refused command leaves
+/// them, since the old image root may be complete. Keeps the journal if the image root `stays`: the sidecar continues
+/// with what this job published in part.
 pub(crate) fn clear_marks(parent: &Path, stays: bool) -> Result<()> {
     let Some(files) = SignalFiles::open(parent)? else { return Ok(()) };
     marks().try_for_each(|name| files.retract(name))?;
-    // Without an image root, what was published in part or packed elsewhere belongs to another one.
+    // Without an image root, anything that was published in part or packed elsewhere belongs to another one.
     if stays { Ok(()) } else { clear_published(&files) }
 }
 
@@ -72,7 +72,7 @@ pub(crate) fn prepare(
     make(work, settings, source, open, image_root).map(|(overlay, _)| overlay)
 }
 
-/// The same; returns also the archive that the image root was made from by this call.
+/// Like [`prepare`]; also returns the archive that the image root was made from by this call.
 pub(crate) fn make(
     work: &Work,
     settings: &Settings,
@@ -81,13 +81,13 @@ pub(crate) fn make(
     image_root: &Path,
 ) -> Result<(Option<Overlay>, Option<Opened>)> {
     if open == Some(Open::Unpack) {
-        // Checked before fetching.
+        // Check this now, before the source is fetched.
         confinement::refuse_to_lose_attributes()?;
     }
     let parent = &settings.job.parent;
     let volume = open_tree(parent)?;
     let stays = image_root.exists();
-    // Only `prepare` says how to open the source, and has other containers that wait for signal files.
+    // Only `prepare` gives `open`, and only with `prepare` do other containers wait for signal files.
     let clear_marks = || if open.is_some() { clear_marks(parent, stays) } else { Ok(()) };
     refuse_links(parent, image_root)?;
     await_unpackers(&volume.shown().join(UNPACKING));
@@ -111,7 +111,7 @@ pub(crate) fn make(
             return Ok((None, None));
         }
     }
-    // Unpacked by an earlier run of `prepare` or, if it could not be published, of `customize`.
+    // The image root was unpacked by an earlier run of `prepare` or, if it could not be published, of `customize`.
     if let Some(known) = known.as_ref().filter(|_| !has_overlay && open != Some(Open::Overlay)) {
         clear_marks()?;
         tracing::info!(
@@ -127,12 +127,13 @@ pub(crate) fn make(
         && open.is_none()
         && !matches!(source, Source::Here(_))
         && volume.look(ARCHIVE).is_ok_and(|f| f.is_some());
-    // The volume of an IMS job is the job's own: an earlier container of the job may have fetched it.
+    // The volume of an IMS job is the job's own: an earlier container of the job may have fetched the file that is
+    // there.
     if settings.job.id.is_none() {
         refuse_to_fetch_over(source, &volume, &record)?;
     }
     if known.is_none() {
-        // Somebody has removed the image root that it describes.
+        // A kept source and its inventory are useless now: somebody has removed their image root.
         basis::forget(&volume);
     }
     let compare = |opened: &Opened| {
@@ -162,7 +163,7 @@ pub(crate) fn make(
                 let tree = unpack(work, &archive, &volume, UNPACKING)?;
                 check(&archive, &tree)?;
                 Inventory::of(work, &tree)?.save(&volume, INVENTORY)?;
-                // Last, and before anybody else can reach the tree.
+                // These come last, but before anybody else can reach the tree.
                 let is_fetched = !matches!(source, Source::Here(_));
                 basis::keep(work, settings, is_fetched, &archive, &volume, &tree)?;
                 clear_marks()?;
@@ -171,7 +172,7 @@ pub(crate) fn make(
             }
         }
     });
-    // An archive below an overlay is kept: changes were made to it.
+    // Keep an archive below an overlay, because the changes are based on it.
     let ours = matches!(source, Source::Web(_) | Source::S3(..)) && !has_overlay;
     if result.is_err() || unpacked {
         let _ = remove(&volume, UNPACKING);
@@ -187,7 +188,7 @@ pub(crate) fn make(
     result
 }
 
-/// Mounts an archive below an overlay; `ready` is called once that shows an image.
+/// Mounts an archive below an overlay. Calls `ready` once the overlay shows an image.
 fn mount(
     archive: &Opened,
     volume: &Tree,
@@ -214,7 +215,7 @@ const UNPACKERS: [&str; 6] = ["tar", "unsquashfs", "cp", "gzip", "xz", "zstd"];
 /// Waits for the unpackers of a killed run, which would write to `directory` while it is removed.
 pub(crate) fn await_unpackers(directory: &Path) {
     if directory.exists() {
-        // Somebody else's shell in there does not matter.
+        // Ignore the result: a process of somebody else in the directory does not matter.
         let _ = packing::inside(directory, &UNPACKERS);
     }
 }
@@ -303,7 +304,7 @@ fn refuse_to_fetch_over(source: &Source, volume: &Tree, record: &Record) -> Resu
     if matches!(source, Source::Here(_)) || volume.look(ARCHIVE).attempt(attempted)?.is_none() {
         return Ok(());
     }
-    // An earlier run that was killed may have fetched it.
+    // An earlier run that was killed may have fetched the file.
     if record.read().is_some_and(|before| before.is_fetched()) {
         return Ok(());
     }
@@ -356,7 +357,7 @@ pub(crate) fn take_inventory_below(work: &Work, settings: &Settings, volume: &Tr
     }
     let mounted = volume.directory_without_links(Path::new(OVERLAY).join(LOWER)).attempt(attempted)?;
     let below = if mounted.names().attempt(attempted)?.is_empty() {
-        // A directory is not mounted there.
+        // A source that is a directory is not mounted there, but recorded.
         let record = Record::on(volume, settings)?;
         let source = record.read().filter(|_| record.is_sealed() || !is_in_pod(settings));
         match source.filter(|source| Path::new(source.source()).is_dir()) {
@@ -369,8 +370,8 @@ pub(crate) fn take_inventory_below(work: &Work, settings: &Settings, volume: &Tr
     Inventory::of(work, &below)?.save(volume, INVENTORY)
 }
 
-/// Returns whether `parent` has an image root that may have been changed: an unpacked one, an overlay with an upper layer
-/// that is not empty, or an image that a node has packed.
+/// Returns whether `parent` has an image root that may have been changed: an unpacked one, an overlay with an upper
+/// layer that is not empty, or an image that a node has packed.
 pub(crate) fn holds_changes(parent: &Path, image_root: &Path) -> bool {
     match Overlay::changes(&parent.join(OVERLAY)) {
         Some(changes) => changes,
@@ -417,7 +418,7 @@ fn archive(
         Source::Web(url) => url.clone(),
         Source::S3(bucket, key) => work.wait(store::sign(bucket, key, &settings.store, &settings.network))?,
     };
-    // Unpacked, it needs the same space again, or more.
+    // Unpacking needs the same space again, or more.
     let copies = if open == Some(Open::Unpack) { 2 } else { 1 };
     let file = download::fetch(work, &url, &settings.expected, volume, FETCHING, copies)?;
     let opened = Opened { shown: settings.job.parent.join(ARCHIVE), content: Content::File(file) };
