@@ -3,10 +3,10 @@
 use std::time::Instant;
 
 use crate::environment::groundwork::Groundwork;
-use crate::environment::presence::Presence;
 use crate::environment::recovery::recover;
 use crate::environment::restarts::Part;
 use crate::environment::script::Script;
+use crate::environment::session_list::SessionList;
 use crate::environment::settings::Settings;
 use crate::environment::sshd_setup::{Asked, configure_sshd, login_shell};
 use crate::environment::watchdog::Watchdog;
@@ -45,7 +45,7 @@ pub(super) struct Open {
     /// `None` between the death of sshd and its restart.
     pub(super) daemon: Option<Daemon>,
     clients: Clients,
-    pub(super) presence: Presence,
+    pub(super) session_list: SessionList,
     /// Watches sshd's log for refused logins, if sshd logs to a file.
     pub(super) refusals: Option<Refusals>,
     pub(super) watchdog: Watchdog,
@@ -80,7 +80,7 @@ impl Open {
             jail: None,
             daemon: None,
             clients: Clients::default(),
-            presence: Presence::listen(state.path())?,
+            session_list: SessionList::listen(state.path())?,
             refusals: settings.sshd.log.as_deref().map(|log| Refusals::new(log, settings.job.jailed)),
             watchdog: Watchdog::start(),
             script: None,
@@ -179,7 +179,7 @@ impl Open {
     pub(super) fn running(&mut self) -> Running {
         let running = self.clients.look(self.daemon.as_ref().map(|daemon| daemon.pid));
         if self.groundwork.jail.is_none() {
-            self.presence.compare(&running.sessions);
+            self.session_list.compare(&running.sessions);
         }
         running
     }
@@ -187,14 +187,14 @@ impl Open {
     /// Logs logins that sshd refused, or ended before their session.
     pub(super) fn look_at_refusals(&mut self) {
         if let Some(refusals) = &mut self.refusals {
-            refusals.look(|client, port| self.presence.has_begun(client, port));
+            refusals.look(|client, port| self.session_list.has_begun(client, port));
         }
     }
 
     /// Interactive shells among `running`.
     pub(super) fn interactive(&self, running: Running) -> Vec<Entry> {
         let mut sessions = running.sessions;
-        sessions.retain(|leader| self.presence.is_interactive(leader));
+        sessions.retain(|leader| self.session_list.is_interactive(leader));
         sessions
     }
 
@@ -214,9 +214,9 @@ impl Open {
             cleanly &= succeeded(jail.clear(place.image_root, place.files.parent()));
         }
         if let Some(refusals) = self.refusals {
-            refusals.close(|client, port| self.presence.has_begun(client, port));
+            refusals.close(|client, port| self.session_list.has_begun(client, port));
         }
-        self.presence.close();
+        self.session_list.close();
         cleanly
     }
 }

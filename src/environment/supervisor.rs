@@ -18,13 +18,14 @@ use crate::environment::processes;
 use crate::environment::restarts::Part;
 use crate::environment::script::Script;
 use crate::environment::settings::Settings;
+use crate::environment::shell_wanted;
 use crate::environment::sshd_setup;
 use crate::environment::state_machine::{Action, Event, Machine, State};
 use crate::environment::watchdog::Watchdog;
 use crate::error::{Attempt, Error, Result};
 use crate::jail::link::Message;
 use crate::jailer::open::TIME_TO_CLOSE_FILES;
-use crate::job::Action as JobAction;
+use crate::job::action::Action as JobAction;
 use crate::sshd::daemon::Daemon;
 use crate::sys::poll::{self, Sources};
 use crate::sys::process::reap;
@@ -32,7 +33,7 @@ use crate::sys::signals::Signals;
 use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
 use crate::volume::image_root;
-use crate::volume::layout::{BUILD_FAILED, EXITING, READY, SSHD_LISTENING};
+use crate::volume::layout::{EXITING, READY, SSHD_LISTENING};
 use crate::volume::mounts_below;
 use crate::volume::signal_files::{LOOK_EVERY, SignalFiles, Stamp, Watch};
 use crate::volume::state_directory::StateDirectory;
@@ -55,7 +56,7 @@ pub struct Outcome {
 /// Runs a build environment from start to end. `files` is the image root parent if the caller has claimed it already;
 /// `listening` is called once, when sshd accepts connections.
 pub fn run(settings: Settings, files: Option<SignalFiles>, listening: impl FnOnce()) -> Result<Outcome> {
-    if !shell_is_wanted(&settings)? {
+    if !shell_wanted::is_wanted(&settings)? {
         return Ok(Outcome { verdict: None, given_up: false, exit_code: 0 });
     }
     let blocked = [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
@@ -87,24 +88,6 @@ pub fn run(settings: Settings, files: Option<SignalFiles>, listening: impl FnOnc
     };
     nix::sys::prctl::set_child_subreaper(true).attempt(|| "become the parent of orphaned processes")?;
     supervisor.run()
-}
-
-/// Returns whether the job needs a shell. A create job needs one only to inspect a failed build, if ENABLE_DEBUG asks
-/// for that.
-fn shell_is_wanted(settings: &Settings) -> Result<bool> {
-    if settings.job.action == Some(JobAction::Customize) {
-        return Ok(true);
-    }
-    let failed = match SignalFiles::open(&settings.job.parent)? {
-        Some(files) => files.stands(BUILD_FAILED)?,
-        None => false,
-    };
-    match (failed, settings.job.debug) {
-        (true, true) => return Ok(true),
-        (true, false) => tracing::info!("the build failed, and ENABLE_DEBUG is not true: no shell is wanted"),
-        (false, _) => tracing::info!("the build did not fail: no shell is wanted"),
-    }
-    Ok(false)
 }
 
 /// Sources that wake the event loop, in the order in which they are handled.
@@ -339,7 +322,7 @@ impl<F: FnOnce()> Supervisor<F> {
 
     fn look_at_sessions(&mut self) {
         let Some(open) = &mut self.open else { return };
-        for client in open.presence.receive() {
+        for client in open.session_list.receive() {
             let _ = client.send(self.status().to_string().as_bytes());
         }
     }
@@ -354,7 +337,7 @@ impl<F: FnOnce()> Supervisor<F> {
             "tier": open.and_then(|open| open.jail.as_ref()).map_or("plain", |jail| jail.tier.name()),
             "job": self.settings.job.id,
             "verdict": self.machine.verdict().map(Verdict::signal_file),
-            "sessions": open.map(|open| open.presence.sessions().collect::<Vec<_>>()),
+            "sessions": open.map(|open| open.session_list.sessions().collect::<Vec<_>>()),
         })
     }
 
@@ -374,7 +357,14 @@ impl<F: FnOnce()> Supervisor<F> {
         let running = open.running();
         let busy = open.script_runs() || !running.sessions.is_empty();
         let shells = open.interactive(running);
-        open.watchdog.check(busy, open.presence.last_heard(), place.settings, &shells, place.files, place.image_root)
+        open.watchdog.check(
+            busy,
+            open.session_list.last_heard(),
+            place.settings,
+            &shells,
+            place.files,
+            place.image_root,
+        )
     }
 
     /// The open environment and its place.
@@ -522,7 +512,7 @@ impl<F: FnOnce()> Supervisor<F> {
     fn listen(&mut self) {
         let Some(open) = &self.open else { return };
         // Ignore errors, such as a source that is registered already: all sources are polled as well.
-        let _ = self.sources.add(&open.presence, Source::Sessions);
+        let _ = self.sources.add(&open.session_list, Source::Sessions);
         let _ = open.jail.as_ref().map(|jail| self.sources.add(jail.link(), Source::Marks));
         let _ = open.script.as_ref().and_then(Script::output).map(|output| self.sources.add(output, Source::Script));
     }

@@ -9,13 +9,13 @@ use std::path::Path;
 use nix::sched::CloneFlags;
 use rustix::fs::{FileType, Mode};
 use rustix::io::Errno;
-use rustix::mount::MountAttrFlags;
 
 use crate::error::{Advise, Attempt, Error, Result};
 use crate::jail::arguments::NAME;
 use crate::jail::hostname;
+use crate::jail::looks_like_chroot;
 use crate::jail::mount_table::{
-    DEV_LINKS, KERNEL_FILE_ATTRIBUTES, Missing, Mount, PROGRAMS, Proc, ROOT_ATTRIBUTES, Source, mount_table, of_build,
+    DEV_LINKS, Missing, Mount, PROGRAMS, Proc, ROOT_ATTRIBUTES, Source, mount_table, of_build,
 };
 use crate::jail::plan::Plan;
 use crate::jail::programs::{self, Program};
@@ -74,10 +74,12 @@ pub(crate) fn build(plan: &Plan) -> Result<Programs> {
                     put_resolv_conf(&jail, text)?;
                 }
                 // Create the image's entries after the jail's own, which stay: an entry of the image can be anything.
-                slash_run::make(jail.locate("run/-").attempt(|| "fill /run of the jail")?.0, &of_boot);
-                show_root_of_init(&jail)?;
+                let run = jail.locate("run/-").attempt(|| "fill /run of the jail")?.0;
+                slash_run::make(run, &of_boot);
+                let root = jail.locate("proc/1/root").attempt(|| "open /proc of the jail")?;
+                looks_like_chroot::show_root_of_init(run, root)?;
                 if plan.proc == Proc::Container {
-                    show_name_of_init(&jail)?;
+                    looks_like_chroot::show_name_of_init(root.0)?;
                 }
             }
             _ => {}
@@ -239,38 +241,6 @@ fn make_utmp(jail: &Jail) -> Result<()> {
     let attempted = || "make /run/utmp in the jail";
     let (run, name) = jail.locate("run/utmp").attempt(attempted)?;
     run.touch(name).attempt(attempted).map(|_| ())
-}
-
-/// Covers the link /proc/1/root with a link to /proc. Nobody inside may follow the kernel's own link, because the init
-/// is not dumpable. systemctl, udevadm and Ansible follow it, and conclude that they are in a chroot if it leads
-/// elsewhere than to `/`; if they cannot follow it, they try to reach a running systemd and fail.
-fn show_root_of_init(jail: &Jail) -> Result<()> {
-    const NAME: &str = ".ims-sshd.root";
-    let show = || -> io::Result<()> {
-        let ((run, _), (proc, link)) = (jail.locate("run/-")?, jail.locate("proc/1/root")?);
-        let target = match proc.handle(link) {
-            // The container's /proc hides other users' processes (hidepid), so there is no link to cover.
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-            other => other?,
-        };
-        // A link can be mounted on a link, and is then followed. The mount stays when the name is removed.
-        rustix::fs::symlinkat("/proc", run, NAME)?;
-        Detached::copy_of_fd(run.handle(NAME)?, false, MountAttrFlags::empty())?.attach(target)?;
-        run.remove(NAME).map(|_| ())
-    };
-    show().attempt(|| "mount a link on /proc/1/root of the jail")
-}
-
-/// Where the jail shows the container's /proc, covers the name of the container's first process (/proc/1/comm) with the
-/// name of the jail's init.
-fn show_name_of_init(jail: &Jail) -> Result<()> {
-    let show = || -> io::Result<()> {
-        let (proc, _) = jail.locate("proc/-")?;
-        Detached::copy_of_fd(proc.handle("self/comm")?, false, KERNEL_FILE_ATTRIBUTES)?
-            .attach(proc.handle("1/comm")?)?;
-        Ok(())
-    };
-    show().attempt(|| "show the init's name in /proc of the jail")
 }
 
 /// Creates the targets of links at /etc/resolv.conf that lead below /run, with the container's text.

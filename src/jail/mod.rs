@@ -9,6 +9,7 @@ pub mod enter;
 pub(crate) mod hostname;
 pub mod init;
 pub mod link;
+pub(crate) mod looks_like_chroot;
 pub mod mount_table;
 pub mod plan;
 pub(crate) mod programs;

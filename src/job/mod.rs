@@ -1,21 +1,14 @@
 //! A job: its description, and the variables that give it.
 
+pub mod action;
 pub mod variables;
 
 use std::path::PathBuf;
 
 use crate::error::{Error, Result};
+use crate::job::action::Action;
 use crate::job::variables::{Case, Reader, TRUTH};
 use crate::sys::architecture::Architecture;
-
-/// Kind of a job (`IMS_ACTION`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Action {
-    /// An image is changed.
-    Customize,
-    /// An image was built from a recipe; a shell is wanted only to look at a failed build.
-    Create,
-}
 
 /// Default of the image root's parent.
 pub const DEFAULT_PARENT: &str = "/mnt/image";
@@ -42,9 +35,8 @@ pub struct Job {
 impl Job {
     /// Reads the job's variables; `argument` is the command line's image root parent.
     pub(crate) fn read(reader: &mut Reader, argument: Option<PathBuf>) -> Self {
-        let actions = [("customize", Action::Customize), ("create", Action::Create)];
         Self {
-            action: reader.choice("IMS_ACTION", &actions, Case::Exact),
+            action: Action::read(reader),
             parent: parent(reader, argument),
             id: reader.line("IMS_JOB_ID").filter(|id| !id.is_empty()),
             node: reader.line("REMOTE_BUILD_NODE").filter(|node| !node.is_empty()),

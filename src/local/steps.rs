@@ -12,7 +12,7 @@ use crate::image::inventory::{Inventory, write_changes};
 use crate::image::kind::Opened;
 use crate::image::packing::{self, Archive};
 use crate::ims::records::Status;
-use crate::job::Action;
+use crate::job::action::Action;
 use crate::local::directory;
 use crate::local::left_over::{clear_left_over, end_left_over};
 use crate::log::output::say;

@@ -20,7 +20,7 @@ use crate::ims::id::Id;
 use crate::ims::records::{self, Status};
 use crate::jail::resolv_conf::RESOLV_CONF;
 use crate::jailer::resolv_conf::{self, ENVIRONMENT, SIDECAR};
-use crate::job::Action;
+use crate::job::action::Action;
 use crate::pod::pod_files;
 use crate::printable::Printable;
 use crate::publish::basis;

@@ -8,7 +8,7 @@ use crate::environment::groundwork;
 use crate::environment::settings::Settings;
 use crate::error::{Attempt, Error, Result};
 use crate::image::boot::{Names, left_names};
-use crate::job::Action;
+use crate::job::action::Action;
 use crate::publish::settings as publishing;
 use crate::remote::connection::Destination;
 use crate::remote::far::Wanted;

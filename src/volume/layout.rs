@@ -1,6 +1,7 @@
 //! Every name in the image root parent, the directory that the containers of a pod share.
 
-use crate::job::{Action, Job};
+use crate::job::Job;
+use crate::job::action::Action;
 
 /// The image root of a job that changes an image.
 pub(crate) const IMAGE_ROOT: &str = "image-root";

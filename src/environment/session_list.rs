@@ -94,11 +94,11 @@ struct Connection {
 }
 
 /// All sessions of the environment.
-pub(crate) struct Presence {
+pub(crate) struct SessionList {
     listener: Listener,
     /// Connections by their descriptors.
     connections: BTreeMap<RawFd, Connection>,
-    /// What wakes [`Presence::receive`]: the connections by descriptor, and the listener as `None`.
+    /// What wakes [`SessionList::receive`]: the connections by descriptor, and the listener as `None`.
     sources: Sources<Option<RawFd>>,
     /// Maximum number of connections; sessions beyond it are not logged.
     most_connections: usize,
@@ -112,7 +112,7 @@ pub(crate) struct Presence {
     last_heard: Option<Instant>,
 }
 
-impl Presence {
+impl SessionList {
     /// Listens in the environment's state directory.
     pub(crate) fn listen(state: &Path) -> Result<Self> {
         let path = state.join(SOCKET);
@@ -252,8 +252,8 @@ impl Presence {
     }
 }
 
-impl AsFd for Presence {
-    /// Readable when [`Presence::receive`] has something to receive.
+impl AsFd for SessionList {
+    /// Readable when [`SessionList::receive`] has something to receive.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.sources.as_fd()
     }
