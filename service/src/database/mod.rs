@@ -1,8 +1,8 @@
-//! Records in SQLite or PostgreSQL, by the same statements. A committed change survives a kill and a power failure.
+//! Records in SQLite or PostgreSQL (the same SQL for both). A committed change survives a kill and a power failure.
 //!
-//! A record is stored as the text that a GET returns. Each table has a version number. The first statement of a change
-//! raises that number, which also locks the table against other changes, those of other replicas included. Readers
-//! compare versions to see whether a list that they have is current.
+//! A record is stored as the text that a GET returns. Each table has a version number. Every change first raises the
+//! version of its tables, which also locks these tables against other changes, also those of other replicas. Readers
+//! compare versions to see whether a list in memory is current.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -36,8 +36,8 @@ pub enum Place<'a> {
 /// The records.
 pub struct Database {
     pool: AnyPool,
-    /// Lock of SQLite's only writer; `None` for PostgreSQL. Waiting for this lock is fair and has no timeout, unlike
-    /// waiting for SQLite's own.
+    /// Lock that the only writer of SQLite holds; `None` for PostgreSQL. Waiting for this lock is fair and has no
+    /// timeout, unlike waiting for SQLite's own lock.
     writer: Option<Arc<tokio::sync::Mutex<()>>>,
     lists: Mutex<HashMap<Kind, List>>,
     identity: String,
@@ -46,17 +46,17 @@ pub struct Database {
 /// All records of a table, in order of creation.
 #[derive(Debug, Clone)]
 pub struct List {
-    /// Version of the table that the list belongs to.
+    /// Version of the table when the list was read.
     pub version: i64,
     /// Records as JSON.
     pub records: Arc<Vec<String>>,
-    /// Body of an answer with all records, made when one is first requested.
+    /// Body of the answer with all records, built when it is first requested.
     whole: Arc<OnceLock<Bytes>>,
 }
 
 impl List {
-    /// Returns all records as the body of an answer. The body is kept, since CFS requests all images before each of its
-    /// calls.
+    /// Returns all records as the body of an answer. The body is cached, since CFS requests all images before each of
+    /// its calls.
     pub fn whole(&self) -> Bytes {
         self.whole.get_or_init(|| wire::list(self.records.iter().map(String::as_str)).into()).clone()
     }
@@ -65,13 +65,13 @@ impl List {
 /// Maximum number of connections to PostgreSQL, or of readers of SQLite.
 const CONNECTIONS: u32 = 8;
 
-/// Records that a statement of an import inserts.
+/// Number of records that one INSERT statement of an import contains.
 const AT_ONCE: usize = 200;
 
-/// Timeout for a connection to PostgreSQL to become free or to be opened.
+/// Timeout for getting a free connection to PostgreSQL, or for opening a new one.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Timeout for a connection to a file of SQLite. It is longer, since a file is never away, and a disk under load is slow.
+/// Timeout for a connection to a file of SQLite: longer, since a file is always reachable, but a busy disk is slow.
 const PATIENCE_WITH_DISKS: Duration = Duration::from_mins(1);
 
 impl Database {
@@ -89,7 +89,7 @@ impl Database {
         let pool = AnyPoolOptions::new().max_connections(CONNECTIONS).acquire_timeout(patience);
         let pool = pool.after_connect(move |connection, _| {
             Box::pin(async move {
-                // WAL lets readers go on during a change; FULL waits for the disk before a change is answered.
+                // With WAL, readers continue during a change. With FULL, a commit waits until the data is on the disk.
                 for pragma in ["journal_mode = WAL", "synchronous = FULL", "cache_size = -2000"] {
                     if is_file {
                         sqlx::query(&format!("PRAGMA {pragma}")).execute(&mut *connection).await?;
@@ -145,13 +145,13 @@ impl Database {
         rows.fetch_all(&self.pool).await?.iter().map(|row| row.try_get(0)).collect()
     }
 
-    /// Returns all records of the table `kind`, whose records have the type of another table ([`Kind::Starting`] holds
-    /// jobs).
+    /// Returns all records of the table `kind`. For tables without a record type of their own: [`Kind::Starting`] holds
+    /// jobs.
     pub async fn all_in<R: Record>(&self, kind: Kind) -> Result<Vec<R>> {
         self.list(kind).await?.records.iter().map(|text| parsed(text)).collect()
     }
 
-    /// Name of this database, in ETags.
+    /// Random name of this database, used in ETags.
     pub fn identity(&self) -> &str {
         &self.identity
     }
@@ -161,8 +161,8 @@ impl Database {
         self.writer.is_none()
     }
 
-    /// Makes every planned removal due if only this process uses the database: after a restart no request works on the
-    /// objects.
+    /// Makes every planned removal due if only this process uses the database. Called at the start, when no request can
+    /// be working on the objects.
     pub async fn free_removals(&self) -> Result<()> {
         if !self.is_shared() {
             sqlx::query("UPDATE removals SET due = 0").execute(&self.pool).await?;
@@ -170,8 +170,9 @@ impl Database {
         Ok(())
     }
 
-    /// Returns whether the removal of an object is due. In a shared database its entry is locked until the returned
-    /// change ends. Otherwise no change is returned, and the caller begins one once it has removed the object.
+    /// Returns whether the removal of an object is due. In a shared database, the entry of the object stays locked
+    /// until the returned change ends. Otherwise no change is returned, and the caller begins one once the object is
+    /// removed.
     pub async fn lock_removal(&self, at: &Location, now: i64) -> Result<(bool, Option<Change>)> {
         let statement = "SELECT due FROM removals WHERE bucket = $1 AND object = $2 AND due <= $3";
         if self.is_shared() {
@@ -193,7 +194,7 @@ impl Database {
         };
         let mut change = Change { transaction: self.pool.begin().await?, _writer: writer };
         let mut kinds = kinds.to_vec();
-        // All changes lock tables in one order, so that two changes never wait for each other.
+        // Lock tables in the same order in all changes, so that two changes never wait for each other.
         kinds.sort_unstable();
         for kind in kinds {
             let raise = sqlx::query("UPDATE kinds SET version = version + 1 WHERE kind = $1").bind(kind.name());
@@ -237,12 +238,12 @@ impl Change {
         rows.iter().map(|row| parsed(row.try_get(0)?)).collect()
     }
 
-    /// Adds a record as the last of its table; a record with the same ID is removed first.
+    /// Adds a record at the end of its table, and first removes a record with the same ID.
     pub async fn insert<R: Record>(&mut self, record: &R) -> Result<()> {
         self.insert_into(R::KIND, record).await
     }
 
-    /// Adds a record as the last of the table `kind`.
+    /// Adds a record at the end of the table `kind`, and first removes a record with the same ID.
     pub async fn insert_into<R: Record>(&mut self, kind: Kind, record: &R) -> Result<()> {
         self.remove(kind, record.id()).await?;
         let statement = "INSERT INTO records (kind, id, place, link, body) \
@@ -252,7 +253,7 @@ impl Change {
         insert.execute(&mut *self.transaction).await.map(drop)
     }
 
-    /// Inserts records into an empty table, many by each statement, since an import has thousands.
+    /// Inserts records into an empty table. Each statement inserts many, since an import has thousands.
     pub async fn fill<R: Record>(&mut self, records: &[R]) -> Result<()> {
         let mut place = 0_i64;
         for group in records.chunks(AT_ONCE) {
@@ -270,14 +271,14 @@ impl Change {
         Ok(())
     }
 
-    /// Replaces the record that has the same ID; its place in the order of the table stays.
+    /// Replaces the record that has the same ID, and keeps its position in the table.
     pub async fn update<R: Record>(&mut self, record: &R) -> Result<()> {
         let update = sqlx::query("UPDATE records SET link = $1, body = $2 WHERE kind = $3 AND id = $4");
         let update = update.bind(record.link().map_or("", |link| &link.path)).bind(text(record));
         update.bind(R::KIND.name()).bind(record.id()).execute(&mut *self.transaction).await.map(drop)
     }
 
-    /// Removes a record; returns whether it was there.
+    /// Removes a record; returns whether it existed.
     pub async fn remove(&mut self, kind: Kind, id: &str) -> Result<bool> {
         let delete = sqlx::query("DELETE FROM records WHERE kind = $1 AND id = $2").bind(kind.name()).bind(id);
         Ok(delete.execute(&mut *self.transaction).await?.rows_affected() > 0)
@@ -296,7 +297,7 @@ impl Change {
         Ok(select.fetch_optional(&mut *self.transaction).await?.is_some())
     }
 
-    /// Plans the removal of objects at `due` (seconds since 1970).
+    /// Plans to remove objects at `due` (seconds since 1970).
     pub async fn plan_removal(&mut self, objects: &[Location], due: i64) -> Result<()> {
         for object in objects {
             let statement = "INSERT INTO removals (bucket, object, due) VALUES ($1, $2, $3) \
@@ -307,8 +308,8 @@ impl Change {
         Ok(())
     }
 
-    /// Plans the removal of an object before it is created, so that a kill leaves no object behind. Returns false if
-    /// another request works on the object.
+    /// Plans to remove an object that is about to be created, so that a kill leaves no object behind. Returns false if
+    /// another request is working on the object.
     pub async fn claim(&mut self, at: &Location, now: i64, due: i64) -> Result<bool> {
         let statement = "INSERT INTO removals (bucket, object, due) VALUES ($1, $2, $3) \
             ON CONFLICT (bucket, object) DO UPDATE SET due = excluded.due WHERE removals.due <= $4";
@@ -316,7 +317,7 @@ impl Change {
         Ok(insert.execute(&mut *self.transaction).await?.rows_affected() > 0)
     }
 
-    /// Takes objects off the list of removals, either because they are to stay or because they have been removed.
+    /// Takes objects off the list of planned removals, because they are to stay or have been removed.
     pub async fn forget_removal(&mut self, objects: &[Location]) -> Result<()> {
         for object in objects {
             let delete = sqlx::query("DELETE FROM removals WHERE bucket = $1 AND object = $2");
@@ -339,7 +340,7 @@ impl Change {
         sqlx::query(statement).bind(file).bind(state).execute(&mut *self.transaction).await.map(drop)
     }
 
-    /// Stores a text that is not (or no longer) a record, with the reason, so that people can look it up.
+    /// Keeps a text that is not (or no longer) a record, together with the reason, for people who look for it.
     pub async fn set_aside(&mut self, kind: Kind, body: &str, reason: &str) -> Result<()> {
         let insert = sqlx::query("INSERT INTO set_aside (kind, body, reason, moved) VALUES ($1, $2, $3, $4)");
         let insert = insert.bind(kind.name()).bind(body).bind(reason).bind(crate::records::now());

@@ -41,10 +41,10 @@ pub use jobs::LONGEST_START;
 /// Maximum size of a request's body, in bytes.
 const LONGEST_BODY: usize = 16 << 20;
 
-/// Maximum number of bytes that are read of a body that is too large.
+/// Maximum number of bytes that are read from a body that is too large.
 const MOST_DISCARDED: usize = 256 << 20;
 
-/// Everything that requests need.
+/// Everything that answering requests needs.
 pub struct Service {
     /// Settings.
     pub settings: Settings,
@@ -57,7 +57,7 @@ pub struct Service {
     /// Decides which requests are answered.
     pub access: Access,
     metrics: Metrics,
-    /// Held from the choice of a node until the job's start is recorded with that node: the next choice counts the job.
+    /// Held from the choice of a node until the start of the job is recorded, so that the next choice counts this job.
     choosing: tokio::sync::Mutex<()>,
     /// Held while objects are claimed and while a due object is removed, so that no object is claimed during its
     /// removal.
@@ -65,7 +65,7 @@ pub struct Service {
 }
 
 impl Service {
-    /// A service without a request yet.
+    /// A service that has not answered any request yet.
     pub fn new(settings: Settings, database: Database, store: Store, runner: Arc<dyn Runner>, access: Access) -> Self {
         let (metrics, choosing, sweeping) = Default::default();
         Self { settings, database, store, runner, access, metrics, choosing, sweeping }
@@ -79,8 +79,8 @@ pub struct Request {
 }
 
 impl Request {
-    /// Parses the body as JSON. Answers 415 to another media type, and 400 to a body that cannot be parsed or that
-    /// Python takes for false.
+    /// Parses the body as JSON. Fails with 415 for another media type, and with 400 for a body that cannot be parsed or
+    /// that Python takes for false.
     fn json(&self) -> Result<Value, Problem> {
         let kind = self.kind.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
         if kind != "application/json" && !(kind.starts_with("application/") && kind.ends_with("+json")) {
@@ -96,7 +96,7 @@ impl Request {
     }
 }
 
-/// The API.
+/// Returns the handler of all requests to the API.
 pub fn router(service: Arc<Service>) -> Router {
     Router::new().fallback(answer).with_state(service)
 }
@@ -114,7 +114,7 @@ async fn answer(
         Some(refusal) => refusal,
         None => {
             let shared = service.clone();
-            // A task of its own, so that a client that disconnects does not stop its request half-way.
+            // Handle the request in a task of its own, so that a client that disconnects does not stop it half-way.
             let answer = tokio::spawn(async move { handle(&shared, request).await }).await;
             answer.unwrap_or_else(|error| {
                 tracing::error!("a request has failed: {error}; this is a bug of ims: report it with this line");
@@ -123,10 +123,10 @@ async fn answer(
         }
     };
     let (status, took) = (answer.status().as_u16(), began.elapsed());
-    // The query of a download URL is its signature, which is a secret.
+    // Do not log the query of a download URL: it is the signature, which is a secret.
     let shown = if name == "downloads" { uri.path() } else { uri.path_and_query().map_or("", |shown| shown.as_str()) };
     tracing::info!("{peer} \"{method} {shown} {version:?}\" {status} {} ms", took.as_millis());
-    // Count only known methods: a label with values that clients choose would fill the memory.
+    // Count only known methods: clients could otherwise fill the memory with made-up label values.
     let known = [Method::GET, Method::HEAD, Method::POST, Method::PATCH, Method::DELETE, Method::OPTIONS];
     let counted = known.iter().find(|known| **known == method).map_or("other", Method::as_str);
     service.metrics.answered(name, counted, status, took);
@@ -163,8 +163,8 @@ async fn handle(service: &Arc<Service>, request: axum::extract::Request) -> Resp
     })
 }
 
-/// Reads a body; returns `None` if it is too long. The rest of a long body is read, too: closing a connection with
-/// unread data resets it, and the client would never see the answer.
+/// Reads a body; returns `None` if it is too long. The rest of a too long body is read as well: closing a connection
+/// with unread data resets it, and the client would never see the answer.
 async fn read(body: Body) -> Option<Bytes> {
     let (mut chunks, mut kept, mut length) = (body.into_data_stream(), Vec::new(), 0);
     while let Some(chunk) = chunks.next().await {
@@ -261,7 +261,7 @@ fn pairs(query: &str) -> Vec<(String, String)> {
     url.query_pairs().filter(|(name, _)| !name.is_empty()).map(|(name, value)| (name.into(), value.into())).collect()
 }
 
-/// Decodes a percent-encoded segment of a path. A result that is not UTF-8 becomes empty, which names nothing.
+/// Decodes a percent-encoded segment of a path. Returns an empty text, which names nothing, if the result is not UTF-8.
 fn decoded(segment: &str) -> String {
     let mut bytes = Vec::with_capacity(segment.len());
     let mut rest = segment.as_bytes();
@@ -278,6 +278,6 @@ fn decoded(segment: &str) -> String {
             }
         }
     }
-    // PostgreSQL refuses NUL.
+    // PostgreSQL refuses NUL in texts.
     String::from_utf8(bytes).ok().filter(|text| !text.contains('\0')).unwrap_or_default()
 }

@@ -1,9 +1,9 @@
-//! Moves and removes the objects of records so that a kill at any moment leaves neither an object without a record nor
-//! a record without its objects.
+//! Moves and removes the objects of records. A kill at any moment leaves neither an object without a record nor a
+//! record without its objects.
 //!
-//! The database lists objects that are to be removed. Copies are listed before they are made. The change that lets a
-//! record point to the copies takes them off the list and puts the originals on it. Objects that a kill leaves on the
-//! list are removed at the next start, or by another replica once their entries are due.
+//! The database has a list of objects to remove. Copies are put on the list before they are created. The change that
+//! lets a record point to the copies also takes them off the list, and puts the originals on it. Objects that a kill
+//! leaves on the list are removed at the next start, or by another replica once their entries are due.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -17,13 +17,13 @@ use crate::database::Change;
 use crate::records::{Kind, Location};
 use crate::store::Failure;
 
-/// Time for which a replica that works on an object keeps others from removing it.
+/// Time for which an object that a replica is working on is protected from removal by other replicas.
 const LEASE: Duration = Duration::from_mins(2);
 
-/// Pause between two searches for removals that are due.
+/// Pause between two searches for due removals.
 const SWEEP: Duration = Duration::from_secs(20);
 
-/// A copy that is to be made.
+/// A copy to be created.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Copy {
     /// Original.
@@ -32,17 +32,18 @@ pub struct Copy {
     pub to: Location,
 }
 
-/// Copies that are being made. They are removed unless [`Service::keep`] is called.
+/// Copies of objects, planned for removal until [`Service::keep`] takes them off the list.
 pub struct Copies {
-    /// Objects that this request creates, which did not exist before.
+    /// Objects that this request creates and that did not exist before.
     new: Vec<Location>,
-    /// ETags of all copies, in order; `None` for an original that is missing.
+    /// ETags of all copies, in the order of the request; `None` for an original that is missing.
     pub etags: Vec<Option<String>>,
 }
 
 impl Service {
-    /// Makes copies. A missing original is an error unless `may_miss`. An object that already exists in a copy's place
-    /// is overwritten if `replace`. Otherwise it is used as the copy if it has the same size, and is an error if not.
+    /// Copies objects. A missing original is an error unless `may_miss` is true. If the destination of a copy exists,
+    /// it is overwritten if `replace` is true. Otherwise it is used as the copy if the sizes are equal, and is an error
+    /// if not.
     pub async fn copy(&self, copies: &[Copy], may_miss: bool, replace: bool) -> Result<Copies, Problem> {
         let mut new = Vec::new();
         let mut there = Vec::new();
@@ -59,7 +60,7 @@ impl Service {
                 }
             }
         }
-        // A manifest may list an object twice.
+        // A manifest may list an object twice, and claiming an object twice would fail.
         new.sort();
         new.dedup();
         self.claim(&new).await?;
@@ -116,7 +117,7 @@ impl Service {
         Ok(change.forget_removal(&copies.new).await?)
     }
 
-    /// Removes copies that no record points to.
+    /// Removes copies that no record points to, after a failure.
     pub async fn undo(&self, copies: Copies) {
         self.remove_planned(&copies.new).await;
     }
@@ -126,7 +127,7 @@ impl Service {
         Ok(change.plan_removal(objects, now() + lease()).await?)
     }
 
-    /// Removes objects that are on the list. Objects that cannot be removed stay on it.
+    /// Removes objects that are on the list. Objects that cannot be removed now stay on the list.
     pub async fn remove_planned(&self, objects: &[Location]) {
         for group in objects.chunks(AT_ONCE) {
             let removed = join_all(group.iter().map(|at| self.store.remove(at))).await;
@@ -154,7 +155,7 @@ impl Service {
         }
     }
 
-    /// Removes what is due and what interrupted job starts have left, over and over until the service stops.
+    /// Removes due objects and the leftovers of interrupted job starts, repeatedly until the service stops.
     pub async fn sweep(&self) {
         loop {
             if let Err(error) = self.sweep_once().await {
@@ -165,10 +166,10 @@ impl Service {
         }
     }
 
-    /// Removes what is due now.
+    /// Removes the objects whose removal is due now.
     pub async fn sweep_once(&self) -> crate::database::Result<()> {
         for at in self.database.removals(now()).await? {
-            // Keep the lock during the removal, so that nobody can begin to write the object again meanwhile.
+            // Keep the lock during the removal, so that no request can claim and rewrite the object at the same time.
             let _one = self.sweeping.lock().await;
             let (is_due, locked) = self.database.lock_removal(&at, now()).await?;
             if !is_due {
@@ -195,7 +196,7 @@ impl Service {
         Ok(())
     }
 
-    /// Puts objects that are about to be created on the list of removals; fails if another request works on one of
+    /// Puts objects that are about to be created on the list of removals. Fails if another request is working on one of
     /// them.
     async fn claim(&self, objects: &[Location]) -> Result<(), Problem> {
         let _one = self.sweeping.lock().await;
@@ -210,7 +211,7 @@ impl Service {
         Ok(())
     }
 
-    /// Runs `work`, and renews the claim of `objects` until `work` ends.
+    /// Runs `work`, and renews the claim of `objects` until `work` has finished.
     async fn renewing<T>(&self, objects: &[Location], work: impl Future<Output = T>) -> T {
         let mut work = std::pin::pin!(work);
         loop {
@@ -230,7 +231,7 @@ impl Service {
         }
     }
 
-    /// Returns whether a live record of the table links to `path`.
+    /// Returns whether a record of the table links to `path`.
     pub async fn is_in_use(&self, kind: Kind, path: &str) -> Result<bool, Problem> {
         let mut change = self.database.change(&[]).await?;
         Ok(change.is_linked(kind, path, "").await?)

@@ -99,7 +99,7 @@ pub struct Image {
     pub created: String,
 }
 
-/// A record that was deleted and can be brought back.
+/// A deleted record, which an undelete can bring back.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Deleted<R> {
     /// The record; its link points to where its object was moved.
@@ -119,7 +119,7 @@ pub struct Node {
 /// A build environment that people log in to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Container {
-    /// Name, by which CFS finds the container that it asked for.
+    /// Name by which CFS recognizes the container that it requested.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
     /// Whether sessions land in the image root.
@@ -128,7 +128,7 @@ pub struct Container {
     /// Always `pending`: nothing updates it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub status: Option<String>,
-    /// Addresses by the network they are reached from: `customer_access`, `cluster.local`.
+    /// Addresses, each under the name of the network from which it is reached: `customer_access` or `cluster.local`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub connection_info: Option<BTreeMap<String, Address>>,
 }
@@ -153,10 +153,10 @@ pub struct Job {
     pub job_type: String,
     /// Name of the new image.
     pub image_root_archive_name: String,
-    /// Whether a build that failed is left open for logins.
+    /// Whether the environment of a failed build stays open for logins.
     #[serde(default)]
     pub enable_debug: bool,
-    /// Gibibytes of the volume.
+    /// Size of the volume in GiB.
     #[serde(default = "image_size")]
     pub build_env_size: u32,
     /// Name of the kernel in /boot.
@@ -165,32 +165,32 @@ pub struct Job {
     /// Name of the initrd in /boot.
     #[serde(default = "initrd")]
     pub initrd_file_name: String,
-    /// Name of the file with the kernel's parameters in /boot.
+    /// Name of the file in /boot with the kernel's parameters.
     #[serde(default = "kernel_parameters")]
     pub kernel_parameters_file_name: String,
-    /// The environments that people log in to; one at most.
+    /// The environments that users log in to; at most one.
     #[serde(default)]
     pub ssh_containers: Option<Vec<Container>>,
     /// Whether kernel modules are built.
     #[serde(default = "yes")]
     pub require_dkms: bool,
-    /// Gibibytes of memory of each container.
+    /// Memory of each container in GiB.
     #[serde(default = "job_memory")]
     pub job_mem_size: u32,
     /// ID.
     pub id: String,
     /// Local time of creation.
     pub created: String,
-    /// Name of the Kubernetes Job.
+    /// Name of the job's Kubernetes Job.
     #[serde(default)]
     pub kubernetes_job: Option<String>,
-    /// Name of the Kubernetes Service.
+    /// Name of the job's Kubernetes Service.
     #[serde(default)]
     pub kubernetes_service: Option<String>,
-    /// Name of the ConfigMap.
+    /// Name of the job's Kubernetes ConfigMap.
     #[serde(default)]
     pub kubernetes_configmap: Option<String>,
-    /// Namespace of the Service and of the ConfigMap.
+    /// Kubernetes namespace of the Service and of the ConfigMap.
     #[serde(default)]
     pub kubernetes_namespace: Option<String>,
     /// One of [`STATUSES`].
@@ -202,13 +202,13 @@ pub struct Job {
     /// `x86_64` or `aarch64`: the architecture of the recipe or image.
     #[serde(default = "x86_64")]
     pub arch: String,
-    /// Name of the volume's claim.
+    /// Name of the PersistentVolumeClaim of the job's volume.
     #[serde(default)]
     pub kubernetes_pvc: Option<String>,
-    /// Host that the job runs on; empty for none.
+    /// Remote build node that the job runs on; empty if it runs on none.
     #[serde(default)]
     pub remote_build_node: String,
-    /// Name of the Secret with the key that signs packages.
+    /// Name of the Kubernetes Secret with the keys that sign packages.
     #[serde(default)]
     pub kubernetes_secret: Option<String>,
 }
@@ -227,7 +227,7 @@ pub const STATUSES: &[&str] = &[
 ];
 
 impl Job {
-    /// A job of which only the ID is known.
+    /// A job of which only the ID is known; all texts are empty.
     pub fn without_record(id: &str) -> Self {
         let known = serde_json::json!({
             "id": id, "artifact_id": "", "public_key_id": "", "job_type": "", "image_root_archive_name": "", "created": "",
@@ -288,7 +288,7 @@ pub fn new_id() -> String {
     uuid::Uuid::new_v4().to_string()
 }
 
-/// The current time as upstream writes it: local, without a zone, and without a fraction if the fraction is zero.
+/// The current time in upstream's format: local, without a zone, and without a fraction if the fraction is zero.
 pub fn now() -> String {
     written(Local::now().naive_local())
 }

@@ -1,5 +1,5 @@
-//! Rules for the fields of a request, as tables, from which requests are checked and converted and the OpenAPI document
-//! is made.
+//! Rules for the fields of requests, as tables. Requests are checked and converted by these tables, and the OpenAPI
+//! document is generated from them.
 
 use std::collections::BTreeMap;
 
@@ -7,7 +7,7 @@ use serde_json::{Map, Number, Value, json};
 
 use super::STATUSES;
 
-/// Complaints about a request: field → list of texts, or field → field → … for nested ones.
+/// Complaints about a request: a list of texts for each field, or for a nested object again a map of its fields.
 pub type Errors = BTreeMap<String, Value>;
 
 /// Type of a field.
@@ -20,7 +20,7 @@ pub enum Rule {
     },
     /// A boolean, or one of the words and numbers that Python's marshmallow accepts as a boolean.
     Flag,
-    /// A whole number of at least 1; texts are parsed and fractions truncated.
+    /// A whole number of at least 1. A number in a text is parsed, and a fraction is truncated.
     Count,
     /// Any spelling of a UUID.
     Uuid,
@@ -32,7 +32,7 @@ pub enum Rule {
     List(&'static [Field]),
     /// An object of texts.
     Texts,
-    /// An object of texts, or one pair as `{"key": …, "value": …}`.
+    /// An object of texts, or a single pair written as `{"key": …, "value": …}`.
     TextsOrPair,
 }
 
@@ -64,7 +64,7 @@ const fn nullable(name: &'static str, rule: Rule) -> Field {
 /// A text that may be empty.
 const ANY_TEXT: Rule = Rule::Text { empty: true };
 
-/// A text of one character at least.
+/// A text of at least one character.
 const TEXT: Rule = Rule::Text { empty: false };
 
 const ARCHES: Rule = Rule::Word(&["x86_64", "aarch64"]);
@@ -78,10 +78,10 @@ pub const PAIR: &[Field] = &[required("key", ANY_TEXT), required("value", ANY_TE
 /// A container of a job.
 pub const CONTAINER: &[Field] = &[optional("name", ANY_TEXT), optional("jail", Rule::Flag)];
 
-/// POST of a public key.
+/// Fields of a POST of a public key.
 pub const NEW_PUBLIC_KEY: &[Field] = &[required("name", TEXT), required("public_key", TEXT)];
 
-/// POST of a recipe.
+/// Fields of a POST of a recipe.
 pub const NEW_RECIPE: &[Field] = &[
     required("name", TEXT),
     nullable("link", Rule::Object(LINK)),
@@ -92,7 +92,7 @@ pub const NEW_RECIPE: &[Field] = &[
     optional("arch", ARCHES),
 ];
 
-/// POST of an image.
+/// Fields of a POST of an image.
 pub const NEW_IMAGE: &[Field] = &[
     required("name", TEXT),
     nullable("link", Rule::Object(LINK)),
@@ -100,10 +100,10 @@ pub const NEW_IMAGE: &[Field] = &[
     optional("metadata", Rule::TextsOrPair),
 ];
 
-/// POST of a remote build node.
+/// Fields of a POST of a remote build node.
 pub const NEW_NODE: &[Field] = &[required("xname", TEXT)];
 
-/// POST of a job.
+/// Fields of a POST of a job.
 pub const NEW_JOB: &[Field] = &[
     required("artifact_id", Rule::Uuid),
     required("public_key_id", Rule::Uuid),
@@ -119,7 +119,7 @@ pub const NEW_JOB: &[Field] = &[
     optional("job_mem_size", Rule::Count),
 ];
 
-/// PATCH of a recipe.
+/// Fields of a PATCH of a recipe.
 pub const PATCH_RECIPE: &[Field] = &[
     optional("link", Rule::Object(LINK)),
     optional("arch", ARCHES),
@@ -131,20 +131,20 @@ pub const PATCH_RECIPE: &[Field] = &[
 pub const METADATA_CHANGE: &[Field] =
     &[required("operation", Rule::Word(&["set", "remove"])), required("key", ANY_TEXT), optional("value", ANY_TEXT)];
 
-/// PATCH of an image.
+/// Fields of a PATCH of an image.
 pub const PATCH_IMAGE: &[Field] = &[
     optional("link", Rule::Object(LINK)),
     optional("arch", ARCHES),
     optional("metadata", Rule::Object(METADATA_CHANGE)),
 ];
 
-/// PATCH of a job.
+/// Fields of a PATCH of a job.
 pub const PATCH_JOB: &[Field] = &[optional("status", Rule::Word(STATUSES)), optional("resultant_image_id", Rule::Uuid)];
 
-/// PATCH of deleted records.
+/// Fields of a PATCH of deleted records.
 pub const UNDELETE: &[Field] = &[required("operation", Rule::Word(&["undelete"]))];
 
-/// Checks the fields of `body` and returns them converted. Fields that are absent stay absent.
+/// Checks the fields of `body` and returns them converted. Absent fields stay absent.
 pub fn check(body: &Value, fields: &[Field]) -> Result<Map<String, Value>, Errors> {
     let Value::Object(body) = body else {
         return Err(Errors::from([("_schema".into(), json!(["expected an object"]))]));
@@ -179,7 +179,7 @@ pub fn check(body: &Value, fields: &[Field]) -> Result<Map<String, Value>, Error
     if errors.is_empty() { Ok(checked) } else { Err(errors) }
 }
 
-/// Checks and converts one value. The error is what [`Errors`] lists for the value's field.
+/// Checks and converts one value. An error is the entry of [`Errors`] for the value's field.
 fn convert(value: &Value, rule: Rule) -> Result<Value, Value> {
     let nested = |errors: Errors| json!(errors);
     match rule {
@@ -240,7 +240,7 @@ fn texts(value: &Value) -> Result<Value, Value> {
     if errors.is_empty() { Ok(value.clone()) } else { Err(json!(errors)) }
 }
 
-/// Converts what marshmallow's Boolean field accepts.
+/// Converts the values that marshmallow's Boolean field accepts.
 fn flag(value: &Value) -> Option<bool> {
     match value {
         Value::Bool(flag) => Some(*flag),
@@ -262,7 +262,7 @@ fn flag(value: &Value) -> Option<bool> {
     }
 }
 
-/// Converts a number as Python's `int()` does; 0 stands for all numbers below 1.
+/// Converts a number as Python's `int()` does; returns 0 for every number below 1.
 fn count(value: &Value) -> Option<u32> {
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // within the bounds that are checked
     fn whole(number: &Number) -> Option<u32> {

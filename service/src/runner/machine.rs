@@ -1,7 +1,7 @@
-//! Runs jobs on this machine: the programs of a pod, each job in a directory of its own and with a port of its own.
+//! Runs jobs on this machine: each job runs the programs of a pod, with its own directory and its own port.
 //!
-//! Sessions always begin inside the image, in a jail without kernel modules: outside the jail, users would be root on
-//! this machine.
+//! Logins always enter the image itself, in a jail that cannot load kernel modules: outside the jail, users would be
+//! root on this machine.
 
 use std::collections::BTreeMap;
 use std::fs::DirBuilder;
@@ -33,7 +33,7 @@ pub struct Machine {
 struct Shared {
     settings: MachineSettings,
     nodes: Nodes,
-    /// Private key that logs in as root on the nodes.
+    /// Private key for logging in as root on the nodes.
     key: PathBuf,
     /// Path of `ims`, which runs the programs of a job.
     program: PathBuf,
@@ -41,39 +41,39 @@ struct Shared {
     url: String,
     /// Variables that name the store.
     store: BTreeMap<String, String>,
-    /// Directory of the objects, unless they are in S3.
+    /// Directory of the store's objects; `None` if they are in S3.
     objects: Option<PathBuf>,
     /// Ports of jobs, by the jobs' IDs.
     ports: Mutex<BTreeMap<String, u16>>,
     deaths: Mutex<Option<mpsc::Sender<Death>>>,
 }
 
-/// Directory of the job's image root and signal files, in the job's directory.
+/// Directory, in the job's directory, of the image root and the signal files.
 const VOLUME: &str = "volume";
-/// Public key that may log in, in the job's directory.
+/// File, in the job's directory, with the public key that may log in.
 const AUTHORIZED_KEYS: &str = "authorized_keys";
-/// Values for the recipe's templates as JSON, in the job's directory.
+/// File, in the job's directory, with the values for the recipe's templates as JSON.
 const VALUES: &str = "values.json";
-/// Directory in the job's directory that the build environment's sshd reads.
+/// Directory, in the job's directory, with the files of the build environment's sshd.
 const SSHD: &str = "sshd";
-/// File in the job's directory that exists once the job is to be removed.
+/// File, in the job's directory, that exists once the job is to be removed.
 const REMOVED: &str = "removed";
 
-/// Time that the programs of a job get to end by themselves once its record says that it has ended.
+/// Time that a job's programs get to end by themselves after the record says that the job has ended.
 const LAST_STEPS: Duration = Duration::from_mins(1);
 
-/// Poll interval for the end of a job's programs, which raises no event in this process.
+/// Poll interval for the end of a job's programs: they are no children of this process, so nothing reports their end.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 
 /// Value of `PATH` for programs if this process has none.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Variables that a step may need in addition to those of `ims-sshd`: search path, home, time zone, proxies.
+/// Variables that a step inherits in addition to those of `ims-sshd`: search path, home, time zone, proxies.
 const KEPT: [&str; 9] =
     ["PATH", "HOME", "TZ", "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"];
 
 impl Machine {
-    /// A runner whose programs use the service at `url` and the store of these settings. `program` is the path of
+    /// A runner whose programs use the service at `url` and the store that `settings` names. `program` is the path of
     /// `ims`.
     pub fn new(settings: &Settings, url: String, program: PathBuf) -> Result<Self> {
         let store = programs::store_variables(settings).into_iter().collect();
@@ -98,7 +98,7 @@ impl Machine {
         Ok(Self { shared: Arc::new(Shared { settings, nodes, key, program, url, store, objects, ports, deaths }) })
     }
 
-    /// File that the programs of a job write to.
+    /// Returns the file that a job's programs write their log to.
     pub fn log_file(&self, job: &str) -> PathBuf {
         self.shared.directory(job).join(pod::LOG)
     }
@@ -135,7 +135,7 @@ impl Shared {
         self.ports.lock().unwrap_or_else(PoisonError::into_inner).remove(job);
     }
 
-    /// Creates the directory of a job with everything that its programs need; does not start them.
+    /// Creates the directory of a job with everything that its programs need, but does not start the programs.
     fn lay_out(&self, new: &NewJob) -> Result<Job> {
         let job = &new.job;
         let directory = self.directory(&job.id);
@@ -177,7 +177,7 @@ impl Shared {
         Ok(started)
     }
 
-    /// Variables of a step: those of this service that the step reads, then those of the job.
+    /// Returns the variables of a step: those of this process that the step reads, overridden by those of the job.
     fn variables(&self, job: &Job, volume: &Path, readers: &[Reader]) -> BTreeMap<String, String> {
         let is_read = |name: &&str| {
             VARIABLES.iter().any(|variable| {
@@ -219,8 +219,8 @@ impl Shared {
         Program { arguments: words(&[&"prepare", &volume.display(), &self.source(new)]), variables }
     }
 
-    /// Source of an image or recipe for a command line. It is not the presigned URL: that is a secret, and `ps` would
-    /// show it to every user of the machine.
+    /// Returns the source of an image or recipe for a command line. Does not use the presigned URL: it is a secret, and
+    /// `ps` would show it to every user of the machine.
     fn source(&self, new: &NewJob) -> String {
         match &self.objects {
             Some(objects) => objects.join(&new.object.bucket).join(&new.object.key).display().to_string(),
@@ -280,7 +280,7 @@ impl Shared {
         let (shared, job) = (self.clone(), job.to_owned());
         tokio::spawn(async move {
             let directory = shared.directory(&job);
-            // In the order in which they are removed.
+            // Check in the order in which a removal creates `REMOVED` and deletes `POD`.
             let is_removed = || directory.join(REMOVED).exists() || !directory.join(POD).exists();
             let failure = loop {
                 if is_removed() {
@@ -311,7 +311,7 @@ impl Shared {
         }
     }
 
-    /// Removes what a job that has ended holds, once its last program has ended.
+    /// Removes what an ended job holds, after its last program has ended. Works in the background.
     fn clear(self: &Arc<Self>, job: &str) {
         let (shared, job) = (self.clone(), job.to_owned());
         tokio::spawn(async move {
@@ -331,7 +331,7 @@ impl Shared {
         });
     }
 
-    /// Ends a job's processes and removes its volume. Its whole directory is removed if the job is being deleted.
+    /// Ends a job's processes and removes its volume, or its whole directory if the job is being deleted.
     fn clear_now(&self, job: &str) -> Result<()> {
         let directory = self.directory(job);
         pod::stop(&directory);
@@ -341,7 +341,8 @@ impl Shared {
         if place.exists() {
             let attempted = format!("remove {}", place.display());
             refuse_mounts_below(&place, &attempted, "removal")?;
-            // First, so that nobody takes the rest for a job that died.
+            // Remove the description first: a directory without it counts as removed and is not reported as a job that
+            // died.
             let description = std::fs::remove_file(place.join(POD));
             let removed =
                 description.or_else(|e| if e.kind() == std::io::ErrorKind::NotFound { Ok(()) } else { Err(e) });
@@ -351,7 +352,7 @@ impl Shared {
         Ok(())
     }
 
-    /// Clears jobs that an earlier run of the service could not clear.
+    /// Clears ended jobs that an earlier process of the service could not clear.
     fn clear_left_over(self: &Arc<Self>, running: &[Job]) -> Result<()> {
         let attempted = || format!("look for jobs in {}", self.settings.jobs.display());
         for entry in std::fs::read_dir(&self.settings.jobs).attempt(attempted)? {
@@ -395,7 +396,8 @@ impl Runner for Machine {
     }
 
     async fn release(&self, job: &Job) -> std::result::Result<(), Failures> {
-        // Clear in the background: the sidecar that reports the end of its job waits for this answer before it ends.
+        // Clear in the background: the sidecar, which reports the end of its job, ends only after the answer to this
+        // call.
         self.shared.clear(&job.id);
         Ok(())
     }
@@ -417,7 +419,7 @@ impl Runner for Machine {
     }
 
     fn takes_nodes(&self, job: &Job) -> bool {
-        // Recipes are built on this machine.
+        // Remote build nodes customize images only; recipes are built on this machine.
         job.job_type == "customize" && self.shared.nodes.has_key()
     }
 
@@ -432,7 +434,7 @@ impl Runner for Machine {
             match (Pod::read(&directory), pod::state(&directory)) {
                 (Ok(pod), Ok(state)) => {
                     self.shared.ports.lock().unwrap_or_else(PoisonError::into_inner).insert(job.id.clone(), pod.port);
-                    // In state `New` the service was killed before it started the programs.
+                    // In state `New`, the service was killed before it started the programs.
                     if state == State::New { self.shared.run(&job.id) } else { self.shared.follow(&job.id) }
                 }
                 (Err(error), _) | (_, Err(error)) => self.shared.report(&job.id, error.to_string()),

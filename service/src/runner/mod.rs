@@ -22,14 +22,14 @@ pub use kubernetes::Kubernetes;
 pub use machine::Machine;
 pub use nothing::Nothing;
 
-/// A new job, for a runner. Its texts come from users: a runner treats them as data, whatever characters they hold.
+/// A new job, for a runner. Its texts come from users: a runner treats them as data, whatever characters they contain.
 #[derive(Debug, Clone)]
 pub struct NewJob {
-    /// The record as it will be stored. Its ID is final; the fields that the runner fills in are still empty.
+    /// The job's record before it is stored. Its ID is final; the fields that the runner fills in are still empty.
     pub job: Job,
     /// Location of the recipe's archive or of the image's rootfs.
     pub object: Location,
-    /// Presigned URL of the recipe's archive or of the image's rootfs. A secret: it is not logged.
+    /// Presigned URL of the recipe's archive or of the image's rootfs. It is a secret and must not be logged.
     pub download_url: String,
     /// MD5 of the object in hexadecimal digits; empty if it is unknown.
     pub download_md5sum: String,
@@ -47,7 +47,7 @@ pub type Started = Job;
 /// Failed steps, one sentence each.
 pub type Failures = Vec<String>;
 
-/// A job that ended without reporting its end, because its processes or pods died.
+/// A job that died: its processes or pods ended without reporting a result.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Death {
     /// ID of the job.
@@ -56,12 +56,12 @@ pub struct Death {
     pub reason: String,
 }
 
-/// A job of which the runner still has something: processes, files, objects of the cluster.
+/// A job that the runner still holds something of: processes, files, objects of the cluster.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Held {
     /// ID of the job.
     pub job: String,
-    /// True if the runner still has objects that the job needs only while it runs.
+    /// Whether these include objects that the job needs only while it runs.
     pub is_for_running: bool,
 }
 
@@ -69,11 +69,11 @@ pub struct Held {
 pub enum Log {
     /// The file to which the programs write.
     File(PathBuf),
-    /// Parts of the output, as they arrive.
+    /// Parts of the output, sent as they arrive.
     Stream(BoxStream<'static, std::io::Result<Vec<u8>>>),
 }
 
-/// Status of a remote build node: can it run jobs, and if not, why.
+/// Status of a remote build node: whether it can run jobs, and if not, why.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct NodeStatus {
     /// Host name.
@@ -96,7 +96,7 @@ pub struct NodeStatus {
 }
 
 impl NodeStatus {
-    /// Reason why a node can run no jobs.
+    /// Returns why the node cannot run jobs.
     pub fn complaint(&self) -> &str {
         match () {
             () if !self.ssh.starts_with(nodes::CONNECTED) => &self.ssh,
@@ -105,7 +105,7 @@ impl NodeStatus {
         }
     }
 
-    /// The status of a node that nothing is known about.
+    /// The status of a node of which nothing is known.
     pub fn unknown(xname: &str) -> Self {
         let unknown = || "Unknown".to_owned();
         Self { xname: xname.to_owned(), arch: unknown(), podman: unknown(), ssh: unknown(), is_able: false, jobs: -1 }
@@ -121,7 +121,7 @@ pub trait Runner: Send + Sync {
     /// fails or the service is killed before the job's record is stored.
     async fn start(&self, job: &NewJob) -> Result<Started, Failures>;
 
-    /// Called once the job's record is stored: from then on the job's programs find it in the service.
+    /// Called once the job's record is stored. From then on, the job's programs can look up that record in the service.
     async fn stored(&self, _job: &Job) {}
 
     /// Returns the output of the job's programs, if this runner keeps it. With `is_followed`, a stream continues until
@@ -130,36 +130,36 @@ pub trait Runner: Send + Sync {
         Ok(None)
     }
 
-    /// Releases what a job that has ended (`success`, `error`) holds: address, volume. Its log stays. Repeating the
-    /// call is harmless.
+    /// Releases what a job that has ended (`success`, `error`) holds, such as its address and volume, but keeps its
+    /// log. Repeating the call is harmless.
     async fn release(&self, job: &Job) -> Result<(), Failures>;
 
-    /// Removes everything of the job, running or not. Something that is already absent is no failure. The
-    /// record may lack the fields that the runner fills in (the start was interrupted), or all but the ID.
+    /// Removes everything of the job, whether it runs or not. Something that is already absent is no failure. The
+    /// record may lack the fields that the runner fills in (if the start was interrupted), or all fields but the ID.
     async fn remove(&self, job: &Job) -> Result<(), Failures>;
 
-    /// Returns the jobs of which this runner still has something, whether or not they have records.
+    /// Returns the jobs that this runner still holds something of, whether or not they have records.
     async fn held(&self) -> Result<Vec<Held>, Failures> {
         Ok(Vec::new())
     }
 
-    /// Called once the service has recorded, because of a death that this runner sent, that the job has ended.
+    /// Called after this runner has sent a death and the service has recorded the end of that job.
     async fn died(&self, _job: &Job, _reason: &str) {}
 
-    /// Returns whether a job like this one can run on remote build nodes, which are then checked with
+    /// Returns whether a job like this one can run on remote build nodes. The service then checks them with
     /// [`Runner::probe`].
     fn takes_nodes(&self, _job: &Job) -> bool {
         false
     }
 
-    /// Asks a remote build node whether it can run jobs. If the node does not answer for some seconds, its status says
-    /// so.
+    /// Asks a remote build node whether it can run jobs. Waits some seconds at most; the status says if the node did
+    /// not answer.
     async fn probe(&self, xname: &str) -> NodeStatus {
         NodeStatus::unknown(xname)
     }
 
-    /// Watches for deaths. Called once, at the start of the service, with all jobs that have not ended; sends each
-    /// death among these and later jobs to `deaths`. Returns when `deaths` is closed, or at once if this runner watches
+    /// Watches for deaths. Called once, when the service starts, with all jobs that have not ended. Sends each death,
+    /// of these jobs or of later ones, to `deaths`. Returns when `deaths` is closed, or at once if this runner watches
     /// nothing.
     async fn watch(&self, running: Vec<Job>, deaths: mpsc::Sender<Death>);
 }

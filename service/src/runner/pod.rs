@@ -1,7 +1,7 @@
 //! Runs a job's programs on this machine like the containers of a pod: some one after another, then the build
 //! environment and the sidecar concurrently. Their parent is a separate process, `ims pod`, so that the job survives a
-//! restart of the service. The pod's description and how it ended are files in the job's directory, which only root can
-//! enter.
+//! restart of the service. Files in the job's directory, which only root can enter, describe the pod and record how it
+//! ended.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -30,7 +30,7 @@ pub struct Pod {
     pub port: u16,
     /// Programs that run one after another, until one fails.
     pub before: Vec<Program>,
-    /// Opens the image root to users, and ends once they have given their verdict.
+    /// Opens the image root for logins, and ends once users have given their verdict.
     pub environment: Program,
     /// Publishes the image; the pod ends when this program ends.
     pub sidecar: Program,
@@ -52,30 +52,30 @@ struct End {
     failure: Option<String>,
 }
 
-/// Description of the pod, in the job's directory.
+/// Name of the file, in the job's directory, that describes the pod.
 pub(super) const POD: &str = "pod.json";
-/// Log of all programs of the pod, in the job's directory.
+/// Name of the file, in the job's directory, that all programs of the pod write their log to.
 pub(super) const LOG: &str = "log";
-/// Processes of the pod, in the job's directory; locked while the pod runs.
+/// Name of the file, in the job's directory, that lists the pod's processes; locked while the pod runs.
 const PROCESSES: &str = "processes";
-/// How the pod ended, in the job's directory.
+/// Name of the file, in the job's directory, that records how the pod ended.
 const END: &str = "end.json";
 
-/// Time that programs get to end in order after SIGTERM: the build environment lets running commands finish.
+/// Time that programs get to end cleanly after SIGTERM: the build environment lets running commands finish.
 const CLOSE_TIME: Duration = Duration::from_mins(1);
 
-/// Maximum number of bytes at the log's end that are searched for an error.
+/// Number of bytes at the end of the log that are searched for an error.
 const LOG_END: u64 = 16 << 10;
 
 impl Pod {
-    /// Writes the description into the job's directory.
+    /// Writes the pod's description into the job's directory.
     pub(super) fn write(&self, directory: &Path) -> Result<()> {
         let path = directory.join(POD);
         let text = serde_json::to_vec(self).attempt(|| format!("describe the job in {}", path.display()))?;
         std::fs::write(&path, text).attempt(|| format!("write {}", path.display()))
     }
 
-    /// Reads the description of the job in `directory`.
+    /// Reads the pod's description from the job's directory.
     pub(super) fn read(directory: &Path) -> Result<Self> {
         let path = directory.join(POD);
         let attempted = || format!("read {}", path.display());
@@ -83,28 +83,28 @@ impl Pod {
     }
 }
 
-/// State of the pod in a job's directory.
+/// State of the pod of a job.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum State {
     /// Not started yet.
     New,
     /// The pod's parent process is running.
     Running,
-    /// Ended; contains the reason if the pod failed.
+    /// The pod has ended; contains the reason if it failed.
     Ended(Option<String>),
     /// The pod's parent process was killed.
     Killed,
 }
 
-/// Starts the pod in `directory`: a process of `program`, which survives the end of this process.
+/// Starts the pod in `directory`: a process that runs `program` and outlives this process.
 pub(super) fn start(program: &Path, directory: &Path) -> Result<()> {
     let attempted = || format!("start the programs of the job in {}", directory.display());
     let log = log(directory).attempt(attempted)?;
     let mut command = Command::new(program);
     command.arg("pod").arg(directory).current_dir("/").stdin(Stdio::null());
     command.stdout(log.try_clone().attempt(attempted)?).stderr(log);
-    // A process group of its own keeps the terminal's signals for the service from the pod. Tokio reaps the dropped
-    // child whenever it ends.
+    // The pod's own process group keeps the terminal's signals, which are for the service, from the pod. The child
+    // handle may be dropped: tokio reaps the process when it ends.
     command.process_group(0).spawn().attempt(attempted).map(drop)
 }
 
@@ -128,12 +128,12 @@ pub(super) fn state(directory: &Path) -> Result<State> {
     Ok(State::Ended(end.failure))
 }
 
-/// Asks the pod's parent process to end, or the programs if that process was killed; kills those that are left after a
-/// while.
+/// Asks the pod's parent process to end, which ends the programs. If the parent was killed, asks the programs
+/// themselves. Kills processes that do not end in time.
 pub(super) fn stop(directory: &Path) {
     let Ok(text) = std::fs::read_to_string(directory.join(PROCESSES)) else { return };
     let processes: Vec<_> = text.lines().filter_map(Identity::parse).collect();
-    // The first process is the parent, which passes the signal on.
+    // The first process is the parent, which passes SIGTERM on.
     for process in processes {
         let Ok(process) = Handle::open(process) else { continue };
         let _ = process.signal(Signal::SIGTERM);
@@ -144,12 +144,12 @@ pub(super) fn stop(directory: &Path) {
     }
 }
 
-/// Kills an sshd with the configuration `config` and all its descendants. A build environment that was killed cannot
-/// end its sshd, which would keep its port.
+/// Kills the sshd that has the configuration `config`, and all its descendants. A killed build environment leaves its
+/// sshd running, and the port would stay in use.
 pub(super) fn end_sshd(config: &Path) {
     let config = config.display().to_string();
     let all = Entry::all();
-    // sshd's title has its command line.
+    // sshd's process title contains its command line, which names the configuration.
     let is_ours = |entry: &&Entry| entry.name == "sshd" && entry.command_line().split(' ').any(|word| word == config);
     for sshd in all.iter().filter(is_ours) {
         for process in std::iter::once(sshd).chain(&descendants(&all, sshd.pid)) {
@@ -162,8 +162,8 @@ pub(super) fn end_sshd(config: &Path) {
 pub fn run(directory: &Path) -> Result<ExitCode> {
     let pod = Pod::read(directory)?;
     let attempted = || format!("run the job in {}", directory.display());
-    // Locked before it gets its name: a reader would take an unlocked one for that of a killed process, and its lock
-    // would be in the way of ours.
+    // Lock the file before it gets its name. A reader that found it unlocked would take the pod for killed, and while
+    // that reader held its own lock, this one would fail.
     let (new, path) = (directory.join("processes.new"), directory.join(PROCESSES));
     let mut processes = File::options().create(true).append(true).open(&new).attempt(attempted)?;
     rustix::fs::flock(&processes, FlockOperation::NonBlockingLockExclusive).attempt(attempted)?;
@@ -175,7 +175,7 @@ pub fn run(directory: &Path) -> Result<ExitCode> {
         Error::new(attempted()).because(reason)
     })?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().attempt(attempted)?;
-    // Keep the lock until the end is recorded: an unlocked pod without a recorded end counts as killed.
+    // Keep the lock until the end is recorded: a pod without lock and recorded end counts as killed.
     let _lock = processes.try_clone().attempt(attempted)?;
     let failure = runtime.block_on(Run { directory, processes }.live(&pod)).err();
     if let Some(config) = pod.environment.variables.get("SSHD_CONFIG_FILE") {
@@ -193,7 +193,7 @@ pub fn run(directory: &Path) -> Result<ExitCode> {
 
 struct Run<'a> {
     directory: &'a Path,
-    /// File of the processes, locked.
+    /// The locked file that lists the pod's processes.
     processes: File,
 }
 
@@ -262,7 +262,7 @@ impl Run<'_> {
         command.stdout(log.try_clone().map_err(|e| failed(&e))?).stderr(log);
         let child = command.spawn().map_err(|e| failed(&e))?;
         let running = Running { child, name, begins, status: None, deadline: None };
-        // Record the program, so that `stop` can end it if this process is killed.
+        // Record the program's process, so that `stop` can end it if this process is killed.
         if let Some(child) = running.pid().and_then(Identity::of) {
             writeln!(self.processes, "{child}").map_err(|e| format!("cannot record a process: {e}"))?;
         }
@@ -328,7 +328,7 @@ impl Running {
     }
 }
 
-/// Returns the last error in a log; the first `begins` bytes are from earlier programs and are skipped.
+/// Returns the last error in a log. Skips the first `begins` bytes, which earlier programs have written.
 fn last_error(log: &PathBuf, begins: u64) -> Option<String> {
     let mut file = File::open(log).ok()?;
     let length = file.metadata().ok()?.len();

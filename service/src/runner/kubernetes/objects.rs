@@ -1,4 +1,4 @@
-//! Objects of a job in the cluster: creates, finds and removes them, each by a call with a time limit.
+//! Creates, finds and removes the objects of a job in the cluster. Each call has a time limit.
 
 use std::time::Duration;
 
@@ -8,13 +8,13 @@ use kube::core::GroupVersionKind;
 use kube::{Api, Client};
 use serde_json::Value;
 
-/// Kind of an object of a job.
+/// Kind of object that a job has in the cluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Kind {
     ConfigMap,
     Claim,
     Service,
-    /// Lets CFS, which is in Istio's mesh, reach port 22.
+    /// Lets CFS, which is in Istio's mesh, reach port 22 of the job's sshd.
     Rule,
     /// Keys that sign packages.
     Secret,
@@ -22,7 +22,7 @@ pub(super) enum Kind {
 }
 
 impl Kind {
-    /// All kinds, in the order of creation: no object needs one that is created later.
+    /// All kinds, in the order of creation: no object needs another one that is created later.
     pub(super) const ALL: [Self; 6] =
         [Self::ConfigMap, Self::Claim, Self::Service, Self::Rule, Self::Secret, Self::Job];
 
@@ -48,23 +48,23 @@ impl Kind {
     }
 }
 
-/// Label of all objects of a job, and of its pods: the job's ID.
+/// Label with the job's ID, on all objects of a job and on its pods.
 pub(super) const JOB_LABEL: &str = "cray-ims/job-id";
 
-/// Label with the name of the database that has the job's record; services with another database leave the object
-/// alone.
+/// Label with the name of the database that has the job's record. Services with another database leave objects with
+/// this label alone.
 pub(super) const RECORDS_LABEL: &str = "cray-ims/records";
 
 /// Time limit of a call, including its retries. An API that takes ten seconds for each answer is still usable.
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// Time between two tries of a call whose connection failed.
+/// Pause before retrying a call whose connection failed.
 const PAUSE: Duration = Duration::from_millis(300);
 
 /// Reason why a call failed.
 #[derive(Debug)]
 pub(super) struct Refusal {
-    /// Status that the API answered; `None` if it did not answer.
+    /// HTTP status that the API answered; `None` if it did not answer.
     pub(super) status: Option<u16>,
     /// The reason, for people.
     pub(super) reason: String,
@@ -76,17 +76,17 @@ impl Refusal {
     }
 }
 
-/// Access to the cluster, for what concerns jobs.
+/// Access to the cluster's objects of jobs.
 #[derive(Clone)]
 pub(super) struct Cluster {
     pub(super) client: Client,
     /// Namespace of the jobs.
     pub(super) namespace: String,
-    /// Name of the database with the records of these jobs.
+    /// Name of the database that has the records of these jobs.
     pub(super) records: String,
 }
 
-/// Adds the labels of a job to an object, and to the pods that it makes.
+/// Adds the labels of a job to an object, and to the template of the pods that the object creates.
 pub(super) fn label(object: &mut Value, job: &str, records: &str) {
     let labels = [(JOB_LABEL, job), (RECORDS_LABEL, records)];
     let add = |metadata: &mut Value| {
@@ -105,8 +105,8 @@ impl Cluster {
         Api::namespaced_with(self.client.clone(), namespace, &kind.resource())
     }
 
-    /// Creates an object of the job `job`. If it exists and has the job's label, an earlier try of the same call has
-    /// created it.
+    /// Creates an object of the job `job`. An existing object with the job's label is no failure: an earlier attempt of
+    /// the same call created it.
     pub(super) async fn create(&self, kind: Kind, job: &str, object: &Value) -> Result<(), Refusal> {
         let failed = |e| Refusal { status: None, reason: format!("it is no object: {e}") };
         let object: DynamicObject = serde_json::from_value(object.clone()).map_err(failed)?;
@@ -125,14 +125,14 @@ impl Cluster {
         }
     }
 
-    /// Reads an object of any namespace.
+    /// Reads an object in any namespace.
     pub(super) async fn read(&self, kind: Kind, namespace: &str, name: &str) -> Result<Value, Refusal> {
         let api = self.api(kind, namespace);
         let object = call(|| api.get(name)).await?;
         serde_json::to_value(object).map_err(|e| Refusal { status: None, reason: e.to_string() })
     }
 
-    /// Removes an object and its dependents. An object that is absent is no failure.
+    /// Removes an object and its dependents. An absent object is no failure.
     pub(super) async fn delete(&self, kind: Kind, name: &str) -> Result<(), String> {
         let parameters =
             DeleteParams { propagation_policy: Some(PropagationPolicy::Background), ..DeleteParams::default() };
@@ -145,8 +145,8 @@ impl Cluster {
         }
     }
 
-    /// Returns the names of the objects of a kind, each with its job's ID: those of one job, or of all jobs recorded in
-    /// this database.
+    /// Returns the names of the objects of a kind, each with the ID of its job: those of the given job or, for `None`,
+    /// of all jobs recorded in this database.
     pub(super) async fn find(&self, kind: Kind, job: Option<&str>) -> Result<Vec<(String, String)>, String> {
         let selector = match job {
             Some(job) => format!("{JOB_LABEL}={job}"),
@@ -156,7 +156,7 @@ impl Cluster {
         let parameters = ListParams::default().labels(&selector);
         let found = match call(|| api.list_metadata(&parameters)).await {
             Ok(found) => found,
-            // A cluster without Istio has no such resource.
+            // A cluster without Istio does not know this kind.
             Err(refusal) if kind == Kind::Rule && refusal.is_absence() => return Ok(Vec::new()),
             Err(refusal) => return Err(format!("cannot list the {}s of jobs: {}", kind.api().1, refusal.reason)),
         };
@@ -167,7 +167,7 @@ impl Cluster {
         Ok(named.collect())
     }
 
-    /// Pods of the Job of this name, the oldest first.
+    /// Returns the pods of the Kubernetes Job named `job`, the oldest first.
     pub(super) async fn pods(&self, job: &str) -> Result<Vec<Pod>, Refusal> {
         let api: Api<Pod> = Api::namespaced(self.client.clone(), &self.namespace);
         let parameters = ListParams::default().labels(&format!("job-name={job}"));
@@ -176,7 +176,7 @@ impl Cluster {
         Ok(pods)
     }
 
-    /// Returns whether a pod has ended, or is gone.
+    /// Returns whether a pod has ended or no longer exists.
     pub(super) async fn has_ended(&self, pod: &str) -> Result<bool, Refusal> {
         let api: Api<Pod> = Api::namespaced(self.client.clone(), &self.namespace);
         let found = call(|| api.get_opt(pod)).await?;
@@ -185,7 +185,7 @@ impl Cluster {
     }
 }
 
-/// Calls the API. A failed connection is retried until the time limit of the whole call.
+/// Calls the API. Retries while the connection fails, until the time limit of the whole call.
 pub(super) async fn call<T, F: Future<Output = kube::Result<T>>>(attempt: impl Fn() -> F) -> Result<T, Refusal> {
     let mut last = None;
     let tried = async {
@@ -216,7 +216,7 @@ fn answered(status: u16, message: &str) -> String {
     format!("Kubernetes answered {status}: {message}{advice}")
 }
 
-/// Returns the innermost cause of an error: the outer ones name layers of the client.
+/// Returns the innermost cause of an error, since the outer causes only name layers of the client.
 pub(super) fn reason(error: &(dyn std::error::Error + 'static)) -> String {
     let mut cause = error;
     while let Some(inner) = cause.source() {

@@ -19,23 +19,23 @@ use super::objects::{Cluster, JOB_LABEL, RECORDS_LABEL, call, reason};
 use crate::records::Job;
 use crate::runner::Death;
 
-/// Labels of a pod with the name of its Job, the newer label first.
+/// Labels by which a pod names its Job, the newer label first.
 const JOB_NAMES: [&str; 2] = ["batch.kubernetes.io/job-name", "job-name"];
 
-/// Seconds after which the API ends a watch request and the next one begins, so that a silently cut connection is
-/// noticed.
+/// Duration of a watch request in seconds. The API then ends it and the next one begins, so that a silently cut
+/// connection is noticed.
 const WATCH_TIME: u32 = 60;
 
 /// Interval at which lasting troubles are checked.
 const TICK: Duration = Duration::from_secs(1);
 
-/// Time to wait before a death is reported, so that a reason in the job's record takes precedence.
+/// Time for which a death is held back, so that a reason that reaches the job's record in that time takes precedence.
 const BRIEF: Duration = Duration::from_secs(5);
 
-/// Maximum length of an event's note, in characters: Kubernetes accepts 1024 bytes, and a character has up to four.
+/// Maximum length of an event's note in characters: Kubernetes accepts 1024 bytes, and a character has up to four.
 const LONGEST_NOTE: usize = 250;
 
-/// Watches until `deaths` is closed. A trouble that may pass by itself counts as a death once it has lasted for
+/// Watches until `deaths` is closed. A trouble that may pass by itself counts as a death after it has lasted for
 /// `limit`.
 pub(super) async fn run(cluster: &Cluster, limit: Duration, running: &[Job], deaths: mpsc::Sender<Death>) {
     let config = Config::default().timeout(WATCH_TIME);
@@ -68,7 +68,7 @@ pub(super) async fn run(cluster: &Cluster, limit: Duration, running: &[Job], dea
     }
 }
 
-/// Records the death of a job as an event of its Job, which `kubectl describe` shows.
+/// Records the death of a job as an event of its Kubernetes Job, which `kubectl describe` shows.
 pub(super) async fn record_event(cluster: &Cluster, job: &Job, why: &str) -> Result<(), String> {
     let Some(name) = &job.kubernetes_job else { return Ok(()) };
     let jobs: Api<batch::Job> = Api::namespaced(cluster.client.clone(), &cluster.namespace);
@@ -102,13 +102,13 @@ type Teller = (Source, String);
 
 /// An event of the watch, reduced to what concerns jobs.
 enum Seen {
-    /// All objects of a kind are listed from here on.
+    /// A listing of all objects of a kind begins.
     Begin(Source),
-    /// An object exists, possibly with a trouble.
+    /// An object exists, possibly in trouble.
     There { teller: Teller, labels: BTreeMap<String, String>, is_listed: bool, trouble: Option<Trouble> },
     /// An object is gone.
     Gone(Teller),
-    /// All objects of a kind were listed.
+    /// The listing of all objects of a kind is complete.
     End(Source),
 }
 
@@ -131,16 +131,16 @@ impl Seen {
     }
 }
 
-/// Everything that was seen of the jobs.
+/// State of the jobs as far as events have shown it.
 struct Sight {
     records: String,
-    /// Objects that exist as far as events have shown, each with the ID of its job.
+    /// Objects known to exist, each with the ID of its job.
     known: BTreeMap<Teller, String>,
-    /// Objects named since the current listing began; known objects that it does not name are gone.
+    /// Objects named by the current listing; known objects that the listing does not name are gone.
     listed: BTreeSet<Teller>,
-    /// Troubles that have not been reported yet, each with its job's ID and its beginning.
+    /// Troubles that have not been reported yet, each with the ID of its job and the time of its beginning.
     troubles: BTreeMap<Teller, (String, Trouble, Instant)>,
-    /// Jobs that were reported.
+    /// Jobs whose deaths were reported.
     reported: BTreeSet<String>,
 }
 
@@ -160,8 +160,8 @@ impl Sight {
         }
     }
 
-    /// Returns the ID of the job of an object, by our labels or, for objects that upstream's service made, by the name
-    /// of its Job.
+    /// Returns the ID of the job to which an object belongs: by our labels or, for objects that upstream's service
+    /// created, by the name of the Kubernetes Job.
     fn job(&self, teller: &Teller, labels: &BTreeMap<String, String>) -> Option<String> {
         if let Some(job) = labels.get(JOB_LABEL) {
             return (labels.get(RECORDS_LABEL) == Some(&self.records)).then(|| job.clone());
@@ -207,19 +207,21 @@ impl Sight {
     fn gone(&mut self, teller: &Teller, now: Instant) {
         let Some(job) = self.known.remove(teller) else { return };
         match teller.0 {
-            // If the service deletes a job, its record is gone when the brief wait ends, and the report has no effect.
+            // The wait is long enough if the service itself deleted the job: the record is then gone, and the report
+            // has no effect.
             Source::Job => {
                 let reason = format!("its Job {} was deleted", teller.1);
                 self.set(teller.clone(), job, Some(Trouble { reason, patience: Patience::Brief }), now);
             }
-            // Keep troubles other than long ones: the reason for which a pod was removed is still worth reporting.
+            // Drop only long troubles, which end with the pod. Another trouble may be the reason why the pod was
+            // removed.
             Source::Pod => {
                 self.troubles.retain(|other, (_, trouble, _)| other != teller || trouble.patience != Patience::Long);
             }
         }
     }
 
-    /// Deaths that are to be reported now.
+    /// Returns the deaths that are to be reported now.
     fn due(&mut self, now: Instant, limit: Duration) -> Vec<Death> {
         let is_due = |patience, since| match patience {
             Patience::None => true,
@@ -233,7 +235,7 @@ impl Sight {
                 deaths.push(Death { id, reason: trouble.reason });
             }
         }
-        // No further events come for a job that is gone, so it need not be remembered.
+        // Forget reported jobs of which no object exists any more: no further events concern them.
         self.reported
             .retain(|id| deaths.iter().any(|death| death.id == *id) || self.known.values().any(|job| job == id));
         deaths
@@ -256,7 +258,7 @@ mod tests {
         Seen::There { teller: (source, name.into()), labels, is_listed: true, trouble }
     }
 
-    /// Returns the reasons that are reported `seconds` after `began`.
+    /// Returns the ID and reason of each death that is reported `seconds` after `began`.
     fn told(sight: &mut Sight, began: Instant, seconds: u64) -> Vec<(String, String)> {
         let deaths = sight.due(began + Duration::from_secs(seconds), Duration::from_mins(1));
         deaths.into_iter().map(|death| (death.id, death.reason)).collect()
@@ -312,7 +314,7 @@ mod tests {
         sight.see(Seen::End(Source::Job), began);
         assert_eq!(told(&mut sight, began, 4), []);
         assert_eq!(told(&mut sight, began, 5), [pair("1", "its Job old was deleted")]);
-        // The watch begins anew, as it does after 410 Gone.
+        // The watch starts over, as it does after 410 Gone.
         sight.see(Seen::Begin(Source::Job), began);
         sight.see(Seen::End(Source::Job), began);
         assert_eq!(told(&mut sight, began, 9), [pair("2", "its Job new was deleted")]);
