@@ -8,7 +8,7 @@ use crate::error::{Attempt, Result};
 use crate::sshd::effective::Effective;
 use crate::sys::tree::Tree;
 
-/// Keys in the default configuration, which a pod has at this path.
+/// Path of the public keys in the default configuration.
 const DEFAULT_KEYS: &str = "/etc/cray/ims/authorized_keys";
 
 /// Default configuration of sshd.
@@ -26,7 +26,8 @@ pub(crate) fn configure_sshd(directory: &Path, keys: &str, config: Option<&Path>
         Some(file) => std::fs::read_to_string(file).attempt(|| format!("read {}", file.display()))?,
         None => SSHD_CONFIG.replace(DEFAULT_KEYS, &quoted(&keys_in(directory)?)),
     };
-    // The other container writes there, too: its links must not lead to files of this container.
+    // The other container can write to this directory too: links that it creates must not lead to files of this
+    // container.
     let tree = Tree::open(&std::fs::canonicalize(directory).attempt(attempted)?).attempt(attempted)?;
     for (name, text) in [("authorized_keys", keys), ("sshd_config", &config)] {
         tree.create_file(name).and_then(|mut file| file.write_all(text.as_bytes())).attempt(attempted)?;
@@ -46,7 +47,7 @@ pub(crate) fn warn_of_unused_keys(directory: &Path) -> Result<()> {
             keys_in(directory)?
         ),
         Ok(_) => {}
-        // This is no error: the container of this program need not have sshd, or a host key.
+        // Only log that: the container in which this program runs need not have sshd, or a host key.
         Err(e) => tracing::debug!("{e}; not checked whether it uses the keys"),
     }
     Ok(())
@@ -67,7 +68,8 @@ fn quoted(path: &str) -> String {
     format!("\"{}\"", path.replace('\\', "\\\\").replace('"', "\\\""))
 }
 
-/// Returns whether sshd takes root's keys from the file `keys`, or from a command or an authority.
+/// Returns whether sshd takes root's keys from the file `keys`, or accepts keys by a command or a certificate
+/// authority.
 fn uses(effective: &Effective, keys: &str) -> bool {
     let files = effective.all("authorizedkeysfile").any(|files| format!(" {files} ").contains(&format!(" {keys} ")));
     let elsewhere = ["authorizedkeyscommand", "trustedusercakeys"];
@@ -101,7 +103,7 @@ mod tests {
             let shared = dir.path().join(name);
             configure_sshd(&shared, "ssh-ed25519 AAAA", None).unwrap();
             let config = shared.join("sshd_config");
-            // A host key of its own: this machine may have none.
+            // Create a host key for the test: this machine may have none.
             let key = dir.path().join("key");
             if !key.exists() {
                 let mut make = std::process::Command::new("ssh-keygen");

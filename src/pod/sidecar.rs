@@ -39,10 +39,11 @@ use crate::volume::image_root;
 use crate::volume::layout::{BUILD_FAILED, EXITING, POD_ERROR, READY, SOURCE, SSHD_LISTENING, TRANSFER};
 use crate::volume::signal_files::{LOOK_EVERY, SignalFiles, Stamp, Step, Watch};
 
-/// Maximum length of a failed build's reason in a message, in bytes.
+/// Maximum size of `build_failed`, which may hold the reason of a failed build, in bytes.
 const LONGEST_REASON: u64 = 16 << 10;
 
-/// Longest time for which an environment may have no claim on the volume; it has none while its container restarts.
+/// Time without a claim on the volume after which the environment counts as gone. While its container restarts, an
+/// environment has no claim.
 const GONE: Duration = Duration::from_secs(5);
 
 /// Poll interval for the environment's claim, once 'exiting' exists.
@@ -51,7 +52,7 @@ const LOOK_SOON: Duration = Duration::from_millis(20);
 /// Time for the environment to close after this container was asked to terminate.
 const CLOSE_TIME: Duration = Duration::from_secs(20);
 
-/// Maximum length of a failed image's reason in a message, in bytes.
+/// Maximum size of `failed`, which may hold the reason why the image failed, in bytes.
 const LONGEST_CAUSE: u64 = 200;
 
 /// Report of an image that was packed without a store to publish it in.
@@ -157,7 +158,7 @@ pub fn run(
     if result.is_err() && phase < Phase::Packing {
         close_environment(&files);
     } else if result.is_err() && (settings.job.id.is_none() || settings.ims.is_none()) {
-        // Do not say so with IMS, where the error ends the job.
+        // Only without IMS: with IMS the error ends the job, so the step cannot be repeated.
         tracing::warn!(
             "the failed step can be repeated: 'ims-sshd sidecar' continues from there, without another session"
         );
@@ -165,11 +166,12 @@ pub fn run(
     conclude(&work, &ims, result, is_told)
 }
 
-/// Marks the image failed, to close an environment that waits for `ready` or is open: nobody would publish its image.
+/// Marks the image failed to close an environment that waits for `ready` or is open, because nobody would publish its
+/// image.
 fn close_environment(files: &SignalFiles) {
     let stands = |name| files.stands(name).unwrap_or(false);
-    // A closed environment has its verdict. It is not closed if 'ready' is missing, since 'exiting' is then left from
-    // an earlier environment, nor if the volume is claimed, since a session then created 'exiting'.
+    // Leave a closed environment alone. 'exiting' does not prove that it has closed: without 'ready', an earlier
+    // environment left 'exiting' behind; while the volume is claimed, a session created 'exiting'.
     if stands(READY) && stands(EXITING) && !files.is_claimed() {
         return;
     }
@@ -209,7 +211,7 @@ struct Sidecar<'a> {
 impl<'a> Sidecar<'a> {
     fn live(&mut self) -> Result<u8> {
         let action = self.settings.job.required_action()?;
-        // A container that restarts after the end of the job does nothing more.
+        // This container may have restarted after the job ended; then nothing is left to do.
         if let Some(code) = self.ended(action)? {
             return Ok(code);
         }
@@ -221,7 +223,7 @@ impl<'a> Sidecar<'a> {
                         .because("the job's status is error already")
                         .advise("start a new job"));
                 }
-                // The volume is deleted with the job, and the packed image with it.
+                // Without a store the packed image would be lost: its volume is deleted with the job.
                 _ if self.settings.store.url.is_none() => {
                     return Err(Error::bad_input(
                         "no store is named: expected S3_BUCKET, IMAGE_STORE or --store, since a job's volume is \
@@ -247,14 +249,14 @@ impl<'a> Sidecar<'a> {
                 }
                 let ended = self.shell(image_root.as_ref())?;
                 if let Some(image_root) = &image_root {
-                    // A killed environment has left its own text in place of ours.
+                    // A killed environment may have left its resolv.conf in the image, in place of this sidecar's.
                     ENVIRONMENT.restore(image_root)?;
                     if SIDECAR.restore(image_root)? == Some(true) {
                         tracing::info!("/{RESOLV_CONF} of the image was changed, and keeps its new content");
                     }
                 }
-                // Publish nothing that was mended by hand: IMS records images of recipes, and this is not what its
-                // recipe makes.
+                // Do not publish a tree that was repaired manually: IMS would record it as an image built from the
+                // recipe.
                 if action == Action::Create && self.settings.ims.is_some() && self.settings.job.id.is_some() {
                     return Err(
                         self.build_failed("correct the recipe; a tree that was mended by hand is not published")
@@ -269,14 +271,14 @@ impl<'a> Sidecar<'a> {
             self.journal.phase = Phase::Packing;
             self.journal.write(self.directory)?;
         } else if wants_shell && !self.files.stands(EXITING)? && !self.files.stands(READY)? {
-            // The pod was started again, and its environment has nothing left to do: close it.
+            // The environment of a restarted pod waits for 'ready', but nothing is left to do: close it.
             tracing::info!("the image was marked complete before: publishing it, without another session");
             self.files.mark_instead_of_ready(Verdict::Complete)?;
         }
         // Without space on the volume, the stage is not shown, but the image may still be uploaded.
         let shown = Shown::begin(self.files.parent(), Stage::Packing).ok();
         let image = self.pack(image_root.as_ref())?;
-        // The image may have been marked failed meanwhile, or before this container restarted.
+        // The image may have been marked failed during packing, or before this container restarted.
         if wants_shell && self.is_marked_failed(image_root.as_ref()) {
             return self.end_as_failed(action);
         }
@@ -344,7 +346,7 @@ impl<'a> Sidecar<'a> {
             "nothing is left to do; for another image in {}, run 'ims-sshd prepare --fresh' first",
             self.files.path().display()
         );
-        // The pod was started again, and its environment has nothing left to do: close it.
+        // The environment of a restarted pod waits for 'ready', but nothing is left to do: close it.
         if !self.files.stands(EXITING)? && !self.files.stands(READY)? {
             self.files.mark_instead_of_ready(verdict)?;
         }
@@ -370,7 +372,7 @@ impl<'a> Sidecar<'a> {
     /// Ends a job whose status in IMS is success. The status alone proves nothing, and the volume may be new, so the
     /// image is verified first.
     fn published_before(&mut self, job: &records::Job) -> Result<u8> {
-        // In any case the job's status stays, and nothing of the image is rolled back.
+        // Whatever the checks below find, the job's status stays, and nothing of the image is rolled back.
         self.journal.is_told = true;
         let refused = |why: &dyn std::fmt::Display| {
             let refused = Error::new("accept the job as published, although its status in IMS is success").because(why);
@@ -381,7 +383,7 @@ impl<'a> Sidecar<'a> {
         let publication = self.publication();
         let record = self.work.unless_interrupted(publication.look_at(&image)).map_err(|e| refused(&e))?;
         if !self.files.stands(EXITING)? && !self.files.stands(READY)? {
-            // The pod was started again, and its environment has nothing left to do: close it.
+            // The environment of a restarted pod waits for 'ready', but nothing is left to do: close it.
             self.files.mark_instead_of_ready(Verdict::Complete)?;
         }
         let place = record.link.as_ref().map_or("", |link| &link.path);
@@ -424,7 +426,7 @@ impl<'a> Sidecar<'a> {
     /// correct.
     fn check(&mut self, image_root: Option<&Tree>, action: Action) -> Result<()> {
         check_public_keys("--authorized-keys", &self.places.authorized_keys)?;
-        // With a job ID, IMS has answered before: the job's record was read.
+        // With a job ID, the job's record has been read already, so IMS answers.
         if self.settings.job.id.is_none() {
             self.ims.check()?;
         }
@@ -451,16 +453,17 @@ impl<'a> Sidecar<'a> {
     }
 
     /// Returns whether the environment ended as failed, without ever having been open, before this container started.
-    /// `prepare` removes the marks of earlier runs, so only marks made since then count, and `complete` never does.
+    /// `prepare` removes the marks of earlier runs, so only marks newer than `prepare`'s record of the source count.
+    /// `complete` never counts.
     fn has_failed_early(&self) -> Result<bool> {
         let Some((_, seconds, nanoseconds)) = self.files.stamp(SOURCE) else { return Ok(false) };
         let is_since = |mark: &Option<Stamp>| mark.is_some_and(|mark| (mark.1, mark.2) > (seconds, nanoseconds));
-        // If the volume is claimed, an environment waits for 'ready', and the marks belong to an earlier one.
+        // If the volume is claimed, an environment waits for 'ready', and the marks belong to an earlier environment.
         Ok(self.old.iter().all(is_since) && !self.files.stands(READY)? && !self.files.is_claimed())
     }
 
     /// Prepares all that the environment needs, then creates `ready`. Returns false if the image was marked failed
-    /// meanwhile.
+    /// during the preparation.
     fn let_open(&mut self, image_root: Option<&Tree>, action: Action) -> Result<bool> {
         if self.has_failed_early()? {
             tracing::error!(
@@ -520,7 +523,8 @@ impl<'a> Sidecar<'a> {
             let is_claimed = self.files.is_claimed();
             was_there |= is_claimed;
             if is_exiting && !is_claimed && self.has_verdict(image_root)? {
-                // A failed image is not published, whoever has marked it.
+                // 'exiting' counts only if an environment was open here, or if the image is marked failed: a failed
+                // image is never published.
                 if was_there || listened || self.files.stands(SSHD_LISTENING)? || self.is_marked_failed(image_root) {
                     break;
                 }
@@ -533,18 +537,19 @@ impl<'a> Sidecar<'a> {
             if !listened && self.files.stands(SSHD_LISTENING)? {
                 listened = true;
                 match self.ims.set_status(Status::WaitingOnUser) {
-                    // A signal has arrived; it is handled below.
+                    // A signal has interrupted the request; the signal is handled below.
                     Err(_) if self.work.interrupted().is_some() => {}
                     other => drop(other?),
                 }
-                // Start the wait anew: the request may have taken some time.
+                // Restart the wait: the request may have taken some time.
                 last_seen = Instant::now();
                 continue;
             }
             if is_claimed {
                 last_seen = Instant::now();
             }
-            // Sessions of a plain job can create 'exiting'. The environment creates it just before it drops its claim.
+            // An environment drops its claim right after it creates 'exiting'. If the claim stays, a session of a plain
+            // job created the file.
             let since = exiting_since.filter(|_| is_exiting).unwrap_or_else(Instant::now);
             exiting_since = is_exiting.then_some(since);
             if is_claimed && !is_warned && since.elapsed() > LOOK_EVERY {
@@ -574,7 +579,7 @@ impl<'a> Sidecar<'a> {
                     .advise("see the log of the container that runs sshd, and the node's"));
             }
             if asked_to_end.is_none() && self.work.heed().is_err() {
-                // The environment closes in order, then this container terminates.
+                // Have the environment close cleanly before this container terminates.
                 self.files.touch(Verdict::Failed.signal_file())?;
                 asked_to_end = Some(Instant::now());
                 self.work.finish_regardless();
@@ -585,7 +590,7 @@ impl<'a> Sidecar<'a> {
                     );
                 }
             }
-            // Do not wait for an environment that starts only now: it finds 'failed'.
+            // Do not wait for an environment that starts only now: it finds 'failed' and closes by itself.
             if asked_to_end.is_some_and(|since| !is_claimed || since.elapsed() > CLOSE_TIME) {
                 break;
             }
@@ -623,7 +628,7 @@ impl<'a> Sidecar<'a> {
         let boot = has_store.then(find).transpose()?;
         let archive = Archive { directory: parent, name: &settings.archive() };
         let rootfs = if is_transferred {
-            // Record this before the rename: afterwards only the journal says that there is no image root.
+            // Record the phase before the rename: afterwards only the journal says that there is no image root.
             self.journal.phase = Phase::Packed;
             self.journal.write(self.directory)?;
             parent.rename(TRANSFER, archive.name).attempt(|| format!("rename {TRANSFER}"))?;
@@ -646,7 +651,7 @@ impl<'a> Sidecar<'a> {
             self.journal.write(self.directory)?;
             packed
         } else {
-            // The image was packed before a restart. Check the file, since another may have this name now.
+            // The image was packed before a restart. Check the file, since another file may have this name now.
             let packed = archive.open_squashfs()?;
             if let Some(image_root) = image_root {
                 packed::check(parent, &archive, &packed, image_root)?;

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use rustix::fs::MemfdFlags;
 
-/// A machine that images are made for.
+/// Machine architecture of an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Architecture {
     /// 64-bit x86.
@@ -16,7 +16,7 @@ pub enum Architecture {
     Aarch64,
 }
 
-/// Bytes of a file that identify its machine: ELF's identification, type and machine.
+/// Number of bytes at the start of a file that identify its machine: ELF's identification, type and machine.
 pub(crate) const HEADER: usize = 20;
 
 /// ELF identification of a 64-bit little-endian file, up to the version; the ABI follows.
@@ -40,7 +40,7 @@ impl Architecture {
         }
     }
 
-    /// The architecture with that name.
+    /// The architecture called `name`.
     pub(crate) fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|architecture| architecture.name() == name)
     }

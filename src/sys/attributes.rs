@@ -1,4 +1,4 @@
-//! Owner, mode, times and extended attributes of a file. The latter include ACLs and capabilities.
+//! Owner, mode, times and extended attributes of a file. Extended attributes include ACLs and file capabilities.
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -57,7 +57,7 @@ impl Node<'_> {
     }
 }
 
-/// An O_PATH descriptor, which any type of file allows.
+/// An O_PATH descriptor of a file, which may be of any type.
 struct Handle(OwnedFd);
 
 impl Handle {
@@ -94,13 +94,13 @@ impl Handle {
     }
 }
 
-/// Returns `None` for -1, which is no valid user, and for which chown(2) would leave the owner unchanged. A number read
-/// from an image can be -1.
+/// User ID for chown(2). `None` for -1, which an image may contain: -1 is no valid user ID, and chown(2) takes it as
+/// "leave the owner unchanged".
 pub(crate) fn user(number: u32) -> Option<Uid> {
     (number != u32::MAX).then(|| Uid::from_raw(number))
 }
 
-/// `None` for -1; see [`user`].
+/// Group ID for chown(2); `None` for -1, see [`user`].
 pub(crate) fn group(number: u32) -> Option<Gid> {
     (number != u32::MAX).then(|| Gid::from_raw(number))
 }

@@ -46,11 +46,11 @@ pub fn survive_file_limit() {
 fn fixed(path: &OsStr) -> OsString {
     let elements = path.as_bytes().split(|&b| b == b':');
     let kept: Vec<&[u8]> = elements.filter(|element| is_fixed(Path::new(OsStr::from_bytes(element)))).collect();
-    // execvp(3) takes an empty path for the working directory.
+    // execvp(3) treats an empty search path as the working directory.
     if kept.is_empty() { DEFAULT_PATH.into() } else { OsString::from_vec(kept.join(&b':')) }
 }
 
-/// Returns whether `element` is absolute and leads into neither /proc nor /dev. Links there lead to the working
+/// Returns whether `element` is absolute and leads into neither /proc nor /dev. Links in these two lead to the working
 /// directory and the descriptors of the process that follows them (proc_pid_cwd(5), proc_pid_fd(5)).
 fn is_fixed(element: &Path) -> bool {
     let mut names = Vec::new();

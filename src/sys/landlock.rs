@@ -67,8 +67,8 @@ impl Ruleset {
         Self::create(rights, scoped)
     }
 
-    /// A ruleset that restricts no file access: threads under it cannot signal processes outside the ruleset, nor
-    /// connect to abstract sockets of those. `None` if the kernel is older than Linux 6.12, or has no Landlock.
+    /// A ruleset that restricts no file access. A thread under it cannot send signals to processes outside the ruleset,
+    /// nor connect to their abstract sockets. `None` if the kernel is older than Linux 6.12, or has no Landlock.
     pub(crate) fn of_scopes() -> io::Result<Option<Self>> {
         match version() {
             Ok(FIRST_WITH_SCOPES..) => Self::create(0, ALL_SCOPES).map(Some),
@@ -78,7 +78,8 @@ impl Ruleset {
 
     fn create(rights: u64, scoped: u64) -> io::Result<Self> {
         let attr = RulesetAttr { handled_access_fs: rights, handled_access_net: 0, scoped };
-        // Older kernels accept fields that they do not know only if these are zero, and `scoped` is zero for them.
+        // A kernel that does not know the field `scoped` accepts it only if it is zero, and callers pass zero to such a
+        // kernel.
         // SAFETY: `attr` is a live `struct landlock_ruleset_attr` passed with its size; the kernel only reads it, and
         // returns a new descriptor that nobody else owns.
         #[allow(unsafe_code)]

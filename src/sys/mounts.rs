@@ -216,7 +216,7 @@ fn unescape(escaped: &[u8]) -> Vec<u8> {
     text
 }
 
-/// Unmounts the topmost mount at the trusted path `path`; a busy one is detached.
+/// Unmounts the topmost mount at the trusted path `path`, even if the mount is busy (`MNT_DETACH`).
 pub fn unmount(path: &Path) -> io::Result<()> {
     rustix::mount::unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW).map_err(Into::into)
 }

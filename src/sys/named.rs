@@ -14,7 +14,8 @@ use std::fs::File;
 /// The kernel's limit of links in one path (path_resolution(7)).
 const MOST_LINKS: usize = 40;
 
-/// True if `user` is root, this user, or the user who called sudo, whose home is as trustworthy as the command line.
+/// True if `user` is root, the user of this process, or the user who called sudo, whose home is as trustworthy as the
+/// command line.
 pub(crate) fn is_trusted(user: u32) -> bool {
     let caller = || std::env::var("SUDO_UID").ok()?.parse::<u32>().ok();
     user == 0 || user == rustix::process::geteuid().as_raw() || caller() == Some(user)
@@ -53,7 +54,8 @@ pub(crate) fn resolve(named: &Path) -> io::Result<PathBuf> {
             return Err(Errno::LOOP.into());
         }
         let target = std::fs::read_link(&place)?;
-        // A descriptor without a path, such as a pipe: only its link in procfs opens it (proc_pid_fd(5)).
+        // A link in procfs to a descriptor without a path, such as a pipe, is not resolved further: only the link opens
+        // the pipe (proc_pid_fd(5)).
         if left.is_empty() && is_of_procfs(&at) && std::fs::symlink_metadata(at.join(&target)).is_err() {
             return Ok(place);
         }
@@ -71,7 +73,7 @@ pub(crate) fn open(named: &Path) -> io::Result<OwnedFd> {
     } else if real.parent().is_some_and(is_of_procfs) {
         Ok(rustix::fs::open(&real, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?)
     } else {
-        // A link that was created after the path was resolved.
+        // The handle is a link, created after the path was resolved.
         Err(Errno::LOOP.into())
     }
 }
@@ -138,7 +140,7 @@ const STICKY: u32 = 0o1000;
 /// Fails if another user could replace the directory `place` or a directory above it, or write to `place`. With
 /// `shared`, `place` may be like /tmp: writable by everyone, but sticky.
 pub(crate) fn refuse_changeable(place: &Path, shared: bool) -> io::Result<()> {
-    // Symbolic links on the way count too: their owner decides where they lead.
+    // Check symbolic links in the path too: their owner decides where they lead.
     for above in place.ancestors() {
         let found = std::fs::symlink_metadata(above)?;
         if !is_trusted(found.uid()) {

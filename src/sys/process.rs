@@ -88,8 +88,8 @@ pub(crate) fn close_all_but_streams() -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Time after which the caller goes on. A fork bomb's orphans may end faster than they are reaped, and the kernel lets
-/// every other process run several times for each of them.
+/// Maximum duration of one [`reap`]. A fork bomb's orphans may end faster than they can be reaped, so that a `reap`
+/// without this limit would never return.
 const TIME_TO_REAP: Duration = Duration::from_millis(50);
 
 /// Reaps ended children, ours or adopted, and returns their statuses. If there may be more, SIGCHLD is raised again.
@@ -103,7 +103,8 @@ pub(crate) fn reap() -> Vec<WaitStatus> {
             Err(_) => {}
         }
     }
-    // SIGCHLD is not queued: those that are left ended before the signal that is pending now.
+    // Raise SIGCHLD again. Signals of the same number do not queue, so no other signal may come for the children that
+    // are still to be reaped.
     let _ = nix::sys::signal::kill(nix::unistd::Pid::this(), Signal::SIGCHLD);
     ended
 }
@@ -241,7 +242,7 @@ pub fn output_within(child: Child, limit: Duration) -> io::Result<Option<Output>
     let identity = Identity::of(Pid::from_raw(child.id().cast_signed())).ok_or(io::ErrorKind::NotFound)?;
     std::thread::scope(|scope| {
         let is_late = scope.spawn(move || {
-            // A child that has already ended cannot be opened.
+            // Opening fails if the child has already ended; then it is not late.
             let late = Handle::open(identity).ok().filter(|handle| !handle.ends_within(limit));
             late.is_some_and(|handle| handle.signal(Signal::SIGKILL).is_ok())
         });
@@ -250,9 +251,9 @@ pub fn output_within(child: Child, limit: Duration) -> io::Result<Option<Output>
     })
 }
 
-/// Flag of a process that is ending (`PF_EXITING`); `KILL` is the bit of SIGKILL in a set of signals
-/// (proc_pid_status(5)).
+/// Flag of a process that is exiting (the kernel's `PF_EXITING`).
 const EXITING: i64 = 4;
+/// Bit of SIGKILL in a set of signals in /proc/PID/status (proc_pid_status(5)).
 const KILL: u64 = 1 << (libc::SIGKILL - 1);
 
 /// Fields of /proc/PID/stat.
@@ -300,7 +301,8 @@ impl Entry {
         Identity { pid: self.pid.as_raw(), start: self.start }
     }
 
-    /// Format of proc(5): the name is in parentheses and may contain any byte, so the last `)` ends it.
+    /// Parses a line in the format of proc(5): the name is in parentheses and may contain any byte, so the last `)`
+    /// ends it.
     fn parse(stat: &[u8]) -> Option<Self> {
         let open = stat.iter().position(|&b| b == b'(')?;
         let close = stat.iter().rposition(|&b| b == b')')?;
@@ -328,7 +330,7 @@ impl Entry {
         self.state == 'Z' && self.threads <= 1
     }
 
-    /// True if a thread of the process waits in the kernel where no signal ends the wait, as for a device.
+    /// True if a thread of the process is in uninterruptible sleep (state `D`), for example waiting for a device.
     pub(crate) fn is_stuck(&self) -> bool {
         let threads = || numbers(Path::new(&format!("/proc/{}/task", self.pid)));
         let stat = |thread| File::open(format!("/proc/{}/task/{thread}/stat", self.pid)).ok();
@@ -336,7 +338,7 @@ impl Entry {
         self.state == 'D' || self.threads > 1 && threads().any(is_stuck)
     }
 
-    /// True if the process is ending, or is about to: a signal that kills it has arrived.
+    /// True if the process is exiting, or has a pending SIGKILL.
     pub(crate) fn is_dying(&self) -> bool {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
         let pending = status.lines().filter_map(|line| line.strip_prefix("SigPnd:").or(line.strip_prefix("ShdPnd:")));
@@ -383,9 +385,9 @@ impl Entry {
     }
 }
 
-/// A process other than this one that has its root or working directory in `directory`, which has no links in its path.
-/// Waits up to `limit` for the end of processes that a killed run of this program has left: those that are dying, and
-/// those whose short names are in `programs`. Calls `waiting` before it waits.
+/// Returns a process other than this one that has its root or working directory in `directory`; `directory` must be a
+/// path without links. Waits up to `limit` for the end of processes that a killed run of this program has left: those
+/// that are dying, and those whose short names are in `programs`. Calls `waiting` before it waits.
 pub(crate) fn inside(
     directory: &Path,
     programs: &[&str],
@@ -435,7 +437,8 @@ pub(crate) fn children(parent: Pid) -> Vec<Pid> {
 }
 
 /// Calls `visit` for each descendant of this process, after the descendant's own children have been listed, until
-/// `visit` breaks. A process whose parent ends meanwhile may be missed; this process has adopted it then.
+/// `visit` breaks. A process whose parent ends during the visit may be missed. This process (a subreaper or PID 1) has
+/// then adopted it, so the next visit finds it.
 pub(crate) fn visit_descendants(visit: &mut dyn FnMut(&Entry) -> ControlFlow<()>) {
     let mut found = children(getpid());
     while let Some(pid) = found.pop() {

@@ -72,14 +72,14 @@ const ENDING: [Signal; 3] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
 /// Lets long file system work check whether a signal that ends the program is pending. The check leaves the signal for
 /// the code that blocked it to read. A signal that is not blocked ends the program by itself and is never pending.
 pub(crate) struct Pending {
-    /// `None` if the process has no descriptor left: then the work is not interrupted.
+    /// `None` if no descriptor was free; then pending signals do not interrupt the work.
     fd: Option<SignalFd>,
     from: Instant,
     checks: Cell<usize>,
 }
 
 impl Pending {
-    /// The kernel is asked at the first check, and then once in this many.
+    /// Only the first of every this many checks asks the kernel.
     const EACH: usize = 256;
 
     /// Reports pending signals from now on.

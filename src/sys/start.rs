@@ -10,7 +10,7 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::sys::signals::ignore;
 
-/// Does the necessary part of the runtime's start: opens closed standard streams on /dev/null, so that no later file
+/// Does the necessary part of the runtime's startup: opens closed standard streams on /dev/null, so that no later file
 /// takes their numbers, and ignores SIGPIPE, so that writing to a closed pipe is an error.
 pub fn prepare_process() {
     let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());

@@ -21,7 +21,8 @@ use crate::sys::file_kind::FileKind;
 /// Number of retries of a lookup that raced with a rename or a mount (the kernel returns EAGAIN).
 const RACE_RETRIES: usize = 128;
 
-/// Length in bytes beyond which a part of a path is opened: one more name (255 bytes) still fits below PATH_MAX.
+/// A long path is opened in parts. A part ends once it is longer than this, in bytes: one more name (255 bytes) still
+/// fits below PATH_MAX.
 const LONGEST_PART: usize = 3000;
 
 /// The kernel's limit of links in one path (path_resolution(7)).
@@ -377,7 +378,7 @@ impl Tree {
     }
 
     /// Creates the empty directory `name`, mode 0700, and opens it. Another user who can rename here could swap in a
-    /// directory of their own, so one that is not ours or not empty is refused.
+    /// directory of their own, so a directory that is not ours or not empty is refused.
     pub(crate) fn make_private(&self, name: &str) -> io::Result<Tree> {
         rustix::fs::mkdirat(&self.directory, name, Mode::RWXU)?;
         let made = self.directory_of_same_mount(name)?;

@@ -18,7 +18,7 @@ pub fn set_own() {
     let _ = CALLERS.set(rustix::process::umask(OWN));
 }
 
-/// Gives this process the caller's umask back, for the program that it becomes.
+/// Restores the caller's umask in this process, for the program that it is about to exec.
 pub(crate) fn restore_callers() {
     if let Some(callers) = CALLERS.get() {
         rustix::process::umask(*callers);

@@ -20,8 +20,8 @@ use crate::sys::tree::Tree;
 /// paths of up to 4096 bytes (PATH_MAX).
 const LONGEST_RECORDED: usize = 16 << 10;
 
-/// Time after which a pending signal ends a removal. A shorter removal is finished, even if it is the cleanup after one
-/// signal while another is pending.
+/// Time after which a pending signal interrupts a removal. A removal that takes less time always finishes: it may be
+/// the cleanup after one signal while a second one is pending.
 const FINISHED_REGARDLESS: Duration = Duration::from_secs(1);
 
 /// Number of opened directories that a [`Descent`] keeps.
@@ -39,9 +39,9 @@ impl Tree {
         self.walk_with(&(), |(), path, directory, name, found| visit(path, directory, name, found).map(Some))
     }
 
-    /// Like [`Tree::walk`], but does not visit the directory itself, and passes `visit` a state of the parent
-    /// directory: `first` for this directory, and for one below what `visit` returned for it. If `visit` returns
-    /// `None`, the directory is not entered.
+    /// Like [`Tree::walk`], but does not visit the directory itself, and passes `visit` the state of the parent
+    /// directory. The state of this directory is `first`; that of any other directory is the value that `visit`
+    /// returned for it. If `visit` returns `None`, the directory is not entered.
     pub(crate) fn walk_with<S>(
         &self,
         first: &S,
@@ -117,7 +117,7 @@ impl Tree {
         }
     }
 
-    /// Removes everything in this directory but directories, and returns the names of these.
+    /// Removes everything in this directory but directories, and returns the names of the directories.
     fn remove_files(&self, pending: &Pending) -> io::Result<Vec<OsString>> {
         let mut directories = Vec::new();
         for name in self.names()? {
@@ -153,8 +153,9 @@ fn about_mount(error: io::Error, path: &Path) -> io::Error {
     io::Error::new(io::ErrorKind::CrossesDevices, why)
 }
 
-/// Explains the error that the listed name `path` does not exist; returns other errors unchanged. An overlay also
-/// lists, and does not find, what was created in its lower directory while it was mounted.
+/// Explains the error that the listed name `path` does not exist; returns other errors unchanged. The directory may be
+/// on an overlay, which lists, but does not find, names that were created in its lower directory while the overlay was
+/// mounted.
 fn about_change(error: io::Error, path: &Path) -> io::Error {
     if error.raw_os_error() != Some(Errno::NOENT.raw_os_error()) {
         return error;
@@ -169,7 +170,8 @@ fn identity(directory: &Tree) -> io::Result<Identity> {
     Ok((found.st_dev, found.st_ino))
 }
 
-/// Refuses to record a path longer than [`LONGEST_RECORDED`]: no program can use it, and many would fill the memory.
+/// Refuses to record a path longer than [`LONGEST_RECORDED`]: no program can use such a path, and many of them would
+/// fill the memory.
 pub(crate) fn refuse_long(path: &Path) -> io::Result<()> {
     if path.as_os_str().len() <= LONGEST_RECORDED {
         return Ok(());
@@ -183,8 +185,8 @@ pub(crate) fn refuse_long(path: &Path) -> io::Result<()> {
     Err(io::Error::new(io::ErrorKind::InvalidFilename, why))
 }
 
-/// Opens directories of a tree by path. Each lookup starts at the nearest directory above that was opened shortly
-/// before, so that opening directories in the order of their paths takes time linear in their number. Opened
+/// Opens directories of a tree by path. Each lookup starts at the nearest ancestor that is still open from an earlier
+/// lookup, so that opening directories in the order of their paths takes time linear in their number. Opened
 /// directories must not be renamed meanwhile.
 pub(crate) struct Descent<'a> {
     tree: &'a Tree,
@@ -305,7 +307,7 @@ mod tests {
             let ended = |result: io::Result<()>| result.unwrap_err().kind() == io::ErrorKind::Interrupted;
             assert!(ended(tree.remove_directories(OsStr::new("d"), &Pending::new())));
             assert!(ended(tree.walk(|_, _, _, _| Ok(()))));
-            // A short removal is finished.
+            // A short removal finishes although the signal is pending.
             tree.remove_whole(OsStr::new("d")).unwrap();
             assert_eq!(signals.next().unwrap(), Some(Signal::SIGTERM));
         });

@@ -11,8 +11,8 @@ use crate::sys::tree::Tree;
 use crate::verdict::{Markers, Verdict, is_mark};
 use crate::volume::signal_files::SignalFiles;
 
-/// Any one of these files makes a directory an image root. systemd-nspawn looks for os-release; distroless images have
-/// only etc/passwd, a busybox image only a shell.
+/// A directory that has any of these files counts as an image root. systemd-nspawn looks for os-release; distroless
+/// images have only etc/passwd, a busybox image only a shell.
 const KNOWN_BY: [&str; 5] = ["etc/os-release", "usr/lib/os-release", "etc/passwd", "bin/sh", "usr/bin/sh"];
 
 /// Files of a saved container image (docker save, OCI layout), which holds layers instead of a tree.
@@ -78,7 +78,7 @@ pub(crate) fn remove_old_marks(image_root: &Tree) -> Result<()> {
         let name = mark_of(verdict);
         remove_directory(image_root, &name)?;
         let attempted = || removing(&name);
-        // Look first: on a read-only file system unlink fails with EROFS even if the file does not exist.
+        // Check first: on a read-only file system unlink fails with EROFS even if the file does not exist.
         if image_root.look(&name).attempt(attempted)?.is_some() && image_root.remove(&name).attempt(attempted)? {
             tracing::info!("removed /{}, which came with the image", name.display());
         }

@@ -40,8 +40,8 @@ pub(crate) const BUILD: &str = ".ims-sshd.build";
 
 /// The packed image of a remote job.
 pub(crate) const TRANSFER: &str = "transfer.sqsh";
-/// Names of the boot files of a remote job. `prepare` records them for the container that has the image packed, which
-/// does not get their variables.
+/// Names of the boot files of a remote job. `prepare` records them for the container that starts the packing, which
+/// does not get the variables that set these names.
 pub(crate) const BOOT_NAMES: &str = ".ims-sshd.boot";
 /// Report of the changes of a remote job.
 pub(crate) const REMOTE_CHANGES: &str = ".ims-sshd.changes";

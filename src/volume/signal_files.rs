@@ -26,8 +26,8 @@ const INSTEAD_OF_READY: [&[u8]; 2] = [b"by the sidecar on ", b", instead of 'rea
 /// Maximum length of a sidecar's mark in bytes; a host name has at most 64.
 const INSTEAD_LIMIT: u64 = 256;
 
-/// Age at which a sidecar's mark with another host name counts as an earlier pod's. Pulling an image and starting a
-/// container takes less.
+/// Age at which a sidecar's mark with another host name counts as an earlier pod's. This job's sidecar may start before
+/// the environment, but not by this much: pulling an image and starting a container takes less.
 const EARLIER: Duration = Duration::from_mins(10);
 
 /// Identity of a signal file, to distinguish it from an earlier file of the same name: inode, and seconds and
@@ -37,14 +37,14 @@ pub(crate) type Stamp = (u64, i64, u64);
 /// Poll interval for signal files: the delay where the file system raises no event.
 pub(crate) const LOOK_EVERY: Duration = Duration::from_secs(1);
 
-/// A command that makes, packs or publishes the image root of a parent: one at a time.
+/// A command that makes, packs or publishes the image root of a parent. Only one runs on a parent at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Step {
     /// `prepare`: a second one would write to the same directory, or remove it.
     Prepare,
-    /// `package`: a `prepare --fresh` meanwhile would take the image root away.
+    /// `package`: a concurrent `prepare --fresh` would remove the image root.
     Package,
-    /// `upload`: two that share a journal would publish, and roll back, one and the same image.
+    /// `upload`: two uploads with one journal would publish, and roll back, the same image.
     Upload,
     /// `sidecar`: it publishes as `upload` does.
     Sidecar,
@@ -63,7 +63,7 @@ impl Step {
         }
     }
 
-    /// Advice in the error that another step has the claim which this step needs.
+    /// Advice in the error message when this step needs a claim that another step has.
     fn advice(self) -> &'static str {
         match self {
             Self::Sidecar => "the job goes on with that one; each job needs a volume of its own",
@@ -75,8 +75,8 @@ impl Step {
 /// Maximum size of the text in the lock file, in bytes: a name and a process id.
 const HOLDER_LIMIT: u64 = 64;
 
-/// The step that has the lock, and its process id in its own PID namespace. Root of another container can write this
-/// text, so it must only affect the words of a message.
+/// The step that has the lock, and its process id in its own PID namespace. Root of another container can change this
+/// text, so it must not be used for anything but messages.
 fn holder(lock: OwnedFd) -> Option<(Step, u32)> {
     let mut text = String::new();
     File::from(lock).take(HOLDER_LIMIT).read_to_string(&mut text).ok()?;
@@ -140,7 +140,8 @@ impl SignalFiles {
     /// Claims the parent for this environment until this value is dropped.
     pub(crate) fn claim(&mut self) -> Result<()> {
         let attempted = || claiming(&self.path);
-        // `status` takes a shared lock for a moment, which is not a claim; on a busy machine the moment may be long.
+        // Retry: `status` takes a shared lock for a moment, which is not a claim. On a busy machine the moment may be
+        // long.
         let began = Instant::now();
         while began.elapsed() < Duration::from_secs(10) {
             let Some(lock) = self.lockable(true).attempt(attempted)? else { continue };
@@ -163,9 +164,9 @@ impl SignalFiles {
         Err(claimed(&self.path))
     }
 
-    /// Opens the file that a claim locks. Whoever can open a file can lock it (flock(2)), so this is the parent itself
-    /// if only root can open it, else a file in it that only root can open. Returns `None` if that file is missing and
-    /// `create` is false, or if another user owns it.
+    /// Opens the file that a claim locks. Anyone who can open a file can lock it (flock(2)), so the lock needs a file
+    /// that only root can open: the parent directory if its mode allows no one else, otherwise a file in the parent.
+    /// Returns `None` if that file is missing and `create` is false, or if another user owns it.
     fn lockable(&self, create: bool) -> io::Result<Option<OwnedFd>> {
         let parent = rustix::fs::fstat(&self.parent)?;
         if parent.st_mode & 0o044 == 0 {
@@ -177,7 +178,7 @@ impl SignalFiles {
         let file = match self.parent.open_at(CLAIM, flags, Mode::from_raw_mode(bits)) {
             Ok(file) => file,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-            // Go on with the parent's own lock: the next write reports that the volume is full or read-only.
+            // Lock the parent directory instead: the next write reports that the volume is full or read-only.
             Err(e)
                 if matches!(
                     e.kind(),
@@ -189,7 +190,7 @@ impl SignalFiles {
             Err(e) => return Err(e),
         };
         let found = rustix::fs::fstat(&file)?;
-        // A user who created the file may still have it open, and so could lock it.
+        // Another user who created the file may still have it open, and could lock it.
         let is_ours = found.st_uid == rustix::process::geteuid().as_raw() && found.st_mode & 0o066 == 0;
         if !is_ours && create {
             self.parent.remove(CLAIM)?;
@@ -206,15 +207,15 @@ impl SignalFiles {
     }
 
     /// Claims the parent for `step` until the returned value is dropped. Fails if another step has the claim. If the
-    /// lock cannot be taken for any other reason, the claim succeeds without a lock: what follows works, or reports why
-    /// it cannot.
+    /// lock cannot be taken for any other reason, the claim succeeds without a lock, and the step itself works or
+    /// reports the reason.
     pub(crate) fn claim_for(&self, step: Step) -> Result<StepClaim<'_>> {
         let mut claim = StepClaim { files: self, lock: None };
         // Limit the tries: another process may remove the file each time.
         for _ in 0..100 {
             let lock = match self.step_lock(OFlags::CREATE) {
                 Ok(Some(lock)) => lock,
-                // A user who created the file may still have it open and locked.
+                // Replace a file that is not ours: the user who created it may still have it open and locked.
                 Ok(None) if self.retract(STEP_CLAIM).is_ok() => continue,
                 Ok(None) => break,
                 Err(e) => {
@@ -227,7 +228,7 @@ impl SignalFiles {
                     let named = self.parent.look(STEP_CLAIM).ok().flatten();
                     let found = rustix::fs::fstat(&lock).ok();
                     let identity = |found: Stat| (found.st_dev, found.st_ino);
-                    // Another inode means that the previous step removed the file that was locked here.
+                    // If the inodes differ, the previous step has removed the file that was locked here, so try again.
                     if named.is_some() && named.map(identity) == found.map(identity) {
                         // Ignore an error, such as a full volume: only a message will lack the name. Write by path: a
                         // descriptor that stays writable would keep the volume from being remounted read-only.
@@ -266,7 +267,7 @@ impl SignalFiles {
         };
         let found = rustix::fs::fstat(&lock)?;
         let is_private = found.st_uid == rustix::process::geteuid().as_raw() && found.st_mode & 0o066 == 0;
-        // The lock's holder writes to the file, which must not change another one.
+        // The lock's holder writes to the file, so the file must not be a hard link to another one.
         let is_own = FileKind::of(&found) == FileKind::Regular && found.st_nlink <= 1;
         Ok((is_private && is_own).then_some(lock))
     }
@@ -278,7 +279,7 @@ impl SignalFiles {
             return Ok(());
         }
         match holder(lock) {
-            // A sidecar waits for the session, and `upload` reads the packed image.
+            // These do not use the image root: a sidecar waits for the session, and `upload` reads the packed image.
             Some((Step::Sidecar | Step::Upload, _)) => Ok(()),
             other => {
                 let attempted = format!("open the image root in {}", self.path.display());
@@ -345,7 +346,7 @@ impl SignalFiles {
         }
     }
 
-    /// Creates the reserved files, from which the verdict and `exiting` are made on a full volume.
+    /// Creates the reserved files, which are renamed to the verdict and `exiting` on a full volume.
     pub(crate) fn reserve(&self) -> Result<()> {
         for name in RESERVED {
             self.parent
@@ -369,8 +370,8 @@ impl SignalFiles {
         self.parent.replace(name, &text).or_else(|_| self.retract(name).and_then(|()| self.touch(name)))
     }
 
-    /// Verdict for an environment that still waits for `ready`, if somebody has made one. `old` is the stamp of a
-    /// `failed` that existed when the environment started.
+    /// Verdict for an environment that still waits for `ready`, if there is a mark. `old` is the stamp of a `failed`
+    /// that existed when the environment started.
     pub(crate) fn verdict_instead_of_ready(&self, old: Option<Stamp>) -> Option<Verdict> {
         let failed = Verdict::Failed.signal_file();
         if self.stands(failed).is_ok_and(|stands| stands) && self.stamp(failed) != old {
@@ -510,7 +511,7 @@ pub(crate) fn claimed(path: &Path) -> Error {
     )
 }
 
-/// Warns once that marks and signal files are polled.
+/// Warns once that inotify is unavailable, so that marks and signal files are only polled.
 pub(crate) fn warn_without_inotify() {
     static TOLD: std::sync::Once = std::sync::Once::new();
     TOLD.call_once(|| {
@@ -522,8 +523,8 @@ pub(crate) fn warn_without_inotify() {
     });
 }
 
-/// Wakes the event loop when something happens in a directory. It is only a hint: a network file system raises no event
-/// for another node's writes, so the event loop polls as well.
+/// Wakes the event loop when something happens in a directory. The wake-up is only a hint: a network file system raises
+/// no event for another node's writes, so the event loop polls as well.
 pub(crate) struct Watch {
     wake: OwnedFd,
     /// The watched directory and its watcher; `None` if the kernel has no watch left.

@@ -92,7 +92,7 @@ impl StateDirectory {
         self.path.join("passwd")
     }
 
-    /// Name of the remote build node that the environment is on.
+    /// File with the name of the remote build node that the environment is on.
     pub(crate) fn node(&self) -> PathBuf {
         self.path.join("node")
     }
