@@ -1,4 +1,4 @@
-//! Certificates of a site's authorities, copied into an image.
+//! CA certificates of a site, copied into an image.
 
 use std::path::Path;
 

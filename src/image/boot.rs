@@ -53,8 +53,8 @@ const NONE: &str = "none";
 /// the first name.
 const KERNELS: [&str; 5] = ["vmlinuz", "Image", "zImage", "bzImage", "vmlinux"];
 
-/// Endings of files that lie beside a kernel and are not the kernel to boot: its checksum, the previous kernel, its
-/// signature, and copies with symbols.
+/// Suffixes of files that lie beside a kernel and must not be taken for a kernel to boot: its checksum, the previous
+/// kernel, its signature, and compressed copies.
 const BESIDE_KERNELS: [&str; 5] = [".hmac", ".old", ".sig", ".gz", ".xz"];
 
 /// Prefix and suffix of an initrd's name around its kernel's version or flavour.
@@ -69,7 +69,7 @@ const BARE_INITRDS: [&str; 4] = ["initrd", "initrd.img", "initramfs.img", "initr
 /// second.
 const MODULES: [&str; 2] = ["lib/modules", "usr/lib/modules"];
 
-/// Maximum number of names read from a directory; an image with more could only be made to waste time.
+/// Maximum number of names read from a directory. No real image has more; one that was built to waste time may have.
 const MOST_ENTRIES: usize = 1000;
 
 /// Maximum number of names in a directory that a message lists.
@@ -80,7 +80,8 @@ const MOST_NAMES: usize = 20;
 struct Modules {
     version: String,
     directory: String,
-    /// The kernel itself, if its package keeps it here for kernel-install to copy (EL 9 and later, Fedora, Arch).
+    /// Path of the kernel, if its package installs it beside the modules, from where kernel-install copies it (EL 9 and
+    /// later, Fedora, Arch).
     kernel: Option<String>,
     /// Suffix of this kernel's name in /boot, which Arch's mkinitcpio records in `pkgbase`.
     flavour: Option<String>,
@@ -90,16 +91,16 @@ struct Modules {
 #[derive(Debug)]
 struct Kernel {
     path: String,
-    /// Version of its modules, if known.
+    /// Version of the kernel's modules, if known.
     version: Option<String>,
-    /// Suffix after `vmlinuz-` in its name, or the suffix that the name would have.
+    /// Suffix after `vmlinuz-` in the kernel's name; for a kernel beside its modules, the suffix of its copy in /boot.
     flavour: Option<String>,
-    /// Tie-breaker between two kernels of one version: the higher one is chosen.
+    /// Decides between two kernels of one version: the one with the higher value is chosen.
     preference: usize,
 }
 
 /// Maximum size of a kernel in bytes, holes included; one with symbols has about 500 MiB. Boot files have limits
-/// because the firmware reads each file whole into memory, and because each is uploaded as it is.
+/// because the firmware reads each file whole into memory, and because the holes of a file are uploaded as zeros.
 const LARGEST_KERNEL: u64 = 1 << 30;
 /// Maximum size of an initrd in bytes, holes included.
 const LARGEST_INITRD: u64 = 4 << 30;
@@ -150,7 +151,7 @@ pub(crate) fn find_if_any(image_root: &Tree, names: &Names, arch: &str) -> Resul
         .map(Some)
 }
 
-/// Warns about an initrd that [`find_if_any`] would not find at this point.
+/// Warns if [`find_if_any`] would not find an initrd at this point.
 pub(crate) fn warn_of_missing_initrd(image_root: &Tree, names: &Names, arch: &str) {
     let Ok(search) = Search::of(image_root, names, arch) else { return };
     if names.initrd == AUTO && search.initrd().is_none() {
@@ -171,7 +172,7 @@ struct Search<'a> {
 }
 
 impl<'a> Search<'a> {
-    /// Chooses the kernel.
+    /// Starts a search by choosing the kernel.
     fn of(image_root: &'a Tree, names: &'a Names, arch: &str) -> Result<Self> {
         let (boot, modules) = (entries(image_root, "boot"), modules(image_root));
         let kernel = match names.kernel.as_str() {
@@ -218,7 +219,8 @@ impl<'a> Search<'a> {
     }
 }
 
-/// Checks early that the image has the files named. A file that `auto` finds may be created later.
+/// Checks early that the image has the boot files that `names` names. A file that `auto` is to find may still be
+/// created in the session.
 pub(crate) fn check_named(image_root: &Tree, names: &Names, arch: &str) -> Result<()> {
     let (boot, modules) = (entries(image_root, "boot"), modules(image_root));
     let kernel = if names.kernel == "vmlinuz" && arch == "aarch64" { "Image" } else { &names.kernel };
@@ -232,8 +234,7 @@ pub(crate) fn check_named(image_root: &Tree, names: &Names, arch: &str) -> Resul
     Ok(())
 }
 
-/// Names of the boot files that a remote job leaves beside its packed image. A name that is `auto` becomes the usual
-/// one.
+/// Names of the boot files that a remote job leaves beside its packed image. The name `auto` becomes the usual name.
 pub(crate) fn left_names(names: &Names, arch: &str) -> Names {
     let or = |name: &str, usual: &str| if name == AUTO { usual.to_owned() } else { name.to_owned() };
     let kernel = or(&names.kernel, "vmlinuz");
@@ -272,7 +273,7 @@ fn has_none(image_root: &Tree) -> bool {
     kernels(image_root, &entries(image_root, "boot"), &modules(image_root)).is_empty()
 }
 
-/// Error for a boot file that was not found; `path` is set if it was looked for by name.
+/// Error for a boot file that was not found. `path` is given if the file was looked for by name.
 fn missing(what: &str, path: Option<&str>, boot: &[String], modules: &[Modules]) -> Error {
     let mut holds = match boot {
         [] => "nothing".to_owned(),
@@ -299,7 +300,7 @@ fn open(image_root: &Tree, path: &str) -> Result<Option<BootFile>> {
     Ok(Some(BootFile { path: path.to_owned(), content }))
 }
 
-/// True if `path` leads to a regular file. Checked without opening it for reading, which can have side effects on a
+/// True if `path` leads to a regular file. Does not open the file for reading, since that can have side effects on a
 /// device.
 fn is_file(image_root: &Tree, path: &str) -> bool {
     let found = image_root.open_at(path, OFlags::PATH, Mode::empty()).and_then(|fd| Ok(rustix::fs::fstat(fd)?));
@@ -348,7 +349,7 @@ fn kernels(image_root: &Tree, boot: &[String], modules: &[Modules]) -> Vec<Kerne
     found
 }
 
-/// The kernel /boot/`name`, even if it does not exist.
+/// Describes the kernel /boot/`name`, which need not exist.
 fn in_boot(image_root: &Tree, name: &str, modules: &[Modules]) -> Kernel {
     let path = format!("boot/{name}");
     let target = image_root.handle(&path).ok().and_then(|link| rustix::fs::readlinkat(link, "", Vec::new()).ok());
@@ -371,7 +372,7 @@ fn in_boot(image_root: &Tree, name: &str, modules: &[Modules]) -> Kernel {
     }
 }
 
-/// Suffix after the `-` in a kernel's name, or an empty string; `None` if it is not a kernel's name.
+/// Suffix after the `-` in a kernel's name, or an empty string; `None` if `name` is not the name of a kernel.
 fn flavour_of(name: &str) -> Option<&str> {
     if BESIDE_KERNELS.iter().any(|ending| name.ends_with(ending)) {
         return None;
@@ -382,8 +383,8 @@ fn flavour_of(name: &str) -> Option<&str> {
     })
 }
 
-/// Version of the modules for a kernel without one in its name: the newest of its flavour, or the only one in the
-/// image.
+/// Version of the modules that belong to a kernel whose name has no version: the newest version of `flavour` or,
+/// without a flavour, the only version in the image.
 fn version_of<'a>(flavour: Option<&str>, modules: &'a [Modules]) -> Option<&'a str> {
     let Some(flavour) = flavour else {
         return if let [only] = modules { Some(&only.version) } else { None };
@@ -411,8 +412,8 @@ fn best(kernels: Vec<Kernel>, modules: &[Modules]) -> Option<Kernel> {
     })
 }
 
-/// Possible paths of the initrd of `kernel`, best first. An initrd without a version belongs to a kernel without one,
-/// or to the only kernel.
+/// Possible paths of the initrd of `kernel`, best first. An initrd whose name has no version belongs to a kernel whose
+/// name has none, or to the only kernel.
 fn initrds(kernel: &Kernel, is_only: bool, modules: &[Modules]) -> Vec<String> {
     let own = modules.iter().find(|m| Some(&m.version) == kernel.version.as_ref());
     let of_modules = own.and_then(|m| m.flavour.as_deref());
@@ -433,7 +434,7 @@ enum Piece<'a> {
     Before(&'a str),
     End,
     Word(&'a str),
-    /// Without leading zeros, compared by length first, so that any size fits.
+    /// Length and digits of a number without leading zeros. Comparing the length first orders numbers of any size.
     Number(usize, &'a str),
 }
 
@@ -642,7 +643,7 @@ mod tests {
              lib/modules/6.6.40-0-virt/ boot/vmlinuz-virt boot/initramfs-virt",
             "boot/vmlinuz-virt boot/initramfs-virt",
         ),
-        // Arch, after the hook that copies the kernel has run, and before.
+        // Arch, first after the run of the hook that copies the kernel, then before it.
         (
             "usr/lib/modules/6.9.1-arch1-1/vmlinuz usr/lib/modules/6.9.1-arch1-1/pkgbase=linux boot/vmlinuz-linux \
              boot/initramfs-linux.img boot/initramfs-linux-fallback.img usr/lib/modules/6.6.31-1-lts/pkgbase=linux-lts \

@@ -87,7 +87,8 @@ pub(crate) fn unpack(input: impl Read, root: &Tree, mut look: impl FnMut() -> io
         }
         let of_several = kind == FileType::RegularFile && header.links > 1;
         let first = linked.get(&(header.inode, header.device)).filter(|_| of_several);
-        // Let a later entry replace an earlier one of the same name, unless that is a directory, as cpio does.
+        // Let a later entry replace an earlier one of the same name, as cpio does. An earlier directory is an error
+        // (EISDIR).
         match rustix::fs::unlinkat(&parent, &name, AtFlags::empty()) {
             Err(rustix::io::Errno::NOENT) => {}
             other => other?,
@@ -135,7 +136,8 @@ pub(crate) fn unpack(input: impl Read, root: &Tree, mut look: impl FnMut() -> io
 }
 
 impl<R: Read> Reader<R> {
-    /// Header of the next entry; `None` at the end of the input. Zeros may stand between archives and at the end.
+    /// Header of the next entry; `None` at the end of the input. Skips zeros, which may stand between archives and at
+    /// the end.
     fn header(&mut self) -> io::Result<Option<Header>> {
         let mut text = [0; HEADER];
         while text[0] == 0 {

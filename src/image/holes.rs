@@ -19,7 +19,7 @@ const LARGE_HOLE: i64 = 1 << 30;
 /// Maximum total of all large holes in bytes. mksquashfs reads some TiB of holes in an hour.
 const MOST_HOLES: i64 = 64 << 30;
 
-/// Advice for an image with more.
+/// Advice for an image whose large holes exceed [`MOST_HOLES`].
 pub(crate) const ADVICE: &str = "remove them, or exclude them (--exclude): each byte is packed as a zero";
 
 /// The sparse logs of the image, with their paths.
@@ -51,7 +51,7 @@ impl Holes {
         Self { names: Vec::new(), bytes: 0, seen }
     }
 
-    /// Adds a file of the tree; each counts once, whatever its number of names.
+    /// Adds a file of the tree. A file with several hard links counts once.
     pub(crate) fn add(&mut self, path: &Path, found: &Stat) {
         if let Some(hole) = large_hole(found)
             && self.seen.insert((found.st_dev, found.st_ino))

@@ -22,7 +22,8 @@ const RPM: [&str; 2] = ["usr/lib/sysimage/rpm", "var/lib/rpm"];
 /// Maximum size of dpkg's database, in bytes.
 const LIMIT: u64 = 64 << 20;
 
-/// Maximum size of all files of an rpm database together, in bytes. Holes count, because its copy has none.
+/// Maximum size of all files of an rpm database together, in bytes. Holes count, because the copy of the database has
+/// none.
 const RPM_LIMIT: u64 = 1 << 30;
 
 /// Package names with versions. The image is untrusted, so an unreadable database is logged and is not an error.
@@ -90,7 +91,7 @@ impl Copied {
         DirBuilder::new().mode(0o700).create(&copied.0)?;
         let mut left = RPM_LIMIT;
         for name in directory.names()? {
-            // In some versions of rpm the lock is a fifo or a socket.
+            // Skip the lock, which is a fifo or a socket in some versions of rpm.
             let Ok(file) = directory.open_regular(&name, OFlags::RDONLY | OFlags::NOFOLLOW) else { continue };
             let Some(rest) = left.checked_sub(file.metadata()?.len()) else {
                 return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("larger than {RPM_LIMIT} bytes")));

@@ -63,8 +63,8 @@ impl Inventory {
         file.flush().attempt(attempted)
     }
 
-    /// Reads a saved inventory. On a shared volume anybody may have written it, so it must decide nothing but the
-    /// content of the report.
+    /// Reads a saved inventory. On a shared volume anybody may have written the file, so nothing but the content of the
+    /// report may depend on it.
     pub(crate) fn load(directory: &Tree, name: &str) -> Result<Self> {
         let attempted = || format!("read the inventory of the image as it was, {}/{name}", directory.shown().display());
         let text = directory
@@ -113,8 +113,8 @@ impl Inventory {
     }
 }
 
-/// State of one file. A directory's size and times are left out: they change with its entries, which are reported
-/// themselves.
+/// State of one file. The size and times of a directory are left out: they change with its entries, which are reported
+/// separately.
 fn state(directory: &Tree, name: &OsStr, found: &Stat) -> String {
     let owner = format!("{:o} {} {}", found.st_mode, found.st_uid, found.st_gid);
     match FileType::from_raw_mode(found.st_mode) {
@@ -127,8 +127,9 @@ fn state(directory: &Tree, name: &OsStr, found: &Stat) -> String {
     }
 }
 
-/// Writes the changes since the inventory in `directory` was made to the file `to`. Others may write to the directory
-/// of `to`: whatever has that name already, such as a link or a fifo, is replaced, and neither followed nor opened.
+/// Writes to the file `to` what has changed since the inventory in `directory` was taken. Others may be able to write
+/// to the directory of `to`, so anything that already has the name, such as a link or a fifo, is replaced, and neither
+/// followed nor opened.
 pub(crate) fn write_changes(work: &Work, directory: &Tree, image_root: &Tree, to: &Path) -> Result<()> {
     let (above, name) = packing::output(to, "the report of changes")?;
     let changes = Inventory::load(directory, INVENTORY)?.changes_to(&Inventory::of(work, image_root)?);

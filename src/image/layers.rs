@@ -19,7 +19,7 @@ use crate::sys::tree::Tree;
 use crate::sys::walk::Descent;
 use crate::transfer::checksum::sha256_of;
 
-/// Name of an opaque whiteout, which says that the directory hides all entries of the layers below (OCI image layer
+/// Name of an opaque whiteout, which makes its directory hide all entries of the layers below (OCI image layer
 /// specification, "Whiteouts").
 const OPAQUE: &[u8] = b".wh..wh..opq";
 /// Prefix of a whiteout, which hides the entry whose name follows the prefix.
@@ -33,7 +33,7 @@ const LARGEST: u64 = 4 << 20;
 /// Maximum number of layers of an image; no container engine makes more.
 const MOST_LAYERS: usize = 1000;
 
-/// Maximum nesting of indexes; deeper ones could only be made to waste time.
+/// Maximum nesting of indexes; deeper nesting occurs only in images that were built to waste time.
 const DEEPEST: usize = 4;
 
 /// Resolution of file times, with a margin: the kernel takes them from its last clock tick.
@@ -44,13 +44,14 @@ const CLOCK_TICK: Duration = Duration::from_millis(50);
 pub(crate) struct Layer {
     /// Path below the directory of the saved image, with links resolved.
     pub(crate) path: PathBuf,
-    /// SHA-256 of the file in hexadecimal digits, if the image refers to the file by it.
+    /// SHA-256 of the file in hexadecimal digits, if the image refers to the file by its digest.
     pub(crate) digest: Option<String>,
     /// SHA-256 of the uncompressed tar archive, if the image's configuration has it.
     pub(crate) diff_id: Option<String>,
 }
 
-/// Content that a description refers to: by SHA-256 (the digits), by path, and by size in bytes if that is given.
+/// Reference to content in a description: the SHA-256 in hexadecimal digits, if given; the path; and the size in bytes,
+/// if given.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Named {
     digest: Option<String>,
@@ -241,7 +242,7 @@ fn sha256(digest: &str) -> Option<String> {
 }
 
 /// Moves the entries of `layer`, which was unpacked after `began`, over those of `root`, and removes from `root` the
-/// entries that the layer hides. Both are on one file system, and nobody else changes them. Follows no link.
+/// entries that the layer hides. Both must be on one file system, and nobody else may change them. Follows no link.
 pub(crate) fn merge(layer: &Tree, root: &Tree, began: SystemTime) -> io::Result<()> {
     let mut directories = vec![(PathBuf::new(), false)];
     let mut attributes = Vec::new();
@@ -275,8 +276,8 @@ pub(crate) fn merge(layer: &Tree, root: &Tree, began: SystemTime) -> io::Result<
                 rustix::fs::renameat(from, name, to, name)?;
             }
         }
-        // If the layer has only entries below this directory and not the directory itself, tar has created the
-        // directory just now, and its attributes are not the layer's.
+        // Skip the attributes of a directory for which the layer has no entry of its own: tar has created the directory
+        // just now, for the entries below it.
         if is_new || modified(&found) + CLOCK_TICK < began {
             attributes.push((path, found));
         }

@@ -31,13 +31,13 @@ use crate::transfer::confinement::Confined;
 use crate::transfer::progress::{Progress, Written};
 use crate::transfer::{Work, too_large};
 
-/// First argument of the child.
+/// First argument of the packer's child process.
 const CHILD: &str = "pack-as-child";
 
 /// Name that the child gives itself; the kernel keeps 15 characters of it.
 pub(super) const NAME: &str = "ims-sshd-packer";
 
-/// The file of this program.
+/// Path of this program's file.
 const OWN_PROGRAM: &str = "/proc/self/exe";
 
 /// Instructions for the packer, besides the source.
@@ -66,7 +66,7 @@ pub(crate) struct Outcome {
     pub(crate) length: u64,
     /// Number of these bytes that were taken over from the source.
     pub(crate) taken: u64,
-    /// Reason for which the source was not used.
+    /// Reason why the image was packed anew, without the source.
     anew: Option<String>,
     /// Extended attributes that a squashfs cannot hold.
     not_kept: Vec<String>,
@@ -143,8 +143,8 @@ pub(crate) fn tell_narrowed(shown: &[String]) {
     tracing::warn!("packed with the rights that the access list gives the group: {}", listed(shown));
 }
 
-/// A file in memory for a child to inherit. Landlock does not keep the child from opening it, since it is on no mounted
-/// file system.
+/// A file in memory for a child to inherit. Landlock does not keep the child from opening the file, since it is on no
+/// mounted file system.
 pub(crate) fn inheritable(content: &[u8]) -> io::Result<File> {
     use rustix::fs::MemfdFlags;
     // Kernels before 6.3 reject the flag, and later ones may require it (vm.memfd_noexec).
@@ -162,7 +162,7 @@ struct Head {
     epoch: Option<u64>,
     memory: u64,
     tells_state: bool,
-    /// [`Overlaid::has_whole_links`], above an overlay.
+    /// [`Overlaid::has_whole_links`]; `None` if the image root is not an overlay.
     overlay: Option<bool>,
 }
 
@@ -179,8 +179,8 @@ struct Told {
     basis: Option<Basis>,
 }
 
-/// Kind of the record of a path that is left out. Records follow the head; a zero byte, which no path contains, ends
-/// each.
+/// Kind of the record of a path that is left out. Records follow the head; each ends with a zero byte, which no path
+/// contains.
 const LEFT_OUT: u8 = b'x';
 /// Kind of the record of a file that is packed without its content.
 const EMPTIED: u8 = b'e';
@@ -284,7 +284,8 @@ fn named(bytes: &[u8]) -> Option<(&str, &[u8])> {
     Some((std::str::from_utf8(&bytes[..space]).ok()?, &bytes[space + 1..]))
 }
 
-/// Runs the child, if this process was started as one, and returns its exit code.
+/// Does the work of the packer's child if this process was started as one, and returns the exit code; otherwise returns
+/// `None`.
 pub fn run_as_child() -> Option<u8> {
     let mut words = std::env::args_os().skip(1);
     if words.next()? != CHILD {
@@ -336,7 +337,7 @@ struct Known {
     entries: Entries,
 }
 
-/// Reads a source. All its content may be wrong, or made by an attacker.
+/// Reads a source. Anything in the source may be wrong, or written by an attacker.
 fn read(squashfs: File) -> std::result::Result<Known, Fault> {
     let reader = Reader::open(squashfs)?;
     let options = reader.options();
@@ -364,7 +365,7 @@ struct Seen {
     state: Option<String>,
 }
 
-/// Collects `tree` as it was ordered.
+/// Collects the files of `tree` as the order says.
 fn look(tree: &Tree, told: &Told, known: Option<&Known>) -> std::result::Result<Seen, String> {
     let root = rustix::fs::fstat(tree).map_err(|error| error.to_string())?;
     let mut state = told.tells_state.then(State::new);
@@ -572,7 +573,8 @@ mod tests {
         }
         for (number, source) in damaged.iter().enumerate() {
             let (image, outcome) = packed(&tree, Some(source));
-            // Blocks of large files are taken over as they are.
+            // Damage to the data of large files goes unnoticed, since their blocks are taken over as they are. If
+            // nothing is taken over, the damage was found.
             if outcome.taken == 0 {
                 assert!(outcome.anew.is_some() && image == scratch, "{number}: {outcome:?}");
             }

@@ -35,8 +35,8 @@ use crate::transfer::{Work, installed};
 use crate::volume::mounts_below::refuse_mounts_below;
 use crate::volume::open_tree;
 
-/// Minimum memory for mksquashfs in bytes, and the divisor of the available memory that gives its share: a quarter, as
-/// by mksquashfs's own default.
+/// Minimum memory for mksquashfs in bytes, and the divisor that gives its share of the available memory: a quarter,
+/// like mksquashfs's own default.
 const MEMORY: (u64, u64) = (64 << 20, 4);
 
 const DEFAULT_COMPRESSION: &str = "gzip";
@@ -95,7 +95,7 @@ impl Archive<'_> {
     /// Refuses a directory in which no file can be created.
     pub(crate) fn check_place(&self, called: &str) -> Result<()> {
         match self.directory.create_nameless() {
-            // Without O_TMPFILE the file has a name, and another run is creating it right now.
+            // On a file system without O_TMPFILE, the test file has a name, and another run is creating it right now.
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
             Err(e) => Err(Error::bad_input(format!(
                 "{called} is '{}': expected a path where a file can be created: {e}",
@@ -105,9 +105,9 @@ impl Archive<'_> {
         }
     }
 
-    /// Creates and locks the `.part` file, which the image is written to before it gets its name. While another run
-    /// packs into the same archive, waits for its lock, for at most `patience`. Replaces a `.part` file that a killed
-    /// run has left or that other users can lock.
+    /// Creates and locks the `.part` file, into which the image is written before it gets the archive's name. While
+    /// another run packs into the same archive, waits for its lock, for at most `patience`. Replaces a `.part` file
+    /// that a killed run has left behind or that other users can lock.
     pub(crate) fn create_part(&self, work: &Work, patience: Duration) -> Result<File> {
         let (directory, name) = (self.directory, self.part());
         let attempted = || format!("create {}.part", self.shown());
@@ -130,8 +130,8 @@ impl Archive<'_> {
                 Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e).attempt(attempted),
                 Err(_) => match directory.open_regular(&name, OFlags::RDWR | OFlags::NOFOLLOW) {
                     Ok(file) if is_own(&file) => (file, false),
-                    // Another run has meanwhile renamed this file to the archive's name. Open the file that has the
-                    // `.part` name now.
+                    // Another run has just renamed this file to the archive's name. Open the file that has the `.part`
+                    // name now.
                     Ok(file) if !is_named(&file).attempt(attempted)? => continue,
                     Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
                     _ => {
@@ -147,8 +147,8 @@ impl Archive<'_> {
                     let refused = Error::new(attempted()).because("another run packs into it");
                     return Err(refused.advise("wait until that has ended, or name another archive"));
                 }
-                // The file is locked, or its file system has no locks. Try again if the name leads to another file by
-                // now.
+                // This run now has the lock, or the file system has no locks. Start over if the name has come to lead
+                // to another file.
                 _ if !is_named(&file).attempt(attempted)? => {}
                 _ if is_new => return Ok(file),
                 _ => drop(directory.remove(&name).attempt(attempted)?),
@@ -204,8 +204,8 @@ pub(crate) struct Packed {
     pub(crate) sha256: String,
 }
 
-/// Packs `image_root` into the file `to`, without what `exclude` matches. The file appears under its name only when it
-/// is complete. Our own packer takes over what is unchanged in `source`.
+/// Packs `image_root` into the file `to`, without the paths that `exclude` matches. The file appears under its name
+/// only when it is complete. Our own packer copies from `source` what is unchanged.
 pub(crate) fn pack(
     work: &Work,
     image_root: &Tree,
@@ -265,7 +265,7 @@ pub(crate) fn pack(
     result.map(|(state, sha256)| Packed { file, state, sha256 })
 }
 
-/// Syncs `file`, which is to become `archive`, to the disk, and computes its SHA-256 meanwhile.
+/// Syncs `file`, which is to become `archive`, to the disk, and computes its SHA-256 at the same time.
 fn write_through(work: &Work, file: &File, archive: &Archive) -> Result<String> {
     std::thread::scope(|scope| {
         let syncing = scope.spawn(|| file.sync_all());
@@ -290,7 +290,7 @@ fn order(image_root: &Tree, packing: &Packing, excluded: &[PathBuf]) -> Order {
         left_out: excluded.to_vec(),
         emptied: emptied.into_iter().map(|(name, _)| name.into()).collect(),
         modes: kiwi.into_iter().collect(),
-        // Excluded entries are not looked at, so the state would lack them.
+        // The packer does not read excluded entries, so its state would lack them.
         tells_state: excluded.is_empty(),
     }
 }
@@ -356,7 +356,7 @@ fn squash(
     if !arguments.is_empty() {
         mksquashfs.args(["-wildcards", "-e"]).args(arguments);
     }
-    // Only a terminal shows the total, and counting it takes a while.
+    // Only a terminal shows the total, so do not spend time on counting it for others.
     let total = if io::stderr().is_terminal() { Some(size_of(image_root).attempt(|| attempted)?) } else { None };
     let mut progress = Progress::begin("packing", total);
     let size = || part.metadata().map_or(0, |found| found.len());
@@ -426,7 +426,7 @@ fn definitions<'a>(narrowed: impl Iterator<Item = &'a Narrowed>) -> (Vec<u8>, Ve
     (file, arguments)
 }
 
-/// mksquashfs takes lines of at most 16 KiB.
+/// Maximum length of a definition in a file for mksquashfs, in bytes: a line of the file holds at most 16 KiB.
 const LONGEST_DEFINITION: usize = 16_000;
 
 /// Refuses holes that would keep mksquashfs busy for hours, and warns about those that take minutes. `excluded` paths
@@ -501,8 +501,8 @@ fn no_process_is_inside(image_root: &Path, attempted: &str) -> Result<()> {
     }
 }
 
-/// Waits for processes that a killed run has left in `directory`, then returns one that is still there, if any; see
-/// [`process::inside`].
+/// Waits for processes that a killed run has left behind in `directory`, then returns one that is still there, if any;
+/// see [`process::inside`].
 pub(crate) fn inside(directory: &Path, programs: &[&str]) -> Option<Entry> {
     process::inside(directory, programs, TIME_TO_END, |entry| {
         let (pid, name, shown) = (entry.pid, &entry.name, directory.display());

@@ -183,7 +183,7 @@ pub(crate) fn check(input: &mut impl Input, mut look: impl FnMut() -> io::Result
         // tar ignores the size that the header of a link, a device, a directory or a fifo gives.
         let size = if (b'1'..=b'6').contains(&kind) { 0 } else { size };
         if kind == b'S' && block[482] != 0 {
-            // The map of a sparse file goes on in further blocks (GNU's old format).
+            // The map of a sparse file continues in further blocks (GNU's old format).
             let mut map = [0; BLOCK];
             loop {
                 input.read_exact(&mut map)?;
@@ -252,7 +252,7 @@ struct Extension {
     /// GNU's long name and long link target.
     long: [Option<Vec<u8>>; 2],
     path: Option<Vec<u8>>,
-    /// Name of a sparse file; its header and `path` give a made-up one.
+    /// Real name of a sparse file, whose header and `path` have a made-up one.
     sparse: Option<Vec<u8>>,
     target: Option<Vec<u8>>,
     size: Option<u64>,
@@ -320,7 +320,7 @@ impl Member {
     }
 }
 
-/// Symbolic links of an archive so far, by a hash of their paths.
+/// Symbolic links that the archive has created so far, by a hash of their paths.
 struct Links {
     hashes: [RandomState; 2],
     /// Links that tar creates last, each with a hash of its target and attributes.
@@ -401,8 +401,8 @@ impl Links {
         Ok(())
     }
 
-    /// Path, without a leading slash, that `name` leads to through the links that exist by now; a link in the last part
-    /// is not followed. A path below a delayed link is an error, which has the path of that link.
+    /// Path, without a leading slash, to which `name` leads through the links that exist by now; a link in the last
+    /// part is not followed. For a path below a delayed link, the error is the path of that link.
     fn resolve(&self, name: &[u8]) -> std::result::Result<Vec<u8>, Vec<u8>> {
         let mut left: Vec<&[u8]> = parts(name);
         left.reverse();

@@ -15,7 +15,7 @@ pub(crate) struct OutOfRange {
 }
 
 impl OutOfRange {
-    /// Counts the entry `path` if its time of modification is such a time.
+    /// Counts the entry `path` if a squashfs cannot hold its time of modification.
     pub(crate) fn add(&mut self, path: &Path, found: &Stat) {
         if u32::try_from(found.st_mtime).is_ok() {
             return;
@@ -26,7 +26,7 @@ impl OutOfRange {
         self.count += 1;
     }
 
-    /// Warns of these files; `instead` says which time they get.
+    /// Warns about these files; `instead` says which time they get.
     pub(crate) fn tell(&self, instead: &str) {
         if self.count > 0 {
             let Self { first, count } = self;

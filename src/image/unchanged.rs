@@ -1,5 +1,6 @@
-//! Finds the files of an image root that provably are as they were in the squashfs that it was made from. The packer
-//! copies their compressed blocks from there. Whenever there is a doubt, a file is compressed again.
+//! Finds the files of an image root that provably equal those in the squashfs from which the image root was made. The
+//! packer copies their compressed blocks from that squashfs. If there is any doubt about a file, it is compressed
+//! again.
 
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
@@ -67,7 +68,7 @@ pub(crate) struct Before {
     pub(crate) modified: u32,
     /// Number of names.
     pub(crate) links: u32,
-    /// True if it has extended attributes.
+    /// True if the entry has extended attributes.
     pub(crate) has_attributes: bool,
 }
 
@@ -79,12 +80,12 @@ pub(crate) type Entries = HashMap<OsString, Option<Before>>;
 pub(crate) struct Unchanged {
     /// Inode number in the source.
     pub(crate) number: u32,
-    /// True if it has no extended attributes.
+    /// True if the entry has no extended attributes.
     pub(crate) is_bare: bool,
 }
 
-/// Source of the overlay of `directory`, which is mounted at `image_root`. `squashfs` is the file that the overlay was
-/// made from; the outer error says why that could not be confirmed.
+/// Source of the overlay of `directory`, which is mounted at `image_root`. `squashfs` is the file from which the
+/// overlay was made; the outer error says why that could not be confirmed.
 pub(crate) fn of_overlay(
     directory: &Path,
     image_root: &Tree,
@@ -94,7 +95,7 @@ pub(crate) fn of_overlay(
         return Err("no overlay of ours is mounted there");
     }
     let lower = squashfs.metadata().ok().and_then(|_| std::fs::symlink_metadata(directory.join(LOWER)).ok());
-    // Compare with the mounted file itself: another file may have its name by now.
+    // Compare with the mounted file itself: another file may have taken its name.
     if !lower.is_some_and(|lower| loops::shows(lower.dev(), &squashfs)) {
         return Err("the squashfs is not the one that is mounted");
     }
@@ -111,7 +112,7 @@ pub(crate) struct Overlaid {
     pub(crate) directories: Directories,
     /// True if no file with several names was changed.
     pub(crate) has_whole_links: bool,
-    /// The directory that was asked about last, and the source's directory that its entries come from.
+    /// Cache of the last query: its directory, and the directory of the source from which the entries there come.
     last: RefCell<Option<(PathBuf, Option<PathBuf>)>>,
 }
 
@@ -155,7 +156,7 @@ impl Overlaid {
             return None;
         }
         let before = (*source.get(self.source_of(path)?.as_os_str())?)?;
-        // Use the link count in the source: all names but one may have been removed after a change.
+        // Use the link count in the source: all names but one may have been removed after the file was changed.
         let is_whole =
             before.links == 1 || self.has_whole_links || FileType::from_raw_mode(before.mode) == FileType::Directory;
         let Before { number, has_attributes, .. } = before;
@@ -187,7 +188,8 @@ impl Basis {
 }
 
 /// File systems that record every change of content in the time of change (ctime), even one through a memory mapping,
-/// and in fractions of a second. On tmpfs, for one, a change through a mapping that was read before does not show.
+/// and in fractions of a second. On tmpfs, for example, a write through a mapping that was read before leaves the ctime
+/// as it is.
 const PRECISE: [(u64, &str); 3] = [(0xef53, "ext4"), (0x5846_5342, "xfs"), (0x9123_683e, "btrfs")];
 
 /// Resolution of times of change, with a margin: the kernel takes them from its last clock tick.
@@ -282,13 +284,13 @@ struct Then {
 }
 
 impl Inventory {
-    /// Takes the inventory of `root`, which was unpacked from `squashfs`. `source` is the path of `squashfs`, unless
-    /// that is kept beside the image root. The error says why unchanged files could not be recognized later.
+    /// Takes the inventory of `root`, which was unpacked from `squashfs`. `source` is the path of `squashfs`, or `None`
+    /// if that is kept beside the image root. The error says why unchanged files could not be recognized later.
     pub(crate) fn of(root: &Tree, squashfs: &File, source: Option<PathBuf>) -> std::result::Result<Self, String> {
         is_precise(root)?;
         let mut files = HashMap::new();
         let mut newest = (0, 0);
-        // llistxattr fails if the list of names is longer, so the file does not count as bare.
+        // llistxattr fails if the list of names is longer than this buffer; such a file does not count as bare.
         let mut names = [0; 1024];
         let walked = root.walk(|path, directory, name, found| {
             if FileType::from_raw_mode(found.st_mode) == FileType::RegularFile {
@@ -351,7 +353,7 @@ impl Inventory {
     }
 
     /// The source of `root`, if `root` still is the image root that was unpacked from `squashfs`. The error says why
-    /// that could not be confirmed.
+    /// this could not be confirmed.
     pub(crate) fn source_of(self, root: &Tree, squashfs: File) -> std::result::Result<Source, String> {
         let fail = |error: io::Error| error.to_string();
         is_precise(root)?;

@@ -78,18 +78,19 @@ pub(crate) fn unpack(work: &Work, archive: &Opened, volume: &Tree, name: &str) -
     Ok(target)
 }
 
-/// Creates the directory that the confined unpacker works in; besides it, the unpacker can reach only the archive.
+/// Creates the directory in which the confined unpacker works. That directory and the archive are all that the unpacker
+/// can reach.
 fn make(volume: &Tree, name: &str) -> Result<Tree> {
     let attempted = || format!("create the directory {}", volume.shown().join(name).display());
     volume.make_private(name).attempt(attempted)
 }
 
-/// Refuses mounts below a directory that is copied.
+/// Refuses to copy a directory below which something is mounted.
 fn refuse_mounts(archive: &Opened) -> Result<()> {
     refuse_mounts_below(&archive.shown, &format!("copy {}", archive.shown.display()), "copying")
 }
 
-/// Copies the directory `tree`, and nothing that is mounted below it meanwhile.
+/// Copies the directory `tree`, but nothing that is mounted below it while it is being copied.
 fn copy(work: &Work, archive: &Opened, tree: &Tree, target: &Tree, look: impl FnMut(&Child)) -> Result<()> {
     let mut cp = Command::new("cp");
     cp.args(["-aT", "--reflink=auto"]);
@@ -100,11 +101,11 @@ fn copy(work: &Work, archive: &Opened, tree: &Tree, target: &Tree, look: impl Fn
     if alone.is_err() && has_one_device(tree).attempt(|| format!("copy {}", archive.shown.display()))? {
         cp.arg("--one-file-system");
     }
-    // The trailing dot makes cp follow STDIN, which is a link.
+    // The trailing dot makes cp follow the link STDIN.
     cp.arg(Path::new(STDIN).join(".")).arg(".");
     let source = alone.as_ref().map_or(tree.as_fd(), AsFd::as_fd);
     extract(work, archive, cp, source, target, look)?;
-    // Without the detached copy, files may have been hidden by a mount that was made meanwhile.
+    // Without the detached copy, a mount may have hidden files while they were being copied.
     if alone.is_err() { refuse_mounts(archive) } else { Ok(()) }
 }
 
@@ -145,7 +146,7 @@ struct Removed<'a> {
 }
 
 impl<'a> Removed<'a> {
-    /// Reserves a name beside the directory `name`, and removes what is there.
+    /// Reserves a name beside the directory `name`, and removes anything that has that name.
     fn beside(volume: &'a Tree, name: &str, ending: &str) -> Self {
         let place = Self { volume, name: format!("{name}{ending}") };
         place.remove();
@@ -251,7 +252,8 @@ fn unpack_tar(
         // decompressor.
         drop(input);
         let checked = loop {
-            // The check may still be reading a long run of zeros after the end mark, so heed interrupts meanwhile.
+            // The check may still be reading a long run of zeros after the end mark, so heed interrupts in the
+            // meantime.
             if let Err(interrupted) = work.heed() {
                 decompressor.kill();
                 return Err(interrupted);
@@ -382,15 +384,15 @@ fn used(volume: &Tree) -> u64 {
 /// Allows renaming a directory of the source; without it, rename(2) fails with EXDEV.
 pub(crate) const REDIRECT: (&str, &str) = ("redirect_dir", "on");
 
-/// Keeps a file with several names one file when it is changed. In return, the kernel refuses an upper directory that
-/// was used with another source (ESTALE) or is mounted elsewhere (EBUSY).
+/// Keeps the names of a file with several hard links together when the file is changed. In return, the kernel refuses
+/// an upper directory that was used with another source (ESTALE) or is mounted elsewhere (EBUSY).
 pub(crate) const INDEX: (&str, &str) = ("index", "on");
 
 /// Reports one device number for all files, as tar --one-file-system and rsync -x expect.
 pub(crate) const ONE_DEVICE: (&str, &str) = ("xino", "on");
 
-/// Set explicitly, because the module's default may be on: an attribute in the source could then give a file the
-/// content of another one.
+/// Switches metacopy off explicitly, because the module's default may be on: an attribute in the source could then give
+/// a file the content of another one.
 pub(crate) const NO_METACOPY: (&str, &str) = ("metacopy", "off");
 
 /// Options that the kernel dropped, which it does silently where a file system lacks what they need.
@@ -418,7 +420,7 @@ fn without(option: &str) -> &'static str {
 /// Mount point of a squashfs in an overlay's own directory.
 pub(crate) const LOWER: &str = "lower";
 
-/// Directory for the changes.
+/// Upper directory of the overlay, for the changes.
 pub(crate) const UPPER: &str = "upper";
 
 /// Work directory of the overlay, which only the kernel uses.
@@ -440,9 +442,9 @@ pub(crate) struct Overlay {
 }
 
 impl Overlay {
-    /// Mounts an overlay of `source`, a squashfs or a directory, at `image_root`. `directory` holds the changes; the
-    /// overlay continues with those of an earlier mount. Two containers must never mount an overlay of one `directory`
-    /// at the same time.
+    /// Mounts an overlay of `source`, a squashfs or a directory, at `image_root`. `directory` holds the changes, also
+    /// those of an earlier mount, with which the overlay continues. Two containers must never mount an overlay of one
+    /// `directory` at the same time.
     pub(crate) fn mount(source: &Opened, directory: &Path, image_root: &Path) -> Result<Self> {
         let attempted = || format!("mount {} on {}", source.shown.display(), image_root.display());
         let [squashfs, upper, inner] = [LOWER, UPPER, INNER].map(|name| directory.join(name));
@@ -485,7 +487,7 @@ impl Overlay {
         if first {
             copy_root(&overlay.lower, &upper).attempt(attempted)?;
         }
-        // Mounts the directory that was opened, even if its path leads elsewhere by now.
+        // Mount the directory that was opened, even if its path leads elsewhere by now.
         let names = [overlay.lower.path().as_path(), &upper, &inner].map(escape);
         let layers = [("lowerdir", names[0].as_str()), ("upperdir", &names[1]), ("workdir", &names[2])];
         let mount = |further: &[(&'static str, &'static str)]| {
@@ -495,8 +497,8 @@ impl Overlay {
         };
         let is_busy = |e: &io::Error| Errno::from_io_error(e) == Some(Errno::BUSY);
         let began = Instant::now();
-        // With a busy upper directory the kernel would mount without the index, and each of two runs would see half of
-        // the other's changes.
+        // Wait while the upper directory is busy, instead of mounting it without the index: the kernel would allow
+        // that, and each of two runs would see half of the other's changes.
         let mounted = loop {
             match mount(&[REDIRECT, INDEX, ONE_DEVICE, NO_METACOPY]) {
                 // The jail of a killed run may still be ending, and no event reports its end.

@@ -24,7 +24,7 @@ pub(crate) const ESCAPED: &[u8] = b"trusted.overlay.overlay.";
 /// A directory of the upper layer.
 #[derive(Debug)]
 pub(crate) struct UpperDirectory {
-    /// The directory of the source that it is merged with; `None` if it hides the source's directory, or is new.
+    /// Directory of the source with which this directory is merged; `None` if this one is new or hides the source's.
     pub(crate) source: Option<PathBuf>,
     /// True if `source` is another path than that of this directory.
     pub(crate) is_renamed: bool,
@@ -107,7 +107,7 @@ pub(crate) fn complete_hard_links(lower: &Tree, upper: &Tree, index: &Path, merg
         }
         let Some(source) = source_of(&directories, path) else { return Ok(()) };
         let before = rustix::fs::fstat(lower.handle_without_links(source)?)?;
-        // Use the link count in the source: the session may have removed all names but one.
+        // Use the link count in the source: the session may have removed all names but one after changing the file.
         if before.st_nlink < 2 {
             return Ok(());
         }
@@ -120,7 +120,7 @@ pub(crate) fn complete_hard_links(lower: &Tree, upper: &Tree, index: &Path, merg
     merged.walk(visit).attempt(attempted)
 }
 
-/// Path in the source of the entry at `path` of the overlay, which the upper layer must not have.
+/// Path in the source of the entry at `path` of the overlay, which must not be in the upper layer.
 pub(crate) fn source_of(directories: &Directories, path: &Path) -> Option<PathBuf> {
     // For every directory of the upper layer, all its parents are in that layer too. So the lowest one above `path` is
     // the part that `path` shares with the directory sorted before it.
@@ -204,7 +204,7 @@ pub(crate) fn touched(
     for (path, upper_directory) in directories {
         let Some(source) = &upper_directory.source else { continue };
         let directory = match roots.directory_without_links(source) {
-            // The session created it; the source does not have it.
+            // The session created this directory; the source does not have it.
             Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => continue,
             other => other?,
         };
