@@ -2,6 +2,7 @@
 
 pub mod checksum;
 pub(crate) mod confinement;
+mod md5_lanes;
 pub mod network;
 pub mod progress;
 
