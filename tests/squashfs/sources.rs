@@ -99,6 +99,24 @@ fn an_unchanged_tree_is_taken_over_as_a_whole() {
     }
 }
 
+#[test]
+fn gzip_of_each_level_is_no_larger_than_mksquashfs_makes_it() {
+    let dir = testbed::directory();
+    let (root, image, ours) = (dir.path().join("tree"), dir.path().join("image"), dir.path().join("ours"));
+    fs::create_dir(&root).unwrap();
+    // A program and a text, as most of an image is.
+    for file in ["usr/bin/bash", "var/lib/dpkg/status"] {
+        fs::copy(testbed::cache().join("debian").join(file), root.join(file.replace('/', "-"))).unwrap();
+    }
+    for level in 1..=9 {
+        mksquashfs(&root, &image, &["-Xcompression-level", &level.to_string()]);
+        let options = Reader::open(File::open(&image).unwrap()).unwrap().options();
+        pack(&root, &ours, &options);
+        let [theirs, ours] = [&image, &ours].map(|image| fs::metadata(image).unwrap().len());
+        assert!(ours <= theirs, "level {level}: {ours} bytes, mksquashfs {theirs}");
+    }
+}
+
 /// Another implementation of the format, squashfs-tools-ng, reads our images as we do, and writes sources for us.
 #[test]
 fn images_are_exchanged_with_squashfs_tools_ng() {
