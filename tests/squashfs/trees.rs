@@ -57,10 +57,25 @@ pub struct Drawn {
 
 impl Drawn {
     pub fn new(root: &Path, seed: u64, block_size: u64) -> Self {
+        let mut random = Random(seed);
+        let entries = 10 + random.below(90);
+        let mut drawn = Self::of(root, random, block_size, entries);
+        if drawn.random.one_in(8) {
+            drawn.add_large_directory();
+        }
+        drawn
+    }
+
+    /// A tree of so many entries.
+    pub fn with_entries(root: &Path, seed: u64, block_size: u64, entries: u64) -> Self {
+        Self::of(root, Random(seed), block_size, entries)
+    }
+
+    fn of(root: &Path, random: Random, block_size: u64, entries: u64) -> Self {
         fs::create_dir_all(root).unwrap();
         let mut drawn = Self {
             root: root.to_owned(),
-            random: Random(seed),
+            random,
             block_size,
             directories: vec![PathBuf::new()],
             files: Vec::new(),
@@ -69,12 +84,8 @@ impl Drawn {
             names: 0,
             changed: Vec::new(),
         };
-        let entries = 10 + drawn.random.below(90);
         for _ in 0..entries {
             drawn.add();
-        }
-        if drawn.random.one_in(8) {
-            drawn.add_large_directory();
         }
         drawn
     }
