@@ -114,8 +114,8 @@ fn copy_attributes(from: &Tree, to: &Tree) -> io::Result<()> {
     copy_attributes_of(Node { directory: from, name }, &rustix::fs::fstat(from)?, Node { directory: to, name })
 }
 
-/// Restricts access to `to` before it is filled, so that nobody can reach the new entries in the meantime who could not
-/// reach them afterwards. The attributes of `from` are copied last.
+/// Restricts access to `to` before it is filled: users who cannot reach the new entries in the end must not reach them
+/// in the meantime. The attributes of `from` are copied last.
 fn restrict(from: &Tree, to: &Tree) -> io::Result<()> {
     let (wanted, found) = (rustix::fs::fstat(from)?, rustix::fs::fstat(to)?);
     let name = OsStr::new(".");
@@ -137,8 +137,8 @@ fn restrict(from: &Tree, to: &Tree) -> io::Result<()> {
 
 fn copy_attributes_of(from: Node, found: &Stat, to: Node) -> io::Result<()> {
     match to.take(found, &shown(from.attributes()?)) {
-        // The target's file system lacks such attributes. Only warn: if the directory had been changed in place, the
-        // session would have seen the error.
+        // The target's file system has no such attributes. Only warn: a session that changed the directory in place
+        // would have got this error itself.
         Err(e) if Errno::from_io_error(&e) == Some(Errno::OPNOTSUPP) => {
             let path = to.directory.shown().join(to.name);
             tracing::warn!(
@@ -198,7 +198,7 @@ impl Application<'_> {
         })
     }
 
-    /// Places the entries of one directory; in a new one, removes all others.
+    /// Places the entries of one directory. If that directory is new, removes all other entries.
     fn fill(&self, path: &Path, from: &Tree, to: &Tree, is_new: bool) -> io::Result<()> {
         restrict(from, to)?;
         let names: BTreeSet<OsString> = from.names()?.into_iter().collect();
@@ -258,8 +258,9 @@ impl Application<'_> {
     /// Links the file itself into the stage if both are on one file system: linking is cheap, and hard links stay hard
     /// links. Returns whether that was possible.
     fn link(&self, from: &Tree, name: &OsStr) -> io::Result<bool> {
-        // Attributes must be unescaped. On a linked file this would change the inode that the upper layer shares, and
-        // at its next name they would be taken for overlayfs's own state.
+        // Copy a file with escaped attributes instead, since they must be unescaped. On a link, that would change the
+        // inode in the upper layer too, and when the file's next name is placed, its attributes would be taken for
+        // overlayfs's own state.
         let is_escaped = |name: &OsString| name.as_bytes().starts_with(ESCAPED);
         if (Node { directory: from, name }).attributes()?.keys().any(is_escaped) {
             return Ok(false);
@@ -340,7 +341,7 @@ mod tests {
     use std::path::PathBuf;
     use std::process::{Command, Stdio};
 
-    /// Operations of programs on a tree. Most fail on most trees, which does not matter.
+    /// Operations of programs on a tree. Most of them fail on most trees, which does not matter.
     #[derive(Debug, Clone)]
     enum Change {
         Write(PathBuf, u8),
@@ -503,7 +504,7 @@ mod tests {
         for name in ["root", "upper", "work", "record"] {
             std::fs::create_dir_all(place.join(name)).unwrap();
         }
-        // In the source, overlayfs would take attributes of this name for its own state.
+        // Skip attributes of this name, which overlayfs would take for its own state if the source had them.
         let is_state = |change: &&Change| matches!(change, Change::Attribute(_, "trusted.overlay.opaque", _));
         for change in before.iter().filter(|change| !is_state(change)) {
             change.make(&root);
@@ -524,7 +525,7 @@ mod tests {
         let wanted = tree(&merged);
         mounts::unmount(&merged).unwrap();
         for limit in limits.iter().map(Some).chain([None]) {
-            // Runs in a process of its own, which can be killed; it inherits this thread's mounts.
+            // Run this in a process of its own, which can be killed; it inherits this thread's mounts.
             let program = std::env::current_exe().unwrap();
             let mut child = match limit {
                 None => Command::new(program),
@@ -544,7 +545,7 @@ mod tests {
                 other => return Err(format!("{other}")),
             }
         }
-        // Remove the upper layer, whose hard links would be counted.
+        // Remove the upper layer, since its hard links would be counted.
         std::fs::remove_dir_all(place.join("upper")).unwrap();
         std::fs::remove_dir_all(place.join("work")).unwrap();
         let found = tree(&root);
@@ -576,7 +577,7 @@ mod tests {
         apply(&record, &upper, &root).unwrap();
     }
 
-    /// Checks that the changes are applied correctly to a tree made by `before`, on one disk and across two.
+    /// Checks that the changes are applied correctly to a tree that `before` creates, on one disk and across two.
     fn applied(before: &[Change], changes: &[Change]) {
         for another_disk in [false, true] {
             let (before, changes) = (before.to_vec(), changes.to_vec());
@@ -722,7 +723,7 @@ mod tests {
             before in vec(change(), 0..30), changes in vec(change(), 0..30), another_disk: bool,
             limits in vec(1_u32..40, 0..4)
         ) {
-            // A thread is needed because a mount namespace belongs to one.
+            // Use a thread, because `compare` needs a mount namespace of its own, and those belong to threads.
             let compared = std::thread::spawn(move || compare(&before, &changes, another_disk, &limits)).join();
             prop_assert_eq!(compared.unwrap(), Ok(()));
         }

@@ -18,7 +18,7 @@ const STAGE: &str = ".ims-sshd.applying.";
 /// File in the work directory that records the progress of the application.
 pub(crate) const RECORD: &str = ".ims-sshd.applying";
 
-/// Steps of an application. An interrupted one is resumed at the recorded step.
+/// Steps of an application. An interrupted application is resumed at the recorded step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd)]
 pub(crate) enum Step {
     /// The image is complete, and nothing is applied yet.
@@ -151,8 +151,8 @@ impl Progress {
                 }
                 return Ok((begun, stage));
             }
-            // The run was killed before it recorded the stage, which is still empty. If the directory is not empty, it
-            // is somebody else's, and the removal fails.
+            // If the run was killed before it recorded the stage, the stage is still empty. A directory that is not
+            // empty is somebody else's, and its removal fails.
             let _ = root.remove_directory(&begun.stage);
         }
         let stage = loop {
@@ -190,8 +190,8 @@ impl Progress {
     }
 }
 
-/// Identifies a directory even after a reboot, which may change its device number: by its birth time, if the file
-/// system has one.
+/// Identity of a directory: its inode number and birth time, which a reboot does not change. On a file system without
+/// birth times, the device number takes their place, which a reboot may change.
 fn identity(root: &Tree) -> io::Result<String> {
     let (inode, made) = inode_and_birth(root)?;
     let device = rustix::fs::fstat(root)?.st_dev;

@@ -42,7 +42,7 @@ impl Claim {
         let mut retries = 0..10;
         let claim = loop {
             match claim(make) {
-                // Another run may be removing this claim, since it was abandoned.
+                // Try again: another run may be removing this claim because it was abandoned.
                 Err(_) if retries.next().is_some() => std::thread::sleep(Duration::from_millis(5)),
                 Err(_) if is_claimed(&path)? => return Err(claimed(image_root)),
                 taken => break Self { files: taken? },
@@ -67,7 +67,8 @@ impl Drop for Claim {
     }
 }
 
-/// Removes claims of killed runs. No later run would reuse them, because an overlay gets a new device number each time.
+/// Removes claims of killed runs. No later run would reuse them, because an overlay gets a new device number each time
+/// it is mounted.
 fn remove_abandoned() {
     for entry in std::fs::read_dir(Path::new(RUN).join(CLAIMS)).into_iter().flatten().flatten() {
         let path = entry.path();
@@ -92,7 +93,7 @@ pub(crate) fn refuse_nested(directory: &Path) -> Result<()> {
         if claimed == identity(&here) || !is_claimed(&entry.path())? {
             continue;
         }
-        // A claim without a path is still being made; its owner will find the claim of this run.
+        // A claim without a path is still being created; its owner will find the claim of this run.
         let path = SignalFiles::open(&entry.path())?.and_then(|files| files.parent().read(PATH, LIMIT).ok());
         let path = path.map(|path| PathBuf::from(OsString::from_vec(path)));
         let shown = path.as_deref().map_or_else(|| "a directory above it".into(), |path| path.display().to_string());
@@ -142,7 +143,7 @@ pub(crate) fn remove_files(path: &Path, which: impl Fn(&str) -> bool) -> Result<
     Ok(())
 }
 
-/// Claims the directory that `make` creates or finds. Tries again if its previous owner has removed it meanwhile.
+/// Claims the directory that `make` creates or finds. Tries again if its previous owner has removed it in the meantime.
 pub(crate) fn claim(make: impl Fn() -> Result<PathBuf>) -> Result<SignalFiles> {
     loop {
         let path = make()?;

@@ -40,8 +40,8 @@ impl CommandLine {
         Self { command, line, inside, directory }
     }
 
-    /// Returns `other`, the line of an earlier run, unless the two lines differ at most in the path of the program and
-    /// in options that affect only the output.
+    /// Returns `other`, the line of an earlier run, if it differs from this line in more than the path of the program
+    /// and options that affect only the output.
     pub(crate) fn differs<'a>(&self, other: &'a str) -> Option<&'a str> {
         let arguments = |line: &str| {
             let (own, inside) = line.strip_suffix(&self.inside).map_or((line, ""), |own| (own, self.inside.as_str()));

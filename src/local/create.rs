@@ -1,4 +1,4 @@
-//! `ims-sshd create`: from a recipe to a published image, on one machine.
+//! `ims-sshd create`: builds an image from a recipe and publishes it, on one machine.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
@@ -82,7 +82,7 @@ pub fn run(mut creation: Creation) -> Result<u8> {
             .because("another 'ims-sshd create' of this recipe is at work")
             .advise("wait for its end")
     })?;
-    // A failed run has left these so that its failure can be examined.
+    // Remove these, which a failed run has left behind so that its failure could be examined.
     let clear =
         |names: &[&str]| names.iter().try_for_each(|name| volume.remove_whole(name.as_ref())).attempt(attempted);
     clear(&[RECIPE, BUILT, BUILD])?;

@@ -178,7 +178,7 @@ fn open(
     }
 
     let parent = run.path().to_owned();
-    // The claim lasts until the directory is removed, so that no other run starts in it meanwhile.
+    // The claim lasts until the directory is removed; until then, no other run can start in it.
     let (files, _claim) = run.into_signal_files()?;
     files.touch(READY)?;
     entry.set(&[("image_root_parent", &parent.display().to_string()), ("login", &login)]);
@@ -187,8 +187,8 @@ fn open(
         announce(opened, &parent, &login, &entry.name(), wanted.jailed);
     };
     let outcome = supervisor::run(settings, Some(files), listening)?;
-    // Remove the marks: the supervisor may have left its own in the image, and one that is kept with the changes would
-    // end the next run.
+    // Remove the marks: the supervisor may have left its own mark in the image, and a mark that is kept with the
+    // changes would end the next run.
     let root = open_tree(opened.image_root)?;
     for verdict in Verdict::ALL {
         image_root::remove_mark(&root, verdict)?;

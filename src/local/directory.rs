@@ -104,7 +104,8 @@ pub(crate) fn refuse_kept(directory: &Path, works: &Path, own: Option<&Path>, lo
     Ok(())
 }
 
-/// Refuses to read a directory that is open, for which there are kept changes, or to which some changes were applied.
+/// Refuses to read a directory that is open, that has kept changes, or that an interrupted run has changed only in
+/// part.
 pub(crate) fn refuse_open(directory: &Path) -> Result<()> {
     // This check comes first, because its error has the command line that resumes the changes.
     refuse_kept(directory, Path::new(work_directory::DEFAULT), None, false)?;
@@ -131,7 +132,7 @@ pub(crate) fn refuse_running(directory: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The image root parents of a directory whose name is that of an image root; they are at most two levels above it.
+/// The image root parents of a directory, if its name is that of an image root; a parent is at most two levels above.
 pub(crate) fn parents_of(image_root: &Path) -> Result<Vec<SignalFiles>> {
     let is_parent =
         |parent: &&Path| [IMAGE_ROOT, CREATED_IMAGE_ROOT].iter().any(|name| parent.join(name) == image_root);
@@ -206,7 +207,8 @@ fn is_reachable(directory: &Path) -> Result<bool> {
     Ok(is_reachable)
 }
 
-/// Returns whether a user other than root may search the directory. If there is an ACL, assumes that it lets one.
+/// Returns whether a user other than root may search the directory. If the directory has an ACL, assumes that some user
+/// may.
 fn is_searched_by_others(directory: &Tree) -> io::Result<bool> {
     let found = rustix::fs::fstat(directory)?;
     let by_all = found.st_mode & 0o001 != 0;
@@ -235,7 +237,8 @@ pub(crate) fn warn_if_reachable(directory: &Path) -> Result<bool> {
 }
 
 /// Users whose marks count in the image root `directory`, or in an overlay above it. If other users of the machine can
-/// reach it (this is warned of), they can create files in its /tmp, which has mode 1777, so only root's marks count.
+/// reach the image root, warns; they can then create files in its /tmp, which has mode 1777, so only root's marks
+/// count.
 pub(crate) fn markers(directory: &Path) -> Result<Markers> {
     Ok(if warn_if_reachable(directory)? { Markers::Root } else { Markers::Everyone })
 }

@@ -1,4 +1,4 @@
-//! Drops what an ended run left, for `ims-sshd fail` with the name of that run.
+//! Drops what a finished run left behind, for `ims-sshd fail` with the name of that run.
 
 use std::path::Path;
 
@@ -14,8 +14,8 @@ use crate::publish::journal;
 use crate::sys::named;
 use crate::volume::layout::IMAGE_ROOT;
 
-/// Drops what an ended run left: its kept changes, its sshd, and its mount points in the image. Returns a verb phrase
-/// that describes the state of the source.
+/// Drops what a finished run left behind: its kept changes, its sshd, and its mount points in the image. Returns a verb
+/// phrase that describes the state of the source.
 pub(crate) fn drop_left(entry: &Value) -> Result<&'static str> {
     source::need_root()?;
     let (name, source) = (entry["name"].as_str().unwrap_or_default(), entry["source"].as_str().unwrap_or_default());

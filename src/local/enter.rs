@@ -51,7 +51,7 @@ use crate::volume::state_directory::StateDirectory;
 pub struct Entry {
     /// A program of the image with its arguments; the login shell if empty.
     pub command: Vec<OsString>,
-    /// A script of this machine to run instead.
+    /// A script of this machine to run instead of the command.
     pub script: Option<Script>,
     /// Variables to set for the command.
     pub variables: Vec<(String, String)>,
@@ -123,7 +123,7 @@ pub fn run(mut run: Run, entry: &Entry) -> Result<u8> {
             tracing::info!("the image was marked {}", mark.signal_file());
         }
         let verdict = mark.filter(|mark| *mark == Verdict::Failed || !has_failed(status, at_terminal, true));
-        // A command that changes a directory in place handles signals itself, as with chroot.
+        // A command that changes a directory in place handles signals itself, as under chroot, unless `--yes` is given.
         let stopped = stopped.filter(|_| decides || entry.answer == Some(Answer::Yes));
         let status = stopped.map_or(status, |signal| exited(128 + signal as i32));
         if !decides {
@@ -131,8 +131,8 @@ pub fn run(mut run: Run, entry: &Entry) -> Result<u8> {
                 tracing::warn!("interrupted by {signal}");
             }
             let marked_to_discard = mark == Some(Verdict::Failed) || mark.is_some() && is_discarded;
-            // This matters for the command of `customize --in-place`; `enter` is like chroot, and its shell may end
-            // with any code.
+            // A failure matters only for the command of `customize --in-place`: `enter` is like chroot, and its shell
+            // may end with any code.
             let has_failed = stopped.is_some() || has_failed(status, at_terminal, mark.is_some());
             let fate = if marked_to_discard {
                 Fate::Discard
@@ -290,7 +290,7 @@ struct Ended {
     status: WaitStatus,
     /// The mark found in the image.
     mark: Option<Verdict>,
-    /// Signal to this program that asks it to end.
+    /// Signal that asks this program to end.
     stopped: Option<Signal>,
     /// True if `ims-sshd fail` has ended the session.
     is_given_up: bool,
@@ -356,7 +356,7 @@ impl Session {
             if tree.directory("tmp").is_ok() {
                 return Err(cleared(error));
             }
-            // Such an image, whose /tmp is not a directory, can be opened all the same.
+            // An image whose /tmp is not a directory can be opened all the same.
             tracing::warn!("{error}; /tmp/complete and /tmp/failed do not count");
             is_ours = false;
         }
@@ -419,8 +419,8 @@ impl Session {
     }
 
     /// Returns `signal` if it is to end this program. `is_typed` is true for a signal that was typed at the command's
-    /// terminal: with `--yes` it counts whatever the command makes of it, otherwise the command alone handles it. If a
-    /// person is at a shell, SIGINT and SIGQUIT never end this program.
+    /// terminal: with `--yes` such a signal counts however the command handles it, otherwise the command alone handles
+    /// it. If a person is at a shell, SIGINT and SIGQUIT never end this program.
     fn stops(&self, signal: Signal, is_typed: bool) -> Option<Signal> {
         let stops = match signal {
             Signal::SIGTERM | Signal::SIGHUP => true,
@@ -443,8 +443,8 @@ impl Session {
         loop {
             if let Some(status) = helper.try_wait().attempt(attempted)? {
                 let status = WaitStatus::from_raw(pid, status.into_raw()).attempt(attempted)?;
-                // Take the signals that ims-jail-shell reported at its end, which must not interrupt the cleanup of a
-                // shell.
+                // Take the signals that ims-jail-shell sent when it ended, so that they do not interrupt the cleanup of
+                // a shell.
                 while let Ok(Some((signal, sender))) = signals.next_with_sender() {
                     stopped = stopped.or(self.stops(signal, sender == Some(pid)));
                 }
@@ -467,8 +467,8 @@ impl Session {
             let _ = poll::wait(&mut sources, HANG_UP_TIME / 4);
             let has_message = sources.get(1).is_some_and(|link| !link.revents().is_empty());
             while let Ok(Some((signal, sender))) = signals.next_with_sender() {
-                // ims-jail-shell reports, by signals to this process, what is typed at the terminal while the command
-                // has it.
+                // A signal from ims-jail-shell reports what was typed at the terminal while the command was in the
+                // foreground.
                 let is_typed = sender == Some(pid);
                 let stops = self.stops(signal, is_typed);
                 stopped = stopped.or(stops);
@@ -531,7 +531,7 @@ fn is_open_elsewhere(image_root: &Path) -> Result<bool> {
     Ok(is_one || above.map(is_claimed).collect::<Result<Vec<_>>>()?.contains(&true))
 }
 
-/// Removes the marks from the image's /tmp, since they would be packed. Returns the one that counts.
+/// Removes the marks from the image's /tmp, since they would be packed. Returns the mark that counts, if any.
 fn take_marks(image_root: &Tree, markers: Markers) -> Result<Option<Verdict>> {
     let mut found = None;
     for verdict in Verdict::ALL {
@@ -542,7 +542,7 @@ fn take_marks(image_root: &Tree, markers: Markers) -> Result<Option<Verdict>> {
     Ok(found)
 }
 
-/// Modes of the terminal before the session, to be restored: a killed shell leaves behind those of its line editor.
+/// Modes of the terminal before the session, to be restored: a killed shell leaves behind the modes of its line editor.
 struct TerminalModes(Termios);
 
 impl TerminalModes {

@@ -14,8 +14,8 @@ use crate::volume::state_directory::StateDirectory;
 /// sshd's log, in the directory of the run.
 pub(crate) const SSHD_LOG: &str = "sshd.log";
 
-/// Ends the sshd that a killed customization of `image_root` left running. Its mount namespace keeps the overlay busy,
-/// which could then not be mounted again.
+/// Ends the sshd that a killed customization of `image_root` left running. The mount namespace of that sshd keeps the
+/// overlay busy, so that it could not be mounted again.
 pub(crate) fn end_left_over(image_root: &Path) -> Result<()> {
     let parent = RunDirectory::place("customize", image_root);
     if !is_claimed(&parent)? && StateDirectory::place(&parent).exists() {

@@ -29,7 +29,7 @@ const REGISTER: &str = ".runs";
 /// File that holds a run's entry.
 const ENTRY: &str = "entry";
 
-/// A copy of the entry in the work directory, because the register does not survive a reboot.
+/// Copy of the entry in the work directory, because the register does not survive a reboot.
 const KEPT_ENTRY: &str = ".ims-sshd.entry";
 
 /// Value of an entry's `state`: the run has ended, and its changes are kept.
@@ -41,7 +41,7 @@ pub(crate) const HALF_APPLIED: &str = "half-applied";
 /// Value of an entry's `state`: the run was killed.
 pub(crate) const KILLED: &str = "killed";
 
-/// Maximum time that processes of an ended run hold its lock.
+/// Maximum time for which processes of a finished run hold the run's lock.
 const TIME_TO_END: Duration = Duration::from_secs(2);
 
 /// Size limit of an entry, in bytes.
@@ -53,15 +53,16 @@ pub(crate) struct Entry {
     fields: RefCell<Value>,
     /// The work directory, if changes may stay in it after this run.
     keeps: Option<PathBuf>,
-    /// Entry of the earlier run whose changes are in that directory; restored if this run does not open the image.
+    /// Entry of the earlier run whose changes are in the work directory; restored if this run does not open the image.
     before: Option<Value>,
     is_open: Cell<bool>,
 }
 
 impl Entry {
     /// Registers a run of `command` on `source` under `name`, with a number appended if another run has that name. The
-    /// run's changes may be kept in the work directory `keeps`. If some are kept there already, the run gets their
-    /// name, unless a person has `chosen` another one: then it is an error if another run has the chosen name.
+    /// run's changes may be kept in the work directory `keeps`. If an earlier run's changes are there already, the new
+    /// run gets that run's name, unless a person has `chosen` another one. A chosen name that another run has is an
+    /// error.
     pub(crate) fn make(
         command: &str,
         source: &str,
@@ -149,7 +150,7 @@ impl Entry {
         }
     }
 
-    /// Continues with the changes in `place` without opening the image; from here on, they are this run's.
+    /// Continues with the changes in `place` without opening the image; from here on, the changes are this run's.
     pub(crate) fn resume(&self, place: &Tree) {
         self.is_open.set(true);
         self.record_in(place);
@@ -276,7 +277,7 @@ fn alone() -> Result<OwnedFd> {
     Ok(opened)
 }
 
-/// Like [`open_in`], but waits for the last processes of a run that has ended: they hold its lock a moment longer.
+/// Like [`open_in`], but waits for the last processes of a finished run: they hold the run's lock a moment longer.
 fn open_in_use(work: &Path) -> Option<Value> {
     let began = Instant::now();
     loop {
@@ -288,7 +289,7 @@ fn open_in_use(work: &Path) -> Option<Value> {
     }
 }
 
-/// Entry of the open run that keeps its changes in `work`; that directory need not exist yet.
+/// Entry of the open run that keeps its changes in `work`, a directory that need not exist yet.
 fn open_in(work: &Path) -> Option<Value> {
     entries().ok()?.into_iter().find(|run| run["work"].as_str().map(Path::new) == Some(work))
 }
@@ -326,7 +327,8 @@ pub(crate) fn left() -> Vec<Value> {
     left_below(Path::new(work_directory::DEFAULT))
 }
 
-/// Like [`left`], and with changes kept below `works`: after a reboot, only the work directories have a record of them.
+/// Like [`left`], but also with changes kept below `works`: after a reboot, only the work directories have a record of
+/// them.
 pub(crate) fn left_below(works: &Path) -> Vec<Value> {
     let mut left = Vec::new();
     for (mut entry, lasts) in all().unwrap_or_default() {
@@ -386,16 +388,16 @@ pub(crate) fn has_source(entry: &Value) -> bool {
     !source.is_absolute() || source.exists()
 }
 
-/// Entries of ended runs of which nothing is left, because their source or the changes that they kept are gone.
+/// Entries of finished runs that left nothing behind, because their source or the changes that they kept are gone.
 pub(crate) fn gone() -> Vec<Value> {
     let left = left();
     let is_gone = |(entry, lasts): &(Value, bool)| !lasts && !left.iter().any(|left| left["name"] == entry["name"]);
     all().unwrap_or_default().into_iter().filter(is_gone).map(|(entry, _)| entry).collect()
 }
 
-/// Process of a run that has not ended. `None` if it is in another PID namespace, since its number means another
-/// process here. To tell the two apart, check that the process has the entry's directory open, as it does until its run
-/// ends.
+/// Process of an open run; `None` if the process is in another PID namespace. The recorded PID is then that of an
+/// unrelated process here, or of none. A run's process has the entry's directory open until the run ends, so check for
+/// that.
 pub(crate) fn process(entry: &Value) -> Option<Pid> {
     let pid = entry["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok())?;
     let directory = std::fs::metadata(place().join(entry["name"].as_str()?)).ok()?;

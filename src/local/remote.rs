@@ -278,7 +278,7 @@ impl Job<'_> {
         let mut child = unblock_signals(&mut ssh).spawn().attempt(|| "run ssh")?;
         Ok(Some(std::thread::spawn(move || {
             if let Some(mut to) = child.stdin.take() {
-                // Ignore errors: the script may end before it has been read whole.
+                // Ignore errors: the script may exit before all of it has been read.
                 let _ = to.write_all(&input);
             }
             let code = child.wait().ok().and_then(|status| status.code()).unwrap_or(1);

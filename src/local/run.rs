@@ -49,7 +49,7 @@ pub enum End {
     Published,
     /// Applies the changes to the source, which is a directory.
     Applied,
-    /// Discards the changes even then: the session was only for looking.
+    /// Discards the changes even if the run succeeds: the session was only for looking.
     Discarded,
 }
 
@@ -97,10 +97,11 @@ pub struct Reports {
 /// Fate of the changes at the end of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fate {
-    /// The changes are packed and published, or applied to the source. In a directory that is changed in place they are
-    /// applied already.
+    /// The changes are packed and published, or applied to the source. A directory that is changed in place has them
+    /// already.
     Publish,
-    /// The changes stay on this machine, and the same command resumes them, unless the source is changed in place.
+    /// The changes stay on this machine, and the same command resumes them. A directory that was changed in place stays
+    /// as it is now.
     Keep,
     /// The changes are dropped. A directory that was changed in place stays as it is now.
     Discard,
@@ -201,7 +202,7 @@ impl Run {
         self.reports.changes.as_deref().map_or(Ok(()), |file| packing::check_output(file, "--changes").map(drop))
     }
 
-    /// Refuses a store that takes no image, and disks on which the image does not fit, before any work is done.
+    /// Refuses a store that accepts no image, and disks on which the image does not fit, before any work is done.
     fn check_store(&self, work: &Work, settings: &Settings, source: &Source, resumes: bool) -> Result<()> {
         let in_store = work.wait(Store::check(&settings.store, &settings.network))?;
         match source {
@@ -213,7 +214,8 @@ impl Run {
         }
     }
 
-    /// Refuses to resume changes to another source; if the run discards its changes anyway, drops those instead.
+    /// Refuses to resume changes to another source. If the run discards its changes anyway, drops the kept ones
+    /// instead.
     fn refuse_others(&self, ims: &Ims, settings: &Settings, source: &Source, place: &WorkDirectory) -> Result<()> {
         if self.in_place {
             return Ok(());
@@ -232,8 +234,7 @@ impl Run {
         Some(Error::new(format!("open {}", self.shown())).because(format!("it is open as {name}")).advise(ending))
     }
 
-    /// Claims the work directory. Before a session that is only for looking, warns that kept changes do not appear in
-    /// it.
+    /// Claims the work directory. Before a session that is only for looking, warns that it does not show kept changes.
     fn claim(&self, source: &Source, all: &Path) -> Result<WorkDirectory> {
         let name = name_of(source, &self.source);
         if self.end != End::Discarded {
@@ -352,7 +353,7 @@ impl Run {
         let result = opened.open_and_close(&source, places, done, session);
         let result = work.unless_interrupted(result);
         let left = |e: Error| e.advise_if_interrupted(|| left_in(files.path()));
-        // Changes that were put aside are dropped only once the image is open; before, restore them.
+        // Changes that were put aside are dropped once the image is open. If this run has not opened it, restore them.
         if !entry.is_open() && work.last(place.restore_aside()).map_err(left)? {
             is_unchanged.set(false);
         }
@@ -392,8 +393,8 @@ impl Run {
                 || root.is_some_and(|root| apply_progress::is_of(record, root).unwrap_or(false)))
     }
 
-    /// Logs that changes kept in `place` are resumed; warns if another command made them. A command that
-    /// `has_succeeded` in making them is not run again.
+    /// Logs that changes kept in `place` are resumed. Warns if another command made them. If the command
+    /// `has_succeeded` in making them, says that it is not run again.
     fn tell_of_resuming(&self, place: &Path, entry: &Entry, has_succeeded: bool) {
         let shown = place.display();
         match self.made_by_another(entry) {
@@ -443,7 +444,7 @@ impl Run {
         }
     }
 
-    /// Finishes an interrupted application; with `--fresh`, aborts it.
+    /// Finishes an application of changes that was interrupted; with `--fresh`, aborts it.
     fn finish_application(
         &self,
         entry: &Entry,
@@ -488,7 +489,7 @@ impl Run {
     ) -> Result<()> {
         let (record, mounted) = (place.files().parent(), place.path().join(IMAGE_ROOT));
         if self.fresh && holds_changes(place.path(), &mounted) {
-            // On a full disk the changes are dropped at once, because there is no room for new ones beside them.
+            // If the disk is too full for new changes beside the old ones, drop the old ones at once.
             if space::has_room(record) {
                 place.put_aside()?;
             } else {
@@ -577,7 +578,7 @@ struct Opened<'a> {
     files: &'a SignalFiles,
     ims: &'a Ims<'a>,
     journal: &'a JournalDirectory<'a>,
-    /// Set if nothing was changed and the changes would be kept: there is no need to keep any.
+    /// Set if nothing was changed, so that there are no changes to keep.
     is_unchanged: &'a Cell<bool>,
 }
 
@@ -636,8 +637,8 @@ impl Opened<'_> {
         Ok((fate, value))
     }
 
-    /// Runs the session. If its command or script succeeds and the changes are to be published or applied, records that
-    /// success.
+    /// Runs the session. If the command or script of the run succeeds and the changes are to be published or applied,
+    /// records that success.
     fn run_session<T>(
         &self,
         image_root: &Path,

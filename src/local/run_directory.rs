@@ -38,8 +38,8 @@ impl RunDirectory {
             }
             Ok(path.clone())
         })?;
-        // Remove the signal files of a killed run, which mean nothing now. Its records for cleanup stay; they have
-        // hidden names.
+        // Remove the signal files of a killed run, which mean nothing now. Its records for cleanup have hidden names,
+        // and stay.
         remove_files(&path, |name| !name.starts_with('.'))?;
         Ok(Self { files, claim: by_inode })
     }

@@ -12,7 +12,7 @@ use crate::jail::tier::Tier;
 use crate::sys::named;
 use crate::sys::tree::Tree;
 
-/// Maximum size in bytes; without a limit, reading a device would never end.
+/// Maximum size of a script in bytes; without a limit, reading a device would never end.
 const LARGEST: u64 = 64 << 20;
 
 /// Name of the copy in the jail if the script's own name cannot be used.
@@ -64,8 +64,8 @@ impl Script {
         Ok(Program { name: self.name.clone(), file })
     }
 
-    /// The command that runs the script in the jail: its own path or, without an interpreter line, the image's sh with
-    /// it.
+    /// The command that runs the script in the jail: the script's path there or, if the script has no interpreter line,
+    /// the image's sh with that path.
     pub(crate) fn command(&self) -> Vec<OsString> {
         let path = Path::new("/").join(PROGRAMS).join(&self.name).into_os_string();
         let is_program = [&b"#!"[..], b"\x7fELF"].iter().any(|begin| self.content.starts_with(begin));

@@ -30,7 +30,7 @@ pub(crate) fn image_root(source: &Path) -> Result<PathBuf> {
     }
 }
 
-/// The directory that `source` names, if it is one.
+/// The directory that `source` names; `None` if it does not name one.
 pub(crate) fn directory_of(source: &str) -> Option<PathBuf> {
     std::fs::canonicalize(source).ok().filter(|path| path.is_dir())
 }

@@ -28,7 +28,7 @@ pub(crate) fn check(
     };
     let work_directory = settings.job.parent.ancestors().find(|place| place.exists()).unwrap_or(Path::new("/"));
     let space = rustix::fs::statvfs(work_directory).ok().map(|disk| disk.f_bavail * disk.f_frsize);
-    // Kept changes are dropped first, so the free space is not known yet.
+    // A run that drops kept changes frees an unknown amount of space first, so do not check the current amount.
     let space = space.filter(|_| !drops_kept);
     let on_disks = [
         (space, size + unpacked, settings.job.parent.display().to_string(), "name another disk with --work"),

@@ -91,7 +91,7 @@ fn pods_own() -> Result<Target> {
         .advise(format!("give the name of yours; open are {}", names.join(", "))))
 }
 
-/// Drops what an ended run left, for the mark `failed`; refuses the mark `complete`.
+/// For the mark `failed`, drops what a finished run left behind; refuses the mark `complete`.
 fn mark_left(left: &Value, verdict: Verdict) -> Result<u8> {
     let (name, source) = (text(left, "name"), text(left, "source"));
     if verdict == Verdict::Complete {
@@ -395,8 +395,8 @@ fn report_of(parent: &Path) -> Result<Value> {
     if let Some(since) = since {
         report["since"] = since.into();
     }
-    // A state directory without an environment is that of a killed one: environments remove it when they end, and those
-    // of another container have theirs there.
+    // A state directory without an environment was left behind by a killed one: an environment removes its state
+    // directory when it ends, and an environment of another container has its state directory in that container.
     if stage.is_none() && StateDirectory::place(parent).exists() {
         let listener = Daemon::recorded(&StateDirectory::of(parent)?.sshd());
         report["state"] = register::KILLED.into();
@@ -405,7 +405,7 @@ fn report_of(parent: &Path) -> Result<Value> {
     if let Ok(node) = std::fs::read_to_string(StateDirectory::place(parent).join("node")) {
         report["node"] = node.into();
     }
-    // Such an image root was made by 'ims-sshd prepare', and no container of a pod waits for it.
+    // An image root in this state was made by 'ims-sshd prepare', and no container of a pod waits for it.
     if let Some(root) = root.filter(|_| stage.is_none() && verdict.is_none() && !is_ready) {
         report[PREPARED] = json!(parent.join(root));
         report["source"] = json!(Record::private(files.parent()).read().map(|source| source.source().to_owned()));

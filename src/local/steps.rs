@@ -35,9 +35,9 @@ use crate::volume::layout::{BOOT_NAMES, CREATED_IMAGE_ROOT, IMAGE_ROOT, INVENTOR
 use crate::volume::open_tree;
 use crate::volume::signal_files::{SignalFiles, Step};
 
-/// Reports to IMS that `prepare` refused its arguments or `variables`: its container fails, and no other one of the pod
-/// starts. If an environment is open on one of `places`, or another step runs there, the job there goes on, and nothing
-/// is reported.
+/// Reports to IMS that `prepare` refused its arguments or `variables`: its container fails, and no other container of
+/// the pod starts. If an environment is open on one of `places`, or another step runs there, the job there continues,
+/// and nothing is reported.
 pub fn report_refusal(places: &[PathBuf], variables: Vec<(OsString, OsString)>) {
     if places.iter().any(|place| refuse_open_environment(place).is_err() || is_being_made(place)) {
         return;
@@ -134,7 +134,7 @@ pub fn prepare(settings: &Settings, source: &Source, open: Open, is_fresh: bool)
         if let (Some(node), Some(Action::Customize) | None) = (&settings.job.node, settings.job.action) {
             prepare::fetch(&work, settings, source)?;
             prepare::clear_marks(parent, is_fresh || image_root.exists())?;
-            // The container that has the image packed does not get these settings, so record them.
+            // The container that packs the image does not get these settings, so record them.
             let names = serde_json::to_vec(&settings.boot).attempt(|| "record the names of the boot files")?;
             let volume = open_tree(&settings.job.parent)?;
             volume.replace(BOOT_NAMES, &names).attempt(|| "record the names of the boot files")?;
@@ -174,8 +174,8 @@ pub fn prepare(settings: &Settings, source: &Source, open: Open, is_fresh: bool)
     })
 }
 
-/// Refuses to go on with the image root of a job that has ended, because the sidecar would do nothing more. In a pod
-/// that starts over, it only warns: the other containers begin after this one, and end at once.
+/// Refuses to continue with the image root of a job that has ended, because the sidecar would do nothing more. If a pod
+/// starts over, only warns: the other containers start after this one, and end at once.
 fn refuse_ended(settings: &Settings, files: &SignalFiles) -> Result<()> {
     let Some(how) = journal::ended(files, settings) else { return Ok(()) };
     let parent = files.path().display();
@@ -223,7 +223,7 @@ struct Place {
     files: SignalFiles,
     archive_directory: Tree,
     archive_name: String,
-    /// Directory with the record of the image root's source, if it is not that of `files`.
+    /// Directory with the record of the image root's source, if it is not the directory of `files`.
     source_directory: Option<Tree>,
 }
 

@@ -26,7 +26,7 @@ const LIMIT: u64 = 4096;
 pub struct Unattended {
     /// `command` or `script`.
     what: &'static str,
-    /// Digest of everything that distinguishes it from another command or script. Options of the run, such as the
+    /// Digest of everything that distinguishes this command or script from others. Options of the run, such as the
     /// location of the new image, do not count.
     digest: String,
 }
@@ -77,7 +77,7 @@ impl Unattended {
     }
 }
 
-/// `command` or `script`, if such a one has made the changes in `work` and has succeeded.
+/// `command` or `script`, whichever made the changes in `work` and succeeded; `None` if neither did.
 pub(crate) fn succeeded(work: &Tree) -> Option<&'static str> {
     let record = work.read(SUCCEEDED, LIMIT).ok()?;
     ["command", "script"].into_iter().find(|what| record.starts_with(what.as_bytes()))

@@ -16,7 +16,7 @@ use crate::volume::signal_files::SignalFiles;
 /// Default directory for the work directories of all runs.
 pub const DEFAULT: &str = "/var/lib/ims-sshd";
 
-/// Separates a work directory's name from a number, if the changes in it are discarded at the end.
+/// Separates the name of a work directory from a number, if the changes in the directory are discarded at the end.
 const TO_DISCARD: &str = "+discard";
 
 /// Returns whether changes in `place` are discarded at the end.
@@ -43,7 +43,7 @@ pub(crate) fn drop_aside(work: &Path) -> Result<bool> {
     if files.parent().look(ASIDE).attempt(attempted)?.is_none() {
         return Ok(false);
     }
-    // Rename it first, to a new name, so that the changes count as dropped even if some file cannot be removed.
+    // Rename the directory first, so that the changes count as dropped even if some file cannot be removed.
     let dropped = format!(".dropped-{ASIDE}-{}", std::process::id());
     files.parent().rename(ASIDE, &dropped).attempt(attempted)?;
     files.parent().remove_whole(OsStr::new(&dropped)).attempt(attempted).map(|()| true)
@@ -60,7 +60,7 @@ impl WorkDirectory {
     pub(crate) fn claim(all: &Path, name: &str) -> Result<Self> {
         let all = own(all)?;
         let place = claim(|| own(&all.join(name))).map(|files| Self { files })?;
-        // A run that was killed may have put changes aside and not replaced them.
+        // A killed run may have put changes aside without replacing them.
         place.restore_aside().map(|_| place)
     }
 
@@ -96,7 +96,7 @@ impl WorkDirectory {
         for name in self.kept_names()? {
             rustix::fs::renameat(parent, &name, &aside, &name).attempt(attempted)?;
         }
-        // Rename it last: under the final name, everything is there.
+        // Rename the directory last, so that it is complete once it has its final name.
         parent.rename(MOVING, ASIDE).attempt(attempted)
     }
 
