@@ -1,4 +1,4 @@
-//! The places where the service listens: a socket for its own user, and an address, with TLS and a token.
+//! Opens a socket for the service's own user, and an address with TLS and a token.
 
 use std::fs::DirBuilder;
 use std::io::Write;
@@ -28,13 +28,13 @@ pub enum Remote {
     Tls(Box<OnAddress<TlsListener<TcpListener, TlsAcceptor>>>),
 }
 
-/// File of the token in the data directory.
+/// Name of the token's file in the data directory.
 const TOKEN: &str = "token";
 
 /// Minimum length of a token, in characters: a shorter one could be guessed.
 const SHORTEST_TOKEN: usize = 32;
 
-/// Listens on the socket at `path`, which only this user can connect to.
+/// Listens on the socket at `path`, to which only this user can connect.
 pub fn on_socket(path: &Path) -> Result<UnixListener> {
     let attempted = || format!("listen on {}", path.display());
     if let Some(directory) = path.parent().filter(|directory| !directory.as_os_str().is_empty()) {
@@ -46,17 +46,18 @@ pub fn on_socket(path: &Path) -> Result<UnixListener> {
             let refused = Error::new(attempted()).because("another service listens there");
             return Err(refused.advise("stop it, or name another socket with --socket"));
         }
-        // Nothing listens on it: a service that was killed has left it.
+        // Nothing listens on the socket: a service that was killed has left it behind.
         std::fs::remove_file(path).attempt(attempted)?;
     }
-    // Connecting requires write permission. If the mode were set after `bind`, others could connect for a moment.
+    // Connecting requires write permission. Setting the mode after `bind` would let others connect for a moment.
     let before = rustix::process::umask(Mode::RWXG | Mode::RWXO | Mode::XUSR);
     let bound = UnixListener::bind(path);
     rustix::process::umask(before);
     bound.attempt(attempted)
 }
 
-/// Listens on `address`; also returns the address that was bound, since the kernel chooses a port in place of 0.
+/// Listens on `address`. Also returns the bound address, which has the port that the kernel chose if `address` has port
+/// 0.
 pub async fn on_address(address: SocketAddr, listen: &Listen) -> Result<(Remote, SocketAddr)> {
     let attempted = || format!("listen on {address}");
     let tls =
@@ -86,7 +87,7 @@ fn tls(cert: &Path, key: &Path) -> Result<TlsAcceptor> {
     Ok(TlsAcceptor::from(Arc::new(config)))
 }
 
-/// Returns the rule for requests on the address. Creates the token if there is none.
+/// Returns the rule for requests to the address. Creates the token if there is none.
 pub fn access(settings: &Settings) -> Result<Access> {
     if settings.listen.address.is_none() || settings.listen.auth == Auth::Gateway {
         return Ok(Access::All);
@@ -117,7 +118,8 @@ fn make_token(path: &Path) -> Result<()> {
     let attempted = || format!("make the token {}", path.display());
     let directory = path.parent().expect("a file in the data directory");
     std::fs::create_dir_all(directory).attempt(attempted)?;
-    // Write and rename a temporary file: the token is complete or absent, and only its owner can ever read it.
+    // Write a temporary file and rename it, so that the token is complete or absent. Only its owner can ever read the
+    // file.
     let mut file = tempfile::NamedTempFile::new_in(directory).attempt(attempted)?;
     writeln!(file, "{}", Token::random()).and_then(|()| file.as_file().sync_all()).attempt(attempted)?;
     match file.persist_noclobber(path) {

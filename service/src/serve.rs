@@ -1,4 +1,4 @@
-//! Starts the service and stops it in order.
+//! Starts the service and stops it cleanly.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -21,13 +21,13 @@ use crate::runner::{Kubernetes, Machine, Nothing, Runner};
 use crate::settings::{On, Records, Settings};
 use crate::store::Store;
 
-/// Name of the database in the data directory.
+/// Name of the database file in the data directory.
 const FILE: &str = "ims.sqlite";
 
 /// Interval at which leftovers of jobs are searched for.
 const CLEAR_EVERY: Duration = Duration::from_mins(2);
 
-/// Pause before a job's death is recorded again after the database has failed.
+/// Pause before retrying to record a job's death after the database has failed.
 const RECORD_AGAIN: Duration = Duration::from_secs(5);
 
 /// Runs the service until SIGTERM or SIGINT.
@@ -35,7 +35,7 @@ pub fn serve(settings: Settings) -> Result<()> {
     runtime()?.block_on(run(settings))
 }
 
-/// Writes the records as upstream's files into `directory`.
+/// Writes the records into `directory`, in the format of upstream's files.
 pub fn export(records: &Records, directory: &Path) -> Result<()> {
     runtime()?.block_on(async {
         let database = open(records).await?;
@@ -79,7 +79,7 @@ async fn run(settings: Settings) -> Result<()> {
         On::None => Arc::new(Nothing),
         On::Machine => {
             let program = std::env::current_exe().attempt(|| "find this program")?;
-            // Jobs use the socket, which needs neither a token nor a certificate.
+            // Jobs reach the service by the socket, which needs neither a token nor a certificate.
             let url = socket.as_ref().map(|socket| format!("unix:{}", socket.display()));
             Arc::new(Machine::new(&settings, url.expect("jobs here have a socket"), program)?)
         }
@@ -91,14 +91,15 @@ async fn run(settings: Settings) -> Result<()> {
         }
     };
     let service = Arc::new(Service::new(settings, database, store, runner, access));
-    // If only this process uses the database, every start that it finds was interrupted.
+    // If only this process uses the database, no start can be in progress, so every start in the database was
+    // interrupted.
     let age = if service.database.is_shared() { http::LONGEST_START } else { TimeDelta::zero() };
     let cut_off = service.starts(age).await;
     let sweeping = service.clone();
     let sweep = tokio::spawn(async move { sweeping.sweep().await });
     let clearing = service.clone();
     let clear = tokio::spawn(async move {
-        // Cleared in the background, so that a slow cluster does not delay the service.
+        // Clear in the background, so that a slow cluster does not delay the service.
         clearing.clear_starts(cut_off).await;
         loop {
             clearing.clear_held().await;
@@ -154,7 +155,7 @@ where
     axum::serve(listener, router).with_graceful_shutdown(stopped).await
 }
 
-/// Records the deaths of jobs, until the runner stops watching.
+/// Records the deaths of jobs that the runner reports, until the runner stops watching.
 async fn watch(service: Arc<Service>) {
     let running = match service.database.records::<Job>().await {
         Ok(jobs) => jobs.into_iter().filter(|job| !job.has_ended()).collect(),
@@ -175,7 +176,7 @@ async fn watch(service: Arc<Service>) {
     watching.abort();
 }
 
-/// Waits for SIGTERM or SIGINT.
+/// Returns a future that waits for SIGTERM or SIGINT.
 fn asked_to_stop() -> Result<impl Future<Output = ()> + Send> {
     let listen = |kind| signal(kind).attempt(|| "listen for signals");
     let (mut term, mut int) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);

@@ -1,4 +1,4 @@
-//! Requests to the service, and what it answers.
+//! Sends requests to the service and reads its answers.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -17,29 +17,29 @@ use crate::settings;
 /// Time limit for connecting.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 
-/// Time limit of a request: the service may move the objects of a large image.
+/// Time limit of a request: the service may have to move the objects of a large image.
 const LIMIT: Duration = Duration::from_hours(1);
 
 /// A request.
 #[derive(Debug)]
 pub(super) struct Request {
-    /// Verb and object for the error message "cannot …".
+    /// Verb and object of the error message "cannot …".
     pub(super) attempted: String,
     pub(super) method: Method,
-    /// Segments of the path below the version.
+    /// Segments of the path that follow the version.
     pub(super) path: Vec<String>,
     pub(super) query: Vec<(&'static str, String)>,
     pub(super) body: Option<serde_json::Value>,
 }
 
-/// A running service.
+/// Access to a running service.
 pub(super) struct Service {
     client: reqwest::Client,
     url: Url,
     token: Option<String>,
-    /// PEM file of authorities to trust.
+    /// PEM file of CA certificates to trust.
     ca: Option<PathBuf>,
-    /// URL of the service as it was given.
+    /// URL of the service as the user gave it.
     shown: String,
 }
 
@@ -65,7 +65,7 @@ impl Service {
             return Err(Error::bad_input(format!("the service's URL is '{shown}': {expected}")));
         }
         let is_here = matches!(url.host_str(), Some("localhost" | "127.0.0.1" | "[::1]"));
-        // A proxy cannot reach this machine's loopback address.
+        // Use no proxy for this machine's loopback address, which a proxy cannot reach.
         let builder = if is_here { builder.no_proxy() } else { builder };
         let client = builder.build().attempt(|| format!("reach the service at {shown}"))?;
         let token = place.token.as_deref().map(token).transpose()?;
@@ -73,8 +73,8 @@ impl Service {
         Ok(Self { client, url, token, ca, shown })
     }
 
-    /// Returns the variables by which `ims-sshd` reaches the service. The token is written to a file in `directory`,
-    /// which only this user can enter, because the caller's own token file may be JSON.
+    /// Returns the variables by which `ims-sshd` reaches the service. Writes the token into a file in `directory`,
+    /// which only this user can enter: `ims-sshd` expects the plain token, and the user's own file may be JSON.
     pub(super) fn variables(&self, directory: &Path) -> Result<Vec<(&'static str, PathBuf)>> {
         let mut variables = vec![("IMS_URL", PathBuf::from(&self.shown))];
         if let Some(token) = &self.token {
@@ -86,7 +86,7 @@ impl Service {
         Ok(variables)
     }
 
-    /// Sends a request, and returns what the service answers; [`Value::Null`] if that has no content.
+    /// Sends a request and returns the service's answer; [`Value::Null`] if the answer has no content.
     pub(super) async fn ask(&self, request: &Request) -> Result<Value> {
         let response = self.send(request, Some(LIMIT)).await?;
         let text = response.bytes().await.map_err(|e| failed(request, &e))?;
@@ -96,7 +96,7 @@ impl Service {
         serde_json::from_slice(&text).attempt(|| format!("{}: read the answer as JSON", request.attempted))
     }
 
-    /// Sends a request, and writes the answer to `to` as it comes.
+    /// Sends a request, and writes the answer to `to` as it arrives.
     pub(super) async fn copy(&self, request: &Request, to: &mut impl Write) -> Result<()> {
         let mut response = self.send(request, None).await?;
         while let Some(bytes) = response.chunk().await.map_err(|e| failed(request, &e))? {
@@ -144,7 +144,7 @@ impl Service {
 }
 
 fn failed(request: &Request, error: &reqwest::Error) -> Error {
-    // The outer errors only name the URL.
+    // Show the innermost cause, since the outer errors only name the URL.
     let mut cause: &dyn std::error::Error = error;
     while let Some(source) = cause.source() {
         cause = source;
@@ -152,20 +152,20 @@ fn failed(request: &Request, error: &reqwest::Error) -> Error {
     Error::new(&request.attempted).because(cause)
 }
 
-/// Socket of the service that this user has started with the variables of this process.
+/// Returns the socket of a service that this user has started with the same environment variables.
 fn socket() -> PathBuf {
     let named = |name: &str| std::env::var_os(name).filter(|path| !path.is_empty()).map(PathBuf::from);
     let data = || named("IMS_DATA_DIR").unwrap_or_else(|| settings::DATA.into());
     named("IMS_SOCKET").unwrap_or_else(|| settings::default_socket(&data()))
 }
 
-/// Certificates in a file.
+/// Reads the CA certificates in a file.
 fn authorities(file: &Path) -> Result<Vec<Certificate>> {
     let attempted = || format!("read the authorities in {}", file.display());
     Certificate::from_pem_bundle(&std::fs::read(file).attempt(attempted)?).attempt(attempted)
 }
 
-/// Token in a file: the text itself, or JSON with `access_token`, as `cray auth login` leaves it.
+/// Reads the token from a file: plain text, or JSON with `access_token`, as `cray auth login` writes it.
 fn token(file: &Path) -> Result<String> {
     #[derive(Deserialize)]
     struct Login {

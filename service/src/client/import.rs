@@ -1,6 +1,6 @@
-//! `ims images import` and `ims recipes import`: bring an image or a recipe of this machine into the service's store.
-//! This process reads the source and writes the store with its own rights, so that the service opens no path on behalf
-//! of others.
+//! `ims images import` and `ims recipes import` bring an image or a recipe of this machine into the service's store.
+//! This process itself reads the source and writes to the store, with its own rights, so that the service opens no path
+//! on behalf of others.
 
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
@@ -22,13 +22,13 @@ use crate::records::Location;
 use crate::runner::programs;
 use crate::store::Store;
 
-/// A directory that is removed with all its content when this value is dropped.
+/// A directory that is removed with its content when this value is dropped.
 struct Work(PathBuf);
 
 impl Work {
     fn below(directory: &Path) -> Result<Self> {
         let path = directory.join(format!("import.{}", Uuid::new_v4()));
-        // Others must not reach setuid programs of an image.
+        // Keep other users out: they must not reach setuid programs of an image.
         DirBuilder::new().recursive(true).mode(0o700).create(&path).attempt(|| format!("create {}", path.display()))?;
         Ok(Self(path))
     }
@@ -62,12 +62,12 @@ pub(super) async fn image(service: &Service, wanted: &ImportImage) -> Result<Val
         if output.status.success() {
             return Ok(output.stdout);
         }
-        // The program has printed its error.
+        // The program has already printed its error.
         let step = words.first().copied().unwrap_or_default();
         Err(Error::new(attempted()).because(format!("'ims-sshd {step}' failed, {}", output.status)))
     };
     let archive = format!("{name}.sqsh");
-    // The steps keep their records in the current directory.
+    // The steps keep their files in the current directory if the source is not an image root.
     let root = if Path::new(&source).is_dir() { source.as_str() } else { "." };
     if root == "." {
         run(&["prepare", ".", &source]).await?;
@@ -78,12 +78,12 @@ pub(super) async fn image(service: &Service, wanted: &ImportImage) -> Result<Val
     service.ask(&IMAGES.describe(&id)).await
 }
 
-/// Returns the standard output of a program; its standard error is that of this process.
+/// Returns the standard output of a program; its standard error goes to that of this process.
 async fn output_of(command: &mut Command) -> std::io::Result<std::process::Output> {
     command.stdout(Stdio::piped()).spawn()?.wait_with_output().await
 }
 
-/// ID of the image in the report of an upload.
+/// Returns the ID of the image from the report of an upload.
 fn id_in(said: &[u8]) -> Option<String> {
     #[derive(Deserialize)]
     struct Record {
@@ -96,7 +96,7 @@ fn id_in(said: &[u8]) -> Option<String> {
     serde_json::from_slice::<Report>(said).ok().map(|report| report.ims_image_record.id)
 }
 
-/// Bucket of recipes, as upstream's clients name it.
+/// Bucket of recipes; upstream's clients use the same.
 const RECIPES_BUCKET: &str = "ims";
 
 /// Imports a recipe, and returns its record.
@@ -130,7 +130,7 @@ pub(super) async fn recipe(service: &Service, wanted: &ImportRecipe) -> Result<V
         Err(failed) => failed,
         linked => return linked,
     };
-    // Remove the object and the record, also from the deleted recipes, so that nothing of the failed import stays.
+    // Remove the object and the record, also from the deleted recipes, so that nothing of the failed import remains.
     let _ = store.remove(&at).await;
     for request in [RECIPES.delete(id), DELETED_RECIPES.delete(id)] {
         if let Err(error) = service.ask(&request).await {

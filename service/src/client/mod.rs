@@ -1,4 +1,4 @@
-//! Commands that ask a running service, in the words of `cray ims`.
+//! Commands that ask a running service, with the syntax of `cray ims`.
 
 mod arguments;
 mod connection;
@@ -119,7 +119,7 @@ async fn deleted(service: &Service, verb: Deleted) -> Result<Value> {
     }
 }
 
-/// The name of a node is its ID.
+/// Carries out a command about nodes. The name of a node is also its ID.
 async fn nodes(service: &Service, verb: Nodes) -> Result<Value> {
     let request = match verb {
         Nodes::Create { xname } => requests::NODES.create(&xname, json!({ "xname": xname })),
@@ -143,7 +143,7 @@ async fn common(service: &Service, kind: Kind, verb: Common) -> Result<Value> {
     service.ask(&request).await
 }
 
-/// The ID of a record that is named by its ID or its name.
+/// Returns the ID of the record that the user names by its ID or by its name.
 async fn find(service: &Service, kind: Kind, named: &str) -> Result<String> {
     if Uuid::try_parse(named).is_ok() {
         return Ok(named.to_owned());
@@ -163,7 +163,7 @@ async fn find(service: &Service, kind: Kind, named: &str) -> Result<String> {
     }
 }
 
-/// Content of a file; `-` is standard input.
+/// Reads a file; `-` is standard input.
 fn read(file: &Path) -> Result<String> {
     let attempted = || format!("read {}", file.display());
     if file == Path::new("-") {

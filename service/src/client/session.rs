@@ -1,4 +1,4 @@
-//! `ims jobs ssh`: waits until users can log in to a job, then becomes ssh.
+//! `ims jobs ssh`: waits until users can log in to a job, then replaces itself with ssh.
 
 use std::convert::Infallible;
 use std::os::unix::process::CommandExt;
@@ -15,7 +15,8 @@ use super::value::Value;
 /// Poll interval for the job's status.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
-/// Becomes ssh, which logs in to the job `id` and runs `command` unless it is empty. Returns only on failure.
+/// Replaces this process with ssh, which logs in to the job `id` and runs `command` unless it is empty. Returns only on
+/// failure.
 pub(super) async fn log_in(
     service: &Service,
     id: &str,
@@ -46,7 +47,7 @@ pub(super) async fn log_in(
     let (host, port) = address(&job)
         .ok_or_else(|| Error::new(attempted()).because("its record names no host and port to connect to"))?;
     let mut ssh = Command::new("ssh");
-    // Each job has its own host key, and addresses are reused: known hosts are stored by job, not by address.
+    // Store host keys by job, not by address: each job has its own host key, and addresses are reused.
     ssh.args(["-l", "root", "-p", &port.to_string(), "-o", &format!("HostKeyAlias=ims-job-{id}")]);
     ssh.args(["-o", "StrictHostKeyChecking=accept-new"]);
     ssh.args(["-o", &format!("UserKnownHostsFile={}", known_hosts()?.display())]);
@@ -56,17 +57,17 @@ pub(super) async fn log_in(
     Err(Error::new("start ssh").because(error))
 }
 
-/// Host and port at which the first container of a job accepts users.
+/// Returns the host and port at which the first container of a job accepts logins.
 fn address(job: &Value) -> Option<(String, u64)> {
     let container = job.get("ssh_containers")?.rows().first()?;
     let place = container.get("connection_info")?.get("customer_access")?;
     let Value::Number(port) = place.get("port")? else { return None };
-    // A host that begins with a hyphen would be an option of ssh.
+    // Ignore a host that begins with a hyphen: ssh would take it for an option.
     let host = place.text("host").filter(|host| !host.is_empty() && !host.starts_with('-'))?;
     Some((host.to_owned(), port.as_u64()?))
 }
 
-/// File of the host keys of jobs; `/dev/null` for a user without a home directory.
+/// Returns the file for the host keys of jobs; `/dev/null` for a user without a home directory.
 fn known_hosts() -> Result<PathBuf> {
     let cache = std::env::var_os("XDG_CACHE_HOME").filter(|path| !path.is_empty()).map(PathBuf::from);
     let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));

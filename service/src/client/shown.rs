@@ -33,7 +33,7 @@ pub(super) fn text(answer: &Value, format: Format) -> String {
         (Value::Table(record), Format::Toml) => toml(record),
         (_, Format::Toml) => toml(&vec![("results".into(), answer.clone())]),
     };
-    // A table without records has no column names either.
+    // A table without records has no column names either, so print nothing for it.
     if text.trim_end().is_empty() { String::new() } else { format!("{}\n", text.trim_end()) }
 }
 
@@ -41,14 +41,14 @@ fn json(value: &Value) -> String {
     use serde::Serialize;
     let mut text = Vec::new();
     let mut serializer = Serializer::with_formatter(&mut text, PrettyFormatter::with_indent(b"  "));
-    // Every value has a form in JSON, and a vector takes any length.
+    // This cannot fail: JSON can express every value, and a vector takes any length.
     let _ = value.serialize(&mut serializer);
     printable::json(&String::from_utf8_lossy(&text))
 }
 
 /// YAML, whose texts are those of JSON.
 fn yaml(value: &Value) -> String {
-    // Every value has a form in JSON.
+    // This cannot fail: JSON can express every value.
     let value = serde_json::to_value(value).unwrap_or_default();
     printable::json(&openapi::yaml(&value))
 }
@@ -83,7 +83,7 @@ fn level<'a>(table: &'a Table, path: &str) -> (String, Vec<(String, &'a Table)>)
         let name = if !name.is_empty() && name.chars().all(is_bare) { name.clone() } else { quoted(name) };
         let place = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
         match value {
-            // TOML has no null.
+            // TOML has no null, so leave such a field out.
             Value::Null => {}
             Value::Table(table) => below.push((place, table)),
             Value::List(rows) if rows.iter().any(|row| matches!(row, Value::Table(_))) => lists += &list(rows, &place),
@@ -103,7 +103,7 @@ fn list(rows: &[Value], path: &str) -> String {
         let _ = writeln!(text, "[[{path}]]");
         let (own, mut tables) = level(table, path);
         let mut rest = "\n".to_owned();
-        // If the table has no fields of its own, an empty line comes before its first list.
+        // If the table has no fields of its own, print an empty line before its first list.
         if own.starts_with('[') { &mut rest } else { &mut text }.push_str(&own);
         while !tables.is_empty() {
             let mut below = Vec::new();

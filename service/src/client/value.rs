@@ -1,4 +1,4 @@
-//! JSON whose objects keep the order of their members: people and scripts see records in the service's order.
+//! JSON whose objects keep the order of their members, so that people and scripts see records in the service's order.
 
 use std::fmt;
 
@@ -21,13 +21,13 @@ pub(super) enum Value {
 }
 
 impl Value {
-    /// The member `name` of an object.
+    /// Returns the member `name` of an object.
     pub(super) fn get(&self, name: &str) -> Option<&Self> {
         let Self::Table(table) = self else { return None };
         table.iter().find(|(key, _)| key == name).map(|(_, value)| value)
     }
 
-    /// The text of the member `name` of an object.
+    /// Returns the text of the member `name` of an object.
     pub(super) fn text(&self, name: &str) -> Option<&str> {
         match self.get(name)? {
             Self::Text(text) => Some(text),
@@ -35,7 +35,7 @@ impl Value {
         }
     }
 
-    /// The elements of a list.
+    /// Returns the elements of a list; none for another value.
     pub(super) fn rows(&self) -> &[Self] {
         match self {
             Self::List(rows) => rows,

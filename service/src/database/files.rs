@@ -1,5 +1,5 @@
-//! Upstream's files: one JSON array for each table. They are imported at the first start, and again whenever they have
-//! been replaced. `ims export` writes them, so that one can go back to upstream's service.
+//! Upstream's files, one JSON array for each table. They are imported at the first start, and again whenever they have
+//! been replaced. `ims export` writes them, so that a site can go back to upstream's service.
 
 use std::collections::BTreeMap;
 use std::fs::Permissions;
@@ -34,14 +34,15 @@ pub async fn import(database: &Database, directory: &Path) -> Started<()> {
     Ok(())
 }
 
-/// Writes all tables as files into `directory`.
+/// Writes each table as a file into `directory`.
 pub async fn export(database: &Database, directory: &Path) -> Started<()> {
     for_each_table!(export_table(database, directory));
     Ok(())
 }
 
-/// Makes the files that are missing of those that the manual's import replaces: it looks for them first. Only for a
-/// database that no other replica uses: each would have such a file of its own, and take that of another for a new one.
+/// Creates the missing ones of the files that upstream's manual tells administrators to replace for an import: the
+/// manual first checks that they exist. Only for a database that no other replica uses. Each replica would create files
+/// of its own, and import the files of another replica as replaced ones.
 pub async fn make_missing(database: &Database, directory: &Path) -> Started<()> {
     for name in [Kind::PublicKeys, Kind::Recipes, Kind::Images].into_iter().filter_map(Kind::file) {
         let path = directory.join(name);
@@ -52,7 +53,8 @@ pub async fn make_missing(database: &Database, directory: &Path) -> Started<()> 
         let new = tempfile::Builder::new().permissions(Permissions::from_mode(0o644)).tempfile_in(directory);
         let mut file = new.attempt(attempted)?;
         file.write_all(b"[]").attempt(attempted)?;
-        // Known before it is there: a kill in between must not let the next start import it.
+        // Record the file's state before the file gets its name: after a kill in between, the next start must not
+        // import it.
         let state = state(file.path()).ok_or_else(|| Error::new(attempted()).because("it is gone already"))?;
         let mut change = database.change(&[]).await.attempt(attempted)?;
         change.set_imported(name, &state).await.attempt(attempted)?;
@@ -87,14 +89,14 @@ async fn import_text<R: Record>(database: &Database, name: &str, state: &str, te
     change.commit().await
 }
 
-/// Replaces the records of a table by those in a file. Records that the file lacks are set aside.
+/// Replaces the records of a table by those in a file. Old records that the file lacks are set aside, not lost.
 async fn replace<R: Record>(change: &mut Change, name: &str, items: Vec<&RawValue>) -> Result<()> {
     let before: Vec<R> = change.records().await?;
     change.clear(R::KIND).await?;
     let mut records: BTreeMap<String, (usize, R)> = BTreeMap::new();
     for (place, item) in items.into_iter().enumerate() {
         match record::<R>(item.get()) {
-            // Of records with the same ID, upstream keeps the last.
+            // If several records have the same ID, keep the last, as upstream does.
             Ok(record) => drop(records.insert(record.id().to_owned(), (place, record))),
             Err(reason) => {
                 set_aside(change, R::KIND, item.get(), &format!("a record in {name} is wrong: {reason}")).await?;
@@ -114,7 +116,7 @@ async fn replace<R: Record>(change: &mut Change, name: &str, items: Vec<&RawValu
     Ok(())
 }
 
-/// Reads a record as upstream does: unknown fields are dropped, missing ones get their defaults.
+/// Parses a record as upstream does: unknown fields are dropped, and missing fields get their defaults.
 fn record<R: Record>(item: &str) -> std::result::Result<R, String> {
     let mut item: Value = serde_json::from_str(item).map_err(|e| e.to_string())?;
     let fields = item.as_object_mut().ok_or("it is no object")?;
@@ -122,7 +124,7 @@ fn record<R: Record>(item: &str) -> std::result::Result<R, String> {
         fields.entry("id").or_insert_with(|| json!(new_id()));
         for time in ["created", "deleted"] {
             let time = fields.entry(time).or_insert_with(|| json!(now()));
-            // Upstream parses the zone `Z` and writes it as `+00:00`.
+            // Upstream parses the zone `Z` and writes it back as `+00:00`.
             if let Some(text) = time.as_str().and_then(|text| text.strip_suffix('Z')) {
                 *time = json!(format!("{text}+00:00"));
             }
@@ -146,13 +148,13 @@ async fn export_table<R: Record>(database: &Database, directory: &Path) -> Start
     file.write_all(wire::spaced(&records).as_bytes()).attempt(attempted)?;
     file.as_file().sync_all().attempt(attempted)?;
     file.persist(&path).map_err(|e| Error::new(attempted()).because(e.error))?;
-    // Record the file's state, so that the next start does not take it for a replaced file and import it.
+    // Record the file's state, so that the next start does not take the file for a replaced one and import it.
     let state = state(&path).ok_or_else(|| Error::new(attempted()).because("it is gone already"))?;
     change.set_imported(name, &state).await.attempt(attempted)?;
     change.commit().await.attempt(attempted)
 }
 
-/// Identity of a file, which changes when another file replaces it.
+/// Returns the modification time and size of a file as a text, which changes when another file replaces the file.
 fn state(path: &Path) -> Option<String> {
     let metadata = path.metadata().ok().filter(std::fs::Metadata::is_file)?;
     Some(format!("{}.{:09} {}", metadata.mtime(), metadata.mtime_nsec(), metadata.len()))

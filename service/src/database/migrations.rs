@@ -1,14 +1,14 @@
-//! Versions of the tables. A version is never changed once it is released; a new one is added at the end.
+//! Versions of the database's tables. A released version is never changed; new versions are added at the end.
 
 use sqlx::{AnyPool, Row};
 
 use super::Result;
 use crate::records::Kind;
 
-/// Key of the row in `imports` that holds the name of this database; no file has an empty name.
+/// Key of the row in `imports` that holds the name of this database. No imported file has an empty name.
 const IDENTITY: &str = "";
 
-/// Statements that lead from each version to the next.
+/// Statements that upgrade each version to the next.
 const VERSIONS: &[&[&str]] = &[&[
     "CREATE TABLE kinds (kind TEXT PRIMARY KEY, version BIGINT NOT NULL)",
     "CREATE TABLE records (kind TEXT NOT NULL, id TEXT NOT NULL, place BIGINT NOT NULL, link TEXT NOT NULL, \
@@ -21,11 +21,12 @@ const VERSIONS: &[&[&str]] = &[&[
     "CREATE TABLE set_aside (kind TEXT NOT NULL, body TEXT NOT NULL, reason TEXT NOT NULL, moved TEXT NOT NULL)",
 ]];
 
-/// Brings the tables to the newest version; returns the name of this database. Several replicas may do so at once.
+/// Upgrades the tables to the newest version and returns the name of this database. Several replicas may call it at
+/// once.
 pub(super) async fn run(pool: &AnyPool) -> Result<String> {
     let mut transaction = pool.begin().await?;
     if transaction.backend_name() == "PostgreSQL" {
-        // Replicas wait for each other: CREATE TABLE IF NOT EXISTS alone fails when two do it at once.
+        // Let replicas wait for each other: CREATE TABLE IF NOT EXISTS fails if two replicas run it at once.
         sqlx::query("SELECT pg_advisory_xact_lock(470100)").execute(&mut *transaction).await?;
     }
     sqlx::query("CREATE TABLE IF NOT EXISTS schema_version (version BIGINT NOT NULL)")
@@ -49,7 +50,7 @@ pub(super) async fn run(pool: &AnyPool) -> Result<String> {
         let statement = "INSERT INTO kinds (kind, version) VALUES ($1, 0) ON CONFLICT (kind) DO NOTHING";
         sqlx::query(statement).bind(kind.name()).execute(&mut *transaction).await?;
     }
-    // Choose a random name once, for ETags: the version of a list means nothing in another database.
+    // Choose a random name once. ETags contain it, since the version of a list means nothing in another database.
     let statement = "INSERT INTO imports (file, state) VALUES ($1, $2) ON CONFLICT (file) DO NOTHING";
     sqlx::query(statement).bind(IDENTITY).bind(crate::records::new_id()).execute(&mut *transaction).await?;
     let row = sqlx::query("SELECT state FROM imports WHERE file = $1").bind(IDENTITY);

@@ -1,7 +1,8 @@
-//! Access: programs of the socket's owner may send requests, and so may clients on an address that send the token.
+//! Decides which requests are answered: those of programs of the socket's owner, and those to the address that have the
+//! token.
 //!
-//! A request's source address, host name and cookies do not count. A browser sends them for any web page, even for one
-//! whose name resolves to this machine, but such a page does not have the token.
+//! A request's source address, host name and cookies do not matter. A browser would send the right ones for any web
+//! page, even for a page whose host name resolves to this machine, but such a page does not have the token.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -22,9 +23,9 @@ use super::routes::Target;
 /// Client at the other end of a connection.
 #[derive(Debug, Clone, Copy)]
 pub enum Peer {
-    /// A program of this machine, on the socket; with its user's ID.
+    /// A program of this machine that connected to the socket, with the ID of its user.
     Local(Option<u32>),
-    /// A client on the address.
+    /// A client that connected to the address.
     Remote(SocketAddr),
 }
 
@@ -44,7 +45,7 @@ impl Connected<IncomingStream<'_, UnixListener>> for Peer {
     }
 }
 
-/// Listener on an address.
+/// Listener on an address, as opposed to the socket.
 pub struct OnAddress<L>(pub L);
 
 impl<L: Listener<Addr = SocketAddr>> Listener for OnAddress<L> {
@@ -66,22 +67,22 @@ impl<L: Listener<Addr = SocketAddr>> Connected<IncomingStream<'_, OnAddress<L>>>
     }
 }
 
-/// Rule for the requests that are answered.
+/// Rule for which requests are answered.
 pub enum Access {
-    /// All: a gateway has authenticated the sender.
+    /// All requests: a gateway has authenticated the sender.
     All,
-    /// Those on the socket, to which the kernel lets only its owner connect, and those with the token.
+    /// Requests on the socket, to which the kernel lets only its owner connect, and requests with the token.
     Token(Box<Token>),
 }
 
-/// Keyed hash of the token, which is enough to recognize it.
+/// Keyed hash of the token, which suffices to compare a sent token.
 pub struct Token {
     key: hmac::Key,
     tag: hmac::Tag,
 }
 
 impl Token {
-    /// Keeps the keyed hash of `token`.
+    /// Computes the keyed hash of `token`.
     pub fn new(token: &str) -> Result<Self> {
         let mut seed = [0; 32];
         SystemRandom::new().fill(&mut seed).attempt(|| "make a key for the token")?;
@@ -90,21 +91,21 @@ impl Token {
         Ok(Self { key, tag })
     }
 
-    /// A new token, of 244 random bits.
+    /// Returns a new token with 244 random bits.
     pub fn random() -> String {
         let [first, second] = [Uuid::new_v4(), Uuid::new_v4()];
         format!("{}{}", first.simple(), second.simple())
     }
 
-    /// Compares in constant time, which reveals nothing about the token, not even its length.
+    /// Compares in constant time, so that the duration reveals nothing about the token, not even its length.
     fn is(&self, sent: &[u8]) -> bool {
         hmac::verify(&self.key, sent, self.tag.as_ref()).is_ok()
     }
 }
 
 impl Access {
-    /// Returns the refusal of a request that must not be answered; its body has not been read. Health is exempt since
-    /// it has no secrets and probes have no token, downloads since their URLs are signed.
+    /// Returns the answer that refuses a request, or `None` if the request may be answered. Requests for the health
+    /// need no token, since it is no secret and probes have no token. Downloads need none, since their URLs are signed.
     pub(super) fn refusal(
         &self,
         peer: Peer,
@@ -127,7 +128,7 @@ impl Access {
     }
 }
 
-/// Returns the token of the header `Authorization`; the case of the scheme is ignored (RFC 9110, 11.1).
+/// Returns the token of the header `Authorization`. The case of the scheme is ignored (RFC 9110, 11.1).
 fn bearer(sent: &[u8]) -> Option<&[u8]> {
     let (scheme, token) = sent.split_at_checked(BEARER.len())?;
     scheme.eq_ignore_ascii_case(BEARER).then(|| token.trim_ascii())

@@ -86,7 +86,7 @@ impl Service {
         .await
     }
 
-    /// Returns a record; fails with 404 if there is none.
+    /// Returns a record; fails with 404 if it does not exist.
     pub async fn found<R: Record>(&self, id: &str) -> Result<R, Problem> {
         self.database.record(id).await?.ok_or_else(|| Problem::not_found(R::KIND.noun()))
     }
@@ -101,7 +101,7 @@ impl Service {
         Ok(created(record))
     }
 
-    /// Applies a checked patch to the current record, which may have changed since the patch was checked.
+    /// Applies a checked patch to the record as it is now, since it may have changed after the check.
     async fn patch<R: Record>(
         &self,
         id: &str,
@@ -120,7 +120,7 @@ impl Service {
     }
 }
 
-/// Refuses a link that another record has.
+/// Fails if another record already has the link.
 async fn taken(change: &mut crate::database::Change, kind: Kind, link: &Link, id: &str) -> Result<(), Problem> {
     if change.is_linked(kind, &link.path, id).await? {
         let detail = format!("cannot use the link {}: another {} has it", link.path, kind.noun());
@@ -129,7 +129,8 @@ async fn taken(change: &mut crate::database::Change, kind: Kind, link: &Link, id
     Ok(())
 }
 
-/// Returns the link that a patch adds to a record; `None` if the patch has none, or the link that the record has.
+/// Returns the link that a patch gives to a record; `None` if the patch has no link, or the one that the record already
+/// has.
 fn new_link(record: &impl Record, patch: &Map<String, Value>) -> Result<Option<Link>, Problem> {
     let Some(link) = patch.get("link") else { return Ok(None) };
     let link: Link = serde_json::from_value(link.clone()).expect("a checked link");
@@ -140,7 +141,7 @@ fn new_link(record: &impl Record, patch: &Map<String, Value>) -> Result<Option<L
     }
 }
 
-/// Checks a request's fields.
+/// Checks the fields of a request and returns them converted.
 pub fn checked(request: &Request, fields: &[Field]) -> Result<Map<String, Value>, Problem> {
     rules::check(&request.json()?, fields).map_err(|errors| Problem::fields(&errors))
 }

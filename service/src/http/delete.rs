@@ -12,10 +12,10 @@ use crate::records::manifest::{self, Artifact, MANIFEST};
 use crate::records::{Deleted, Image, Kind, Link, Location, PublicKey, Recipe, Record, now};
 use crate::store::Failure;
 
-/// Key of a deleted image's manifest, below the image's ID.
+/// Name of the manifest of a deleted image, whose key is `deleted/ID/deleted_manifest.json`.
 const DELETED_MANIFEST: &str = "deleted_manifest.json";
 
-/// Size in bytes from which a manifest is not read at all.
+/// Size in bytes from which a manifest is not read.
 const LARGEST_MANIFEST: u64 = 64 << 20;
 
 impl Service {
@@ -25,7 +25,8 @@ impl Service {
         Ok(no_content())
     }
 
-    /// DELETE of all records of a table, one after another. Records that cannot be deleted stay, and are listed.
+    /// DELETE of all records of a table, one after another. Records that cannot be deleted stay, and the answer lists
+    /// them.
     pub async fn delete_all(&self, kind: Kind, version: Version, query: &str) -> Result<Response<Body>, Problem> {
         let cascade = cascades(query);
         let ids = self.ids(kind).await?;
@@ -33,7 +34,7 @@ impl Service {
         for id in ids {
             match self.delete_record(kind, version, &id, cascade).await {
                 Ok(()) => {}
-                // Another request has deleted the record meanwhile.
+                // Another request has deleted the record in the meantime.
                 Err(problem) if problem.status == axum::http::StatusCode::NOT_FOUND => {}
                 Err(problem) => failures.push(format!("{} {id}: {problem}", kind.noun())),
             }
@@ -73,7 +74,8 @@ impl Service {
                     Some(link) if !self.is_in_use(Kind::Images, &link.path).await? => {
                         match self.objects(link).await {
                             Ok(objects) => objects,
-                            // The manifest does not say where the objects are; the record is removed without them.
+                            // The manifest does not say where the objects are, so remove the record and leave the
+                            // objects in the store.
                             Err(problem) if !problem.is_outage => Vec::new(),
                             Err(problem) => return Err(problem),
                         }
@@ -86,8 +88,8 @@ impl Service {
         }
     }
 
-    /// Returns the objects of an image: the artifacts, then the manifest. If the manifest is too large,
-    /// returns no objects, which then stay in the store.
+    /// Returns the objects of an image: the artifacts, then the manifest. If the manifest is too large to be read,
+    /// returns none, so that the objects stay in the store.
     async fn objects(&self, link: &Link) -> Result<Vec<Location>, Problem> {
         let at = super::links::location(link).map_err(|problem| Problem::failed(problem.detail))?;
         let text = match self.store.get(&at, self.settings.max_manifest_size).await {
@@ -102,11 +104,12 @@ impl Service {
         let artifacts = manifest::artifacts(&text).ok_or_else(|| {
             Problem::failed(format!("cannot use the manifest {at}: it lists no artifacts; see cascade=false"))
         })?;
-        // The manifest of a deleted image lists the original manifest as an artifact.
+        // If the image is deleted, its manifest lists the original manifest as an artifact, so the result includes both
+        // manifests.
         Ok(artifacts.into_iter().map(|artifact| artifact.location).chain([at]).collect())
     }
 
-    /// Removes a record for good, then its objects.
+    /// Removes a record permanently, then its objects.
     async fn remove_record<R: Record>(&self, record: &R, objects: Vec<Location>) -> Result<(), Problem> {
         let mut change = self.database.change(&[R::KIND]).await?;
         if !change.remove(R::KIND, record.id()).await? {
@@ -200,7 +203,7 @@ impl Service {
         self.exchange(&image, made, &gone, |image| Deleted { record: Image { link, ..image }, deleted: now() }).await
     }
 
-    /// Moves a record to another table, together with objects that were copied for it.
+    /// Moves a record to another table. The moved record uses the objects `copies`, and the objects `gone` are removed.
     async fn exchange<R: Record + PartialEq, S: Record>(
         &self,
         record: &R,
@@ -223,7 +226,8 @@ impl Service {
             Ok(())
         };
         if let Err(problem) = changed.await {
-            // If only the answer to the commit was lost, the record was moved and the copies are in use.
+            // The commit may have succeeded although its answer was lost. Then the moved record uses the copies, so
+            // undo them only if the record has not moved.
             if self.database.record::<S>(record.id()).await.is_ok_and(|moved| moved.is_none()) {
                 self.undo(copies).await;
             }
@@ -239,8 +243,8 @@ impl Service {
         Ok(no_content())
     }
 
-    /// PATCH of all deleted records of a table, one after another. Records that cannot be undeleted stay, and are
-    /// listed.
+    /// PATCH of all deleted records of a table, one after another. Records that cannot be undeleted stay, and the
+    /// answer lists them.
     pub async fn undelete_all(&self, kind: Kind) -> Result<Response<Body>, Problem> {
         let mut failures = Vec::new();
         for id in self.ids(kind).await? {
@@ -320,7 +324,7 @@ impl Service {
     }
 }
 
-/// Returns whether a deletion removes objects too: by default, and for the values that upstream takes for true.
+/// Returns whether a deletion also removes objects: by default, and for the values that upstream takes for true.
 fn cascades(query: &str) -> bool {
     let cascade = super::pairs(query).into_iter().find(|(name, _)| name == "cascade");
     cascade.is_none_or(|(_, value)| matches!(value.to_ascii_lowercase().as_str(), "true" | "yes" | "t" | "1"))

@@ -1,4 +1,4 @@
-//! Health, version, metrics, the OpenAPI document and downloads: requests that return no records.
+//! Requests that return no records: health, version, metrics, the OpenAPI document and downloads.
 
 use std::collections::BTreeMap;
 
@@ -10,11 +10,11 @@ use super::problem::Problem;
 use super::{Service, json as answer, openapi};
 use crate::records::{Kind, wire};
 
-/// Release of upstream that has this API.
+/// Upstream's release that has this API.
 const API_VERSION: &str = "3.33.0";
 
 impl Service {
-    /// GET of the health: `{}` as long as the program answers.
+    /// GET of the health: always `{}`, since an answer shows that the program runs.
     pub fn health() -> Response<Body> {
         answer(StatusCode::OK, wire::in_order(&json!({})))
     }
@@ -39,7 +39,7 @@ impl Service {
         text("application/yaml", openapi::document())
     }
 
-    /// GET of an object of a store that is a directory, by a signed URL.
+    /// GET of an object by a signed URL; only for a store in a directory.
     pub async fn download(&self, path: &str, query: &str, headers: &HeaderMap) -> Result<Response<Body>, Problem> {
         use tokio::io::{AsyncReadExt, AsyncSeekExt};
         let no = || Problem::new(StatusCode::FORBIDDEN, "the URL is not signed by this service, or has expired");
@@ -73,11 +73,11 @@ impl Service {
     }
 }
 
-/// Maximum number of bytes of a download in memory.
+/// Maximum number of bytes of a download that are in memory at once.
 const CHUNK: usize = 256 << 10;
 
-/// Returns the start of a range without an end, with which clients continue a download. Other ranges are ignored, as
-/// HTTP allows.
+/// Returns the start of a range that has no end, as clients send it to continue a download. Other ranges are ignored,
+/// as HTTP allows.
 fn from(range: &str) -> Option<u64> {
     range.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok()
 }

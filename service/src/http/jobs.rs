@@ -16,13 +16,13 @@ use crate::records::{Container, Image, Job, Kind, Location, PublicKey, Recipe, S
 use crate::runner::{Death, Held, NewJob};
 use crate::store::Failure;
 
-/// Name of user metadata with the MD5 of an object.
+/// Name of the user metadata that holds an object's MD5.
 const MD5: &str = "md5sum";
 
-/// Age from which a start counts as interrupted; a younger start may be in progress in another replica.
+/// Age from which a job start counts as interrupted. Another replica may still be working on a younger start.
 pub const LONGEST_START: TimeDelta = TimeDelta::minutes(15);
 
-/// Input that a job begins with.
+/// Image or recipe that a job begins with.
 struct Source {
     arch: String,
     require_dkms: bool,
@@ -76,7 +76,8 @@ impl Service {
         .await
     }
 
-    /// Starts a job. The job is first recorded as starting, so that what a kill leaves of it can be found and removed.
+    /// Starts a job. Records it as starting first, so that its leftovers can be found and removed if this process is
+    /// killed.
     async fn start(&self, mut new: NewJob) -> Result<Response<Body>, Problem> {
         let is_for_node = self.runner.takes_nodes(&new.job);
         let statuses = if is_for_node { self.probe_nodes().await? } else { Vec::new() };
@@ -102,7 +103,8 @@ impl Service {
             change.commit().await
         };
         if let Err(error) = stored.await {
-            // If only the answer to the commit was lost, the record exists and the job stays.
+            // The commit may have succeeded although its answer was lost. Then the record exists and the job stays, so
+            // remove the job only if there is no record.
             if self.database.record::<Job>(&job.id).await.is_ok_and(|job| job.is_none()) {
                 self.end_start(&job).await;
             }
@@ -113,8 +115,8 @@ impl Service {
         Ok(created(&job))
     }
 
-    /// Returns the jobs whose start began at least `age` ago and was interrupted by a kill; younger starts may be in
-    /// progress.
+    /// Returns the jobs whose start began at least `age` ago and has not finished, so that it counts as interrupted by
+    /// a kill.
     pub async fn starts(&self, age: TimeDelta) -> Vec<Job> {
         let starting = self.database.all_in::<Job>(Kind::Starting).await.unwrap_or_else(|error| {
             tracing::warn!("cannot look for jobs whose start was cut off: {error}");
@@ -132,9 +134,10 @@ impl Service {
         }
     }
 
-    /// Removes what the runner holds of jobs without a record, and releases what it holds of jobs that have ended.
+    /// Removes what the runner holds of jobs without a record, and releases what it holds of ended jobs.
     pub async fn clear_held(&self) {
-        // Ask the runner before the database: a job is recorded as starting before the runner has anything of it.
+        // Ask the runner before the database. A job is recorded as starting before the runner creates anything for it,
+        // so a job that the runner names without any record in the database is a leftover.
         let held = match self.runner.held().await {
             Ok(held) => held,
             Err(failures) => {
@@ -143,7 +146,8 @@ impl Service {
             }
         };
         for Held { job: id, is_for_running } in held {
-            // Read `Starting` first: a job whose start ends between the two reads is then found among the jobs.
+            // Read `Starting` before the jobs: a job whose start finishes between the two reads is then found among the
+            // jobs.
             let found = async {
                 let starting = self.database.ids(Kind::Starting).await?;
                 Ok::<_, sqlx::Error>((starting.contains(&id), self.database.record::<Job>(&id).await?))
@@ -186,7 +190,7 @@ impl Service {
         }
     }
 
-    /// The recipe that a create job begins with.
+    /// Returns the recipe that a create job begins with.
     async fn recipe(&self, id: &str) -> Result<Source, Problem> {
         let recipe = self.database.record::<Recipe>(id).await?;
         let recipe = recipe.ok_or_else(|| Problem::bad_request(format!("no recipe has the id {id}")))?;
@@ -205,7 +209,7 @@ impl Service {
         })
     }
 
-    /// The image that a customize job begins with.
+    /// Returns the image that a customize job begins with.
     async fn image(&self, id: &str) -> Result<Source, Problem> {
         let image = self.database.record::<Image>(id).await?;
         let image = image.ok_or_else(|| Problem::bad_request(format!("no image has the id {id}")))?;
@@ -237,8 +241,8 @@ impl Service {
         Ok(if url.starts_with('/') { format!("{}{url}", self.settings.url()) } else { url })
     }
 
-    /// PATCH of a job. If the new status ends the job, what it holds is released before the status is stored. If that
-    /// fails, the client may repeat the request.
+    /// PATCH of a job. If the new status ends the job, what the job holds is released before the status is stored, so
+    /// the client can repeat the request if the release fails.
     pub async fn patch_job(&self, id: &str, request: &Request) -> Result<Response<Body>, Problem> {
         let job = self.found::<Job>(id).await?;
         let patch = checked(request, rules::PATCH_JOB)?;
@@ -269,7 +273,7 @@ impl Service {
         Ok(job)
     }
 
-    /// Records that a job died; fails if the database is gone. A job that has already ended stays as it is.
+    /// Records that a job died. Fails if the database fails. A job that has already ended stays as it is.
     pub async fn job_died(&self, death: &Death) -> Result<(), sqlx::Error> {
         let Death { id, reason } = death;
         let Some(job) = self.database.record::<Job>(id).await?.filter(|job| !job.has_ended()) else { return Ok(()) };
@@ -300,7 +304,7 @@ impl Service {
         Ok(no_content())
     }
 
-    /// DELETE of all jobs that fit the filters of the query.
+    /// DELETE of all jobs that match the filters of the query.
     pub async fn delete_jobs(&self, query: &str) -> Result<Response<Body>, Problem> {
         let filters = Filters::parse(query)?;
         let now = Local::now().naive_local();
@@ -326,7 +330,7 @@ impl Service {
     }
 }
 
-/// The containers that people log in to.
+/// Returns the containers that users log in to; none for a create job without debug.
 fn containers(is_create: bool, debug: bool, asked: Option<Vec<Container>>) -> Result<Option<Vec<Container>>, Problem> {
     let asked = asked.filter(|list| !list.is_empty());
     let named = |name: &str| Container { name: Some(name.into()), jail: false, status: None, connection_info: None };
@@ -345,7 +349,7 @@ fn containers(is_create: bool, debug: bool, asked: Option<Vec<Container>>) -> Re
     Ok(Some(list))
 }
 
-/// Filters of a deletion of all jobs.
+/// Filters of a request that deletes all jobs.
 #[derive(Debug, Default, PartialEq)]
 struct Filters {
     statuses: Vec<String>,
@@ -396,7 +400,7 @@ impl Filters {
     }
 }
 
-/// Reads an age: numbers, each with a unit.
+/// Parses an age: numbers, each followed by a unit.
 fn age(text: &str) -> Option<TimeDelta> {
     let text = text.to_ascii_lowercase();
     let mut rest = text.as_str();
@@ -421,7 +425,7 @@ fn age(text: &str) -> Option<TimeDelta> {
     (!text.is_empty() && fits).then_some(age)
 }
 
-/// Reads a record's time, which older releases wrote with a zone.
+/// Parses the time of a record; older releases wrote times with a zone.
 fn time(text: &str) -> Option<NaiveDateTime> {
     let zoned = || DateTime::parse_from_rfc3339(text).map(|time| time.with_timezone(&Local).naive_local());
     text.parse().or_else(|_| zoned()).ok()

@@ -1,4 +1,4 @@
-//! Checks of links in requests, against the store.
+//! Checks the links of requests against the store.
 
 use futures_util::future::join_all;
 
@@ -37,7 +37,7 @@ impl From<Refusal> for Problem {
 }
 
 impl Service {
-    /// Asks the store for the object of a link.
+    /// Requests the properties of the object to which a link points.
     pub async fn object(&self, link: &Link) -> Result<(Location, Object), Problem> {
         let at = location(link)?;
         let object = self.store.head(&at).await.map_err(|failure| self.told(problem(&at, &failure)))?;
@@ -54,7 +54,7 @@ impl Service {
         text.map_err(|failure| self.told(problem(&at, &failure)))
     }
 
-    /// Checks the link of a new image, or a link that is added to an image.
+    /// Checks the link of a new image, or a link that a patch adds to an image.
     pub async fn check_image(&self, link: &Link) -> Result<(), Problem> {
         let checked = manifest::check(&self.manifest(link).await?)?;
         for group in checked.artifacts.chunks(AT_ONCE) {
@@ -66,7 +66,7 @@ impl Service {
         checked.refusal.map_or(Ok(()), |refusal| Err(refusal.into()))
     }
 
-    /// Counts `problem` in the metrics if the store has failed, and returns it unchanged.
+    /// Counts `problem` in the metrics if it is a failure of the store, and returns it unchanged.
     pub fn told(&self, problem: Problem) -> Problem {
         if problem.status.is_server_error() {
             self.metrics.store_failed();

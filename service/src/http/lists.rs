@@ -1,4 +1,4 @@
-//! Lists and single records, as the database keeps them.
+//! Lists and single records, answered in the form in which the database stores them.
 
 use axum::body::Body;
 use axum::http::{HeaderMap, HeaderValue, Response, StatusCode, header};
@@ -95,11 +95,11 @@ fn wanted(query: &str) -> Result<Wanted, Problem> {
     Ok(wanted)
 }
 
-/// Returns the records of one page as JSON, and the ID after which the next page begins.
+/// Returns the records of one page as JSON, and the ID after which the next page begins; `None` on the last page.
 fn page(records: &[String], wanted: &Wanted) -> (String, Option<String>) {
     let parsed = records.iter().filter_map(|text| Some((text.as_str(), serde_json::from_str::<Value>(text).ok()?)));
     let mut fitting = parsed.filter(|(_, record)| {
-        // A table without the field ignores the filter, as it ignores unknown parameters.
+        // Ignore the filter for a table without the field, as unknown parameters are ignored.
         wanted.filters.iter().all(|(name, value)| record.get(name).is_none_or(|field| field.as_str() == Some(value)))
     });
     let id = |record: &Value| {
@@ -107,7 +107,7 @@ fn page(records: &[String], wanted: &Wanted) -> (String, Option<String>) {
         id.unwrap_or_default().to_owned()
     };
     if let Some(after) = &wanted.after {
-        // If the record with this ID was deleted meanwhile, nothing is left and the list ends.
+        // If the record with this ID was deleted in the meantime, the search consumes all records and the list ends.
         let _ = fitting.by_ref().find(|(_, record)| id(record) == *after);
     }
     let mut rest = fitting.peekable();

@@ -1,4 +1,4 @@
-//! Output of the programs of a job: a request that upstream does not have.
+//! Returns the output of a job's programs. Upstream has no such request.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,14 +14,14 @@ use super::{Service, pairs};
 use crate::records::Job;
 use crate::runner;
 
-/// Maximum number of bytes of a log in memory.
+/// Maximum number of bytes of a log that are in memory at once.
 const CHUNK: usize = 64 << 10;
 
-/// Poll interval for new lines, which other programs write.
+/// Poll interval for new lines in the log file, which other programs write.
 const LOOK_EVERY: Duration = Duration::from_millis(300);
 
 impl Service {
-    /// GET of a job's log; with `follow=true` the answer goes on until the job ends.
+    /// GET of a job's log. With `follow=true` the answer continues until the job ends.
     pub async fn log(self: &Arc<Self>, id: &str, query: &str) -> Result<Response<Body>, Problem> {
         let job = self.found::<Job>(id).await?;
         let is_followed = pairs(query).iter().any(|(name, value)| name == "follow" && value == "true");
@@ -30,7 +30,7 @@ impl Service {
         let body = match log.ok_or_else(|| Problem::not_found("log"))? {
             runner::Log::Stream(parts) => Body::from_stream(parts),
             runner::Log::File(path) => {
-                // A job that has not begun has written nothing.
+                // If the file does not exist, the job's programs have not started and have written nothing.
                 let file = File::open(&path).await.ok();
                 let log = Log { service: self.clone(), id: id.to_owned(), path, file, is_followed };
                 Body::from_stream(futures_util::stream::try_unfold(log, |mut log| async move {
@@ -54,10 +54,10 @@ struct Log {
 }
 
 impl Log {
-    /// The next part, once there is one; `None` at the end.
+    /// Waits for the next part of the log; returns `None` at the end.
     async fn next(&mut self) -> std::io::Result<Option<Vec<u8>>> {
         loop {
-            // Check the status before reading: then the last read comes after the job's end and misses nothing.
+            // Check the status before reading: if the job has ended, the read that follows misses nothing.
             let goes_on =
                 self.is_followed && self.service.found::<Job>(&self.id).await.is_ok_and(|job| !job.has_ended());
             if self.file.is_none() {

@@ -12,7 +12,7 @@ const REQUEST_SECONDS: [f64; 8] = [0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0
 /// Upper bounds of the buckets of job durations, in seconds.
 const JOB_SECONDS: [f64; 6] = [60.0, 300.0, 900.0, 3600.0, 14400.0, 86400.0];
 
-/// Counters of one process.
+/// Counters of this process.
 #[derive(Debug, Default)]
 pub struct Metrics {
     requests: Mutex<BTreeMap<(&'static str, String, u16), u64>>,
@@ -66,7 +66,7 @@ impl Metrics {
         self.store_failures.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// All metrics, with the number of jobs of each status.
+    /// Returns all metrics as text. `jobs` is the number of jobs of each status.
     pub fn text(&self, jobs: &BTreeMap<String, u64>) -> String {
         let mut text = String::new();
         let head = |text: &mut String, name: &str, kind: &str, help: &str| {

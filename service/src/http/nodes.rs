@@ -1,4 +1,4 @@
-//! Remote build nodes: whether they can run jobs, and which one runs a job.
+//! Remote build nodes: whether they can run jobs, and which of them runs a job.
 
 use axum::body::Body;
 use axum::http::{Response, StatusCode};
@@ -22,7 +22,7 @@ impl Service {
         Ok(join_all(nodes.iter().map(|node| self.runner.probe(&node.xname))).await)
     }
 
-    /// Chooses the node for a job of this architecture; an empty name if none can run it.
+    /// Chooses the node for a job of this architecture. Returns an empty name if no node can run the job.
     pub(super) async fn choose_node(&self, statuses: &[NodeStatus], arch: &str) -> Result<String, Problem> {
         let mut jobs = self.database.records::<Job>().await?;
         jobs.retain(|job| !job.has_ended());

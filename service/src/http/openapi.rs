@@ -1,4 +1,4 @@
-//! The OpenAPI document, made from the tables of fields and routes.
+//! The OpenAPI document, generated from the tables of fields and routes.
 
 use std::fmt::Write;
 
@@ -7,13 +7,13 @@ use serde_json::{Map, Value, json};
 use crate::records::STATUSES;
 use crate::records::rules::{self, Field, Rule};
 
-/// A table of records in the document.
+/// A table of records, as the document describes it.
 struct Table {
     path: &'static str,
     schema: &'static str,
     new: &'static [Field],
     patch: Option<&'static [Field]>,
-    /// Query parameters of the deletion of all records.
+    /// Query parameters of the request that deletes all records.
     filters: &'static [&'static str],
 }
 
@@ -43,18 +43,18 @@ const TABLES: &[Table] = &[
     Table { path: "remote-build-nodes", schema: "RemoteBuildNode", new: rules::NEW_NODE, patch: None, filters: &[] },
 ];
 
-/// Pattern of an age: numbers, each with a unit.
+/// Pattern of an age: numbers, each followed by a unit.
 const AGE: &str = "^([0-9]{1,4}(w|weeks?|d|days?|h|hours?|m|min|minutes?))+$";
 
 /// Pattern of a link's path: a URL with a bucket and a key.
 const PATH: &str = r"^[^:\x00]*://[^/\x00]+/[^#\x00][^\x00]*$";
 
-/// The document as YAML.
+/// Returns the document as YAML.
 pub fn document() -> String {
     format!("# Made from the code by `ims openapi`; see service/src/http/openapi.rs.\n{}", yaml(&value()))
 }
 
-/// JSON as YAML.
+/// Converts JSON to YAML.
 pub fn yaml(value: &Value) -> String {
     let mut text = String::new();
     write(&mut text, value, 0);
@@ -122,7 +122,7 @@ fn value() -> Value {
             "version": env!("CARGO_PKG_VERSION"),
             "description": "Records of images, recipes, public keys and jobs.",
         },
-        // The empty object: on the socket and behind a gateway, no token is needed.
+        // The empty object means that no token is needed, as on the socket and behind a gateway.
         "security": [{}, { "token": [] }],
         "paths": paths,
         "components": {
@@ -238,7 +238,7 @@ fn responses(status: &str, schema: Option<&Value>, problems: &[u16]) -> Value {
     Value::Object(responses)
 }
 
-/// Reference to the answer to every failed request.
+/// Reference to the answer that every failed request gets.
 fn problem() -> Value {
     json!({ "$ref": "#/components/responses/Problem" })
 }
@@ -270,7 +270,7 @@ fn query_parameter(name: &str, kind: &str) -> Value {
     json!({ "name": name, "in": "query", "required": false, "schema": { "type": kind } })
 }
 
-/// A query parameter of the deletion of all records.
+/// A query parameter of the request that deletes all records.
 fn filter(name: &str) -> Value {
     let mut parameter = query_parameter(name, "string");
     match name {
@@ -285,7 +285,7 @@ fn time() -> Value {
     json!({ "type": "string", "description": "Local time without a zone." })
 }
 
-/// Schema of a table's records: the fields of POST, and those that the service adds.
+/// Schema of a table's records: the fields of a POST, and those that the service adds.
 fn record(table: &Table) -> Value {
     let mut schema = object(table.new);
     schema["additionalProperties"] = json!(true);
@@ -345,7 +345,7 @@ fn schema(field: &Field) -> Value {
     schema
 }
 
-/// Writes YAML: objects and lists by indentation, everything else as JSON, which YAML contains.
+/// Writes YAML: objects and lists by indentation, everything else as JSON, which is valid YAML.
 fn write(text: &mut String, value: &Value, depth: usize) {
     let indent = "  ".repeat(depth);
     match value {

@@ -9,27 +9,27 @@ use serde_json::{Value, json};
 use crate::records::rules::Errors;
 use crate::records::wire;
 
-/// Answer to a failed request (RFC 7807).
+/// Answer to a failed request, in the format of RFC 7807.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
     /// Status of the answer.
     pub status: StatusCode,
-    /// Reason, for people.
+    /// Reason, for people; the `detail` of most answers.
     pub detail: String,
-    /// Complaints by field, or a list of failed steps.
+    /// Complaints by field, or a list of the steps that failed.
     pub errors: Option<Value>,
-    /// Whether a part that the service relies on does not answer.
+    /// True if the failure is an outage: something that the service relies on (store, database) does not answer.
     pub is_outage: bool,
     shape: Shape,
 }
 
-/// Shape of the answer.
+/// Shape of the answer's body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Shape {
     Problem,
-    /// The reason is the title, and there is no detail; used for a bad filter.
+    /// The reason is the title, and there is no detail. Used for a wrong filter.
     Title,
-    /// `{"message": …}` alone; used for a body that cannot be read.
+    /// Only `{"message": …}`. Used for a body that cannot be read.
     Message,
 }
 
@@ -39,66 +39,66 @@ impl Problem {
         Self { status, detail: detail.into(), errors: None, is_outage: false, shape: Shape::Problem }
     }
 
-    /// There is no such record.
+    /// 404: there is no such record.
     pub fn not_found(what: &str) -> Self {
         Self::new(StatusCode::NOT_FOUND, format!("no such {what}: see the ids in its list"))
     }
 
-    /// The request cannot be carried out as it is.
+    /// 400: the request cannot be carried out as it is.
     pub fn bad_request(detail: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, detail)
     }
 
-    /// A value cannot be accepted.
+    /// 422: a value cannot be accepted.
     pub fn unprocessable(detail: impl Into<String>) -> Self {
         Self::new(StatusCode::UNPROCESSABLE_ENTITY, detail)
     }
 
-    /// The request does not say who sends it.
+    /// 401: the request does not say who sends it.
     pub fn unauthorized(detail: impl Into<String>) -> Self {
         Self::new(StatusCode::UNAUTHORIZED, detail)
     }
 
-    /// The request conflicts with the current state of a record or object.
+    /// 409: the request conflicts with the current state of a record or object.
     pub fn conflict(detail: impl Into<String>) -> Self {
         Self::new(StatusCode::CONFLICT, detail)
     }
 
-    /// A part that the service relies on has failed.
+    /// 500: something that the service relies on has failed.
     pub fn failed(detail: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, detail)
     }
 
-    /// A filter of the query is wrong.
+    /// 400: a filter of the query is wrong.
     pub fn filter(sentence: impl Into<String>) -> Self {
         Self { shape: Shape::Title, ..Self::bad_request(sentence) }
     }
 
-    /// The body of the request cannot be read.
+    /// The body of the request cannot be read; the answer holds only `message`.
     pub fn message(status: StatusCode, message: impl Into<String>) -> Self {
         Self { shape: Shape::Message, ..Self::new(status, message) }
     }
 
-    /// Fields of the request are wrong.
+    /// 422: the fields in `errors` are wrong.
     pub fn fields(errors: &Errors) -> Self {
         let names: Vec<_> = errors.keys().map(String::as_str).collect();
         let detail = format!("cannot accept the request: wrong or unknown fields: {}", names.join(", "));
         Self { errors: Some(json!(errors)), ..Self::unprocessable(detail) }
     }
 
-    /// Sets whether a part that the service relies on does not answer.
+    /// Sets whether the failure is an outage: something that the service relies on does not answer.
     #[must_use]
     pub fn outage(mut self, outage: bool) -> Self {
         self.is_outage = outage;
         self
     }
 
-    /// Steps have failed, each with a sentence.
+    /// 500: steps have failed; `failures` has a sentence for each.
     pub fn steps(detail: impl Into<String>, failures: &[String]) -> Self {
         Self { errors: Some(json!(failures)), ..Self::failed(detail) }
     }
 
-    /// The answer: `status`, `title`, `detail`, `errors`, without a newline.
+    /// Returns the answer: JSON with `status`, `title`, `detail` and `errors`, without a newline at the end.
     pub fn answer(&self) -> Response<Body> {
         #[derive(serde::Serialize)]
         struct Fields<'a> {
@@ -119,7 +119,7 @@ impl Problem {
     }
 }
 
-/// Python's name of a status.
+/// Returns the name that Python has for a status.
 fn title(status: StatusCode) -> &'static str {
     status.canonical_reason().unwrap_or("Error")
 }
@@ -130,12 +130,12 @@ impl fmt::Display for Problem {
     }
 }
 
-/// An answer whose body is `{"message": …}`: JSON that cannot be parsed, another media type.
+/// An answer whose body is `{"message": …}`, for JSON that cannot be parsed and for unexpected media types.
 fn message(status: StatusCode, message: &str) -> Response<Body> {
     answer(status, "application/json", wire::in_order(&json!({ "message": message })))
 }
 
-/// The answer to a method that the URL does not have; with `short`, it holds only the message.
+/// The answer to a method that the URL does not support. With `short`, it holds only the message.
 pub fn no_such_method(allowed: &str, short: bool) -> Response<Body> {
     #[derive(serde::Serialize)]
     struct Fields<'a> {

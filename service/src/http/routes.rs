@@ -28,7 +28,7 @@ pub enum Target<'a> {
     NodeStatuses,
     /// Status of one remote build node.
     NodeStatus(&'a str),
-    /// Health.
+    /// Health of the service.
     Health,
     /// Version of the API.
     Release,

@@ -13,13 +13,13 @@ pub enum Kind {
     Jobs,
     /// Remote build nodes.
     Nodes,
-    /// Public keys that can be brought back.
+    /// Deleted public keys, which can be brought back.
     DeletedPublicKeys,
-    /// Recipes that can be brought back.
+    /// Deleted recipes, which can be brought back.
     DeletedRecipes,
-    /// Images that can be brought back.
+    /// Deleted images, which can be brought back.
     DeletedImages,
-    /// Jobs that are being started: not records yet.
+    /// Jobs that are being started and have no record yet.
     Starting,
 }
 
@@ -51,7 +51,7 @@ impl Kind {
         }
     }
 
-    /// Name of one record, for messages.
+    /// Name of a single record of the table, for messages.
     pub fn noun(self) -> &'static str {
         match self {
             Self::PublicKeys => "public key",
@@ -65,7 +65,7 @@ impl Kind {
         }
     }
 
-    /// Name of upstream's file for this table.
+    /// Name of the file in which upstream keeps this table; `None` if upstream has no such table.
     pub fn file(self) -> Option<&'static str> {
         Some(match self {
             Self::PublicKeys => "v2_public_keys.json",

@@ -5,12 +5,12 @@ use serde::{Deserialize, Serialize};
 /// Link to an object.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Link {
-    /// URL; its scheme is ignored.
+    /// URL of the object; its scheme is ignored.
     pub path: String,
     /// ETag without quotes; may be empty.
     #[serde(default)]
     pub etag: String,
-    /// `s3`.
+    /// Type of the link: `s3`.
     #[serde(rename = "type")]
     pub kind: String,
 }
@@ -30,14 +30,14 @@ impl Link {
         Self { path: location.to_string(), etag: etag.into(), kind: "s3".into() }
     }
 
-    /// Location of the object; `None` if the URL has no bucket or no key.
+    /// Returns the location of the object; `None` if the URL has no bucket or no key.
     pub fn location(&self) -> Option<Location> {
         Location::parse(&self.path)
     }
 }
 
 impl Location {
-    /// Parses a URL: the host is the bucket, and the rest is the key, including a query.
+    /// Parses a URL: the host is the bucket, and everything after it, including a query, is the key.
     pub fn parse(url: &str) -> Option<Self> {
         let (_, rest) = url.split_once("://")?;
         let (bucket, key) = rest.split_once('/')?;
@@ -46,20 +46,21 @@ impl Location {
         fits.then(|| Self { bucket: bucket.to_owned(), key: key.to_owned() })
     }
 
-    /// Location to which a soft delete moves the object.
+    /// Returns the location to which a soft delete moves the object.
     #[must_use]
     pub fn when_deleted(&self) -> Self {
         Self { bucket: self.bucket.clone(), key: format!("{DELETED}{}", self.key) }
     }
 
-    /// Location to which an undelete moves the object; `None` if no soft delete has moved it.
+    /// Returns the location to which an undelete moves the object; `None` if the object is at no location of a soft
+    /// delete.
     pub fn when_undeleted(&self) -> Option<Self> {
         let key = self.key.strip_prefix(DELETED).filter(|key| !key.is_empty())?;
         Some(Self { bucket: self.bucket.clone(), key: key.to_owned() })
     }
 }
 
-/// Prefix of keys of deleted objects.
+/// Prefix that a soft delete adds to the keys of objects.
 const DELETED: &str = "deleted/";
 
 impl std::fmt::Display for Location {

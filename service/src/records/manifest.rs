@@ -1,13 +1,13 @@
-//! Manifests of images: which ones a record may link to, and which objects are moved and removed with a record.
+//! Manifests of images: which manifests a record may link to, and which objects are moved and removed with a record.
 
 use serde_json::{Map, Value, json};
 
 use super::{Link, Location};
 
-/// Start of the type of an image's rootfs.
+/// Prefix of the media type of an image's rootfs.
 const ROOTFS: &str = "application/vnd.cray.image.rootfs.squashfs";
 
-/// Type of the entry by which a deleted image's manifest lists the original manifest.
+/// Media type of the original manifest, which the manifest of a deleted image lists as an artifact.
 pub const MANIFEST: &str = "application/vnd.cray.image.manifest";
 
 /// Reason why a record cannot link to a manifest, or why no job can start from it.
@@ -19,7 +19,7 @@ pub enum Refusal {
     Rootfs(String),
 }
 
-/// A file of an image.
+/// A file of an image, as the manifest lists it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Artifact {
     /// Location of the file.
@@ -30,16 +30,16 @@ pub struct Artifact {
     pub md5: Option<String>,
 }
 
-/// A manifest that a record is to link to.
+/// Result of checking a manifest that a record is to link to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Checked {
-    /// Objects that must exist.
+    /// Objects that must exist for the link to be accepted.
     pub artifacts: Vec<Location>,
     /// Reason to refuse the manifest even if these objects exist.
     pub refusal: Option<Refusal>,
 }
 
-/// Checks a manifest by the rules for a new link. A manifest that is empty JSON passes.
+/// Checks a manifest by the rules for a new link. Accepts a manifest that is empty JSON.
 pub fn check(text: &[u8]) -> Result<Checked, Refusal> {
     let malformed = |why: &str| Refusal::Malformed(format!("the manifest {why}"));
     let manifest: Value = serde_json::from_slice(text).map_err(|e| malformed(&format!("is no JSON: {e}")))?;
@@ -69,7 +69,7 @@ pub fn check(text: &[u8]) -> Result<Checked, Refusal> {
     Ok(Checked { artifacts: locations, refusal })
 }
 
-/// Finds the rootfs that a customize job begins with.
+/// Returns the rootfs in the manifest of an image, from which a customize job begins.
 pub fn rootfs(text: &[u8]) -> Result<Artifact, Refusal> {
     let manifest: Value = serde_json::from_slice(text)
         .map_err(|e| Refusal::Malformed(format!("the manifest of the image is no JSON: {e}")))?;
@@ -83,7 +83,7 @@ pub fn rootfs(text: &[u8]) -> Result<Artifact, Refusal> {
     }
 }
 
-/// All artifacts with a location; `None` if the text is no manifest at all.
+/// Returns all artifacts that have a location; `None` if the text is no manifest at all.
 pub fn artifacts(text: &[u8]) -> Option<Vec<Artifact>> {
     let manifest: Value = serde_json::from_slice(text).ok()?;
     if is_empty(&manifest) {
@@ -93,7 +93,7 @@ pub fn artifacts(text: &[u8]) -> Option<Vec<Artifact>> {
     Some(listed.iter().filter_map(artifact).collect())
 }
 
-/// Returns the manifest of a deleted image, which lists everything that an undelete moves back.
+/// Returns the manifest of a deleted image. It lists all objects that an undelete moves back.
 pub fn of_deleted(artifacts: &[(Artifact, String)], manifest: &Link, created: &str) -> Vec<u8> {
     let link = |link: &Link| json!({ "etag": link.etag, "path": link.path, "type": link.kind });
     let listed = artifacts.iter().map(|(artifact, etag)| {
@@ -119,7 +119,7 @@ fn artifact(entry: &Value) -> Option<Artifact> {
     })
 }
 
-/// The artifacts of a manifest of version 1.0.
+/// Returns the artifacts of a manifest; fails if its version is not 1.0.
 fn versioned(manifest: &Value) -> Result<&Vec<Value>, Refusal> {
     if manifest.get("version").and_then(Value::as_str) != Some("1.0") {
         return Err(Refusal::Malformed("the version of the manifest is not 1.0".into()));
@@ -128,7 +128,7 @@ fn versioned(manifest: &Value) -> Result<&Vec<Value>, Refusal> {
     artifacts.ok_or_else(|| Refusal::Malformed("the manifest has no list of artifacts".into()))
 }
 
-/// Values that Python takes for false.
+/// Returns whether Python takes the value for false.
 pub fn is_empty(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,

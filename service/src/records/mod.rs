@@ -67,7 +67,7 @@ pub struct Recipe {
     /// Values for the recipe's templates.
     #[serde(default = "no_pairs")]
     pub template_dictionary: Option<Vec<Pair>>,
-    /// Whether kernel modules are built.
+    /// True if kernel modules are built.
     #[serde(default = "yes")]
     pub require_dkms: bool,
     /// `x86_64` or `aarch64`.
@@ -116,13 +116,13 @@ pub struct Node {
     pub xname: String,
 }
 
-/// A build environment that people log in to.
+/// A build environment that users log in to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Container {
     /// Name by which CFS recognizes the container that it requested.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// Whether sessions land in the image root.
+    /// True if logins enter the image root directly.
     #[serde(default)]
     pub jail: bool,
     /// Always `pending`: nothing updates it.
@@ -153,7 +153,7 @@ pub struct Job {
     pub job_type: String,
     /// Name of the new image.
     pub image_root_archive_name: String,
-    /// Whether the environment of a failed build stays open for logins.
+    /// True if the environment of a failed build stays open for logins.
     #[serde(default)]
     pub enable_debug: bool,
     /// Size of the volume in GiB.
@@ -171,7 +171,7 @@ pub struct Job {
     /// The environments that users log in to; at most one.
     #[serde(default)]
     pub ssh_containers: Option<Vec<Container>>,
-    /// Whether kernel modules are built.
+    /// True if kernel modules are built.
     #[serde(default = "yes")]
     pub require_dkms: bool,
     /// Memory of each container in GiB.

@@ -15,7 +15,7 @@ pub type Errors = BTreeMap<String, Value>;
 pub enum Rule {
     /// A text.
     Text {
-        /// Whether `""` passes.
+        /// True if `""` is accepted.
         empty: bool,
     },
     /// A boolean, or one of the words and numbers that Python's marshmallow accepts as a boolean.
@@ -45,7 +45,7 @@ pub struct Field {
     pub rule: Rule,
     /// True if the field must be present.
     pub required: bool,
-    /// Whether `null` passes.
+    /// True if `null` is accepted.
     pub null: bool,
 }
 

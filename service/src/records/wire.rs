@@ -1,4 +1,4 @@
-//! JSON formatted as in upstream's answers, some of which clients compare byte by byte.
+//! JSON in the format of upstream's answers: clients compare some of them byte by byte.
 
 use std::io::{self, Write};
 
@@ -6,29 +6,29 @@ use serde::Serialize;
 use serde_json::Value;
 use serde_json::ser::{Formatter, Serializer};
 
-/// A 201 answer: fields in the order of the struct, a blank after each comma and colon, a newline at the end.
+/// Formats a 201 answer: fields in the order of the struct, a blank after each comma and colon, a newline at the end.
 pub fn in_order(value: &impl Serialize) -> String {
     written(value, true) + "\n"
 }
 
-/// A 200 answer: keys sorted, no blanks, a newline at the end.
+/// Formats a 200 answer: keys sorted, no blanks, a newline at the end.
 pub fn sorted(value: &impl Serialize) -> String {
     compact(value) + "\n"
 }
 
-/// [`sorted`] without the newline, as the database keeps records.
+/// Formats like [`sorted`], but without the newline, as the database stores records.
 pub fn compact(value: &impl Serialize) -> String {
     // Objects of a `Value` are sorted by key.
     let value: Value = serde_json::to_value(value).expect("records have text keys");
     written(&value, false)
 }
 
-/// [`in_order`] without the newline.
+/// Formats like [`in_order`], but without the newline.
 pub fn spaced(value: &impl Serialize) -> String {
     written(value, true)
 }
 
-/// A list of records that are [`compact`] already, with the newline.
+/// Formats a list of records that [`compact`] has formatted, with a newline at the end.
 pub fn list<'a>(records: impl IntoIterator<Item = &'a str>) -> String {
     let mut text = String::from("[");
     for (index, record) in records.into_iter().enumerate() {
@@ -47,7 +47,7 @@ fn written(value: &impl Serialize, blanks: bool) -> String {
     String::from_utf8(bytes).expect("only ASCII is written")
 }
 
-/// Escapes all that is not ASCII, as Python's `json.dumps` does.
+/// Formatter that escapes everything outside ASCII, as Python's `json.dumps` does.
 struct Ascii {
     blanks: bool,
 }

@@ -61,7 +61,7 @@ pub struct Death {
 pub struct Held {
     /// ID of the job.
     pub job: String,
-    /// Whether these include objects that the job needs only while it runs.
+    /// True if these include objects that the job needs only while it runs.
     pub is_for_running: bool,
 }
 

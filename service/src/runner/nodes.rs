@@ -1,5 +1,5 @@
-//! Asks remote build nodes over SSH whether they can run jobs. The commands are those of upstream, since a node's
-//! administrator may have restricted the key to them.
+//! Asks remote build nodes over SSH whether they can run jobs. The commands are upstream's, since the administrator of
+//! a node may have restricted the key to these commands.
 
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -12,33 +12,33 @@ use tokio::process::Command;
 
 use super::NodeStatus;
 
-/// Time limit for all answers of a node, in case the node drops packets silently.
+/// Time limit for all answers of a node together: a node may drop packets silently.
 const LIMIT: Duration = Duration::from_secs(6);
 
-/// Commands that ask for the architecture, podman, and the number of jobs.
+/// Commands that ask for the architecture, for podman, and for the number of jobs.
 const QUESTIONS: [&str; 3] = ["uname -i", "which podman", "ls -d1 /tmp/* | grep /tmp/ims_ | wc -l"];
 
-/// Status of an established connection, in upstream's words.
+/// Status of a node to which a connection was established, in upstream's words.
 pub(super) const CONNECTED: &str = "SSH connection established.";
 
-/// Exit code of ssh if it could not connect.
+/// Exit code of ssh when it could not connect.
 const NO_CONNECTION: i32 = 255;
 
-/// How to reach the nodes.
+/// Access to the remote build nodes.
 #[derive(Debug, Clone)]
 pub struct Nodes {
-    /// Private key that logs in as root on the nodes. If there is a file `known_hosts` next to it, no other host keys
-    /// are accepted.
+    /// Private key for logging in as root on the nodes. If there is a file `known_hosts` next to the key, only the host
+    /// keys in that file are accepted.
     key: PathBuf,
 }
 
 impl Nodes {
-    /// Nodes on which the private key in the file `key` logs in as root.
+    /// Access to the nodes by the private key in the file `key`, which logs in as root.
     pub fn new(key: &Path) -> Self {
         Self { key: key.to_owned() }
     }
 
-    /// Returns whether there is a key; without it no node can run jobs.
+    /// Returns whether the key exists; without a key no node can run jobs.
     pub fn has_key(&self) -> bool {
         self.key.exists()
     }
@@ -63,7 +63,7 @@ impl Nodes {
         }
     }
 
-    /// Copies the key, since ssh refuses one that others can read.
+    /// Copies the key to a file that only this user can read: ssh refuses a key that others can read.
     fn copy_key(&self) -> Result<TempDir> {
         let attempted = || format!("read the key {}", self.key.display());
         let text = std::fs::read(&self.key).attempt(attempted)?;
@@ -95,14 +95,14 @@ impl Nodes {
     }
 }
 
-/// Returns whether ssh can take the text for nothing but a host.
+/// Returns whether ssh would take the text for a host and for nothing else, such as an option.
 fn is_host(text: &str) -> bool {
     !text.is_empty()
         && !text.starts_with('-')
         && text.chars().all(|c| c.is_ascii_alphanumeric() || ['-', '_', '.', ':'].contains(&c))
 }
 
-/// Reads a node's answers to the questions.
+/// Reads a node's answers to [`QUESTIONS`].
 fn read(xname: &str, answers: [&std::io::Result<Output>; 3]) -> NodeStatus {
     let mut status = NodeStatus::unknown(xname);
     let said = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
@@ -136,11 +136,11 @@ fn read(xname: &str, answers: [&std::io::Result<Output>; 3]) -> NodeStatus {
     status
 }
 
-/// Chooses the node for a job of this architecture: of the able nodes the first with the fewest jobs. `known` returns
-/// the number of jobs that this service has on a node, some of which the node may not show yet.
+/// Chooses the node for a job of this architecture: the first of the able nodes with the fewest jobs. `known` returns
+/// the number of jobs that this service has on a node, which may be higher than the number that the node reports.
 pub fn choose<'a>(statuses: &'a [NodeStatus], arch: &str, known: impl Fn(&str) -> i64) -> Option<&'a str> {
     let able = statuses.iter().filter(|status| status.is_able && status.arch == arch);
-    // Nodes whose number of jobs is not known come last.
+    // Prefer nodes whose number of jobs is known.
     let load = |status: &&NodeStatus| (status.jobs < 0, status.jobs.max(known(&status.xname)));
     able.min_by_key(load).map(|status| status.xname.as_str())
 }

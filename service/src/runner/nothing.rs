@@ -1,4 +1,4 @@
-//! A runner without anything to run on: the service keeps records only.
+//! A runner for a service that only keeps records: it runs nothing.
 
 use async_trait::async_trait;
 use tokio::sync::mpsc;

@@ -12,18 +12,18 @@ use ring::rand::{SecureRandom, SystemRandom};
 use super::{Failure, Object, Result};
 use crate::records::Location;
 
-/// A directory with a directory for each bucket.
+/// A store in a directory, with a subdirectory for each bucket.
 pub struct Directory {
     root: PathBuf,
-    /// Key that signs download paths; random at each start, so that paths of earlier runs become invalid.
+    /// Key that signs download paths. Random at each start, so that paths signed by an earlier process are invalid.
     key: hmac::Key,
 }
 
-/// Beginning of the paths under which the service itself serves downloads.
+/// Prefix of the paths under which the service itself serves downloads.
 pub const DOWNLOADS: &str = "/downloads/";
 
 impl Directory {
-    /// Uses `root`, which is created if it is missing.
+    /// Uses `root`, and creates it if it is missing.
     pub fn open(root: &Path) -> Started<Self> {
         let attempted = || format!("use the directory {} as a store", root.display());
         std::fs::create_dir_all(root).attempt(attempted)?;
@@ -33,7 +33,8 @@ impl Directory {
         Ok(Self { root, key: hmac::Key::new(hmac::HMAC_SHA256, &seed) })
     }
 
-    /// Returns the file of an object; [`Failure::Missing`] for a key that leads out of the bucket's directory.
+    /// Returns the file of an object. Fails with [`Failure::Missing`] for a key that leads out of the bucket's
+    /// directory.
     fn file(&self, at: &Location) -> Result<PathBuf> {
         let path = Path::new(&at.bucket).join(&at.key);
         let fits = !at.bucket.contains('/') && path.components().all(|part| matches!(part, Component::Normal(_)));
@@ -51,7 +52,7 @@ impl Directory {
         if !metadata.is_file() {
             return Err(Failure::Missing);
         }
-        // The programs of a pod compute the same ETag from a file.
+        // The programs of a pod compute the same ETag for a file.
         let micros = i128::from(metadata.mtime()) * 1_000_000 + i128::from(metadata.mtime_nsec() / 1000);
         let etag = format!("{:x}-{micros:x}-{:x}", metadata.ino(), metadata.len());
         Ok(Object { size: metadata.len(), etag, metadata: std::collections::BTreeMap::new() })
@@ -71,7 +72,7 @@ impl Directory {
     pub(super) async fn copy(&self, from: &Location, to: &Location) -> Result<String> {
         self.head(from).await?;
         let from = self.file(from)?;
-        // A hard link needs no space, and is safe since objects are never changed in place.
+        // A hard link needs no space. It is safe, since a file of the store is replaced and never written to again.
         self.write(to, |new| {
             Box::pin(async move {
                 match tokio::fs::hard_link(&from, &new).await {
@@ -83,7 +84,7 @@ impl Directory {
         .await
     }
 
-    /// Lets `content` fill a new file, then renames it to the object's file, so that no reader finds a part.
+    /// Creates a new file, which `content` fills, and renames it to the object's file, so that no reader finds a part.
     async fn write<C>(&self, at: &Location, content: C) -> Result<String>
     where
         C: FnOnce(PathBuf) -> std::pin::Pin<Box<dyn Future<Output = std::io::Result<()>> + Send>> + Send,
@@ -96,7 +97,7 @@ impl Directory {
             content(new.clone()).await?;
             tokio::fs::File::open(&new).await?.sync_all().await?;
             tokio::fs::rename(&new, &file).await?;
-            // Renaming a file onto another hard link to it does nothing, so the new name would stay.
+            // If both names are hard links to one file, the rename did nothing and the new name still exists.
             let _ = tokio::fs::remove_file(&new).await;
             tokio::fs::File::open(&directory).await?.sync_all().await
         };
@@ -156,7 +157,7 @@ fn unhex(text: &str) -> Option<Vec<u8>> {
 
 fn failure(error: &std::io::Error) -> Failure {
     match error.kind() {
-        // No file has a name that is too long.
+        // No object can have a name that is too long for a file.
         ErrorKind::NotFound | ErrorKind::NotADirectory | ErrorKind::InvalidFilename => Failure::Missing,
         _ => Failure::Refused(format!("cannot use the store: {error}")),
     }

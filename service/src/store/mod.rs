@@ -1,4 +1,4 @@
-//! Objects that links of records point to: in S3, or in a directory of one machine.
+//! Objects to which the links of records point: in S3, or in a directory of this machine.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -15,7 +15,7 @@ mod s3;
 pub use directory::Directory;
 pub use s3::S3;
 
-/// Properties of an object that a store returns without the content.
+/// Properties of an object, which a store returns without the object's content.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Object {
     /// Size in bytes.
@@ -31,11 +31,11 @@ pub struct Object {
 pub enum Failure {
     /// There is no such object or bucket.
     Missing,
-    /// The store answers, and refuses.
+    /// The store answered and refused the request.
     Refused(String),
-    /// The store does not answer.
+    /// The store did not answer.
     Unreachable(String),
-    /// The object is larger than the limit.
+    /// The object is not smaller than the limit.
     TooLarge,
 }
 
@@ -56,12 +56,12 @@ impl fmt::Display for Failure {
 pub enum Store {
     /// An S3 server.
     S3(Box<S3>),
-    /// A directory, with a directory for each bucket.
+    /// A directory with a subdirectory for each bucket.
     Directory(Directory),
 }
 
 impl Store {
-    /// The store that the settings name.
+    /// Opens the store that the settings name.
     pub fn open(settings: &Settings) -> Started<Self> {
         match settings.s3_endpoint.strip_prefix("file://") {
             Some(directory) if directory.starts_with('/') => Ok(Self::Directory(Directory::open(directory.as_ref())?)),
@@ -69,7 +69,7 @@ impl Store {
         }
     }
 
-    /// Asks for an object's size, ETag and metadata.
+    /// Requests an object's size, ETag and metadata.
     pub async fn head(&self, at: &Location) -> Result<Object> {
         match self {
             Self::S3(s3) => s3.head(at).await,
@@ -77,7 +77,7 @@ impl Store {
         }
     }
 
-    /// Reads an object of less than `limit` bytes.
+    /// Reads an object. Fails with [`Failure::TooLarge`] unless it is smaller than `limit` bytes.
     pub async fn get(&self, at: &Location, limit: u64) -> Result<Vec<u8>> {
         match self {
             Self::S3(s3) => s3.get(at, limit).await,
@@ -85,7 +85,7 @@ impl Store {
         }
     }
 
-    /// Writes an object; returns its ETag.
+    /// Writes an object and returns its ETag.
     pub async fn put(&self, at: &Location, content: Vec<u8>) -> Result<String> {
         match self {
             Self::S3(s3) => s3.put(at, content).await,
@@ -93,7 +93,7 @@ impl Store {
         }
     }
 
-    /// Copies an object with its metadata; returns the copy's ETag.
+    /// Copies an object with its metadata, and returns the copy's ETag.
     pub async fn copy(&self, from: &Location, to: &Location) -> Result<String> {
         match self {
             Self::S3(s3) => s3.copy(from, to).await,
@@ -109,8 +109,8 @@ impl Store {
         }
     }
 
-    /// Returns a URL at which an object can be read without credentials for the time `valid`. For a directory, it is a
-    /// path below the service's own URL.
+    /// Returns a URL at which an object can be read without credentials during the time `valid`. For a store in a
+    /// directory, this is a path below the service's own URL.
     pub async fn signed_url(&self, at: &Location, valid: Duration) -> Result<String> {
         match self {
             Self::S3(s3) => s3.signed_url(at, valid).await,

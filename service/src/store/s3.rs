@@ -1,4 +1,4 @@
-//! An S3 server: path-style URLs, requests signed in their headers (SigV4).
+//! An S3 server, used with path-style URLs and with requests that are signed in their headers (SigV4).
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -21,29 +21,29 @@ pub struct S3 {
     client: Client,
     endpoint: String,
     own: AwsCredential,
-    /// Credentials for objects whose owner is [`STS`].
+    /// Credentials for copying objects whose owner is [`STS`].
     sts: Option<AwsCredential>,
 }
 
-/// Region for which requests are signed; the S3 servers in use ignore the region.
+/// Region named in signatures; the S3 servers in use ignore it.
 const REGION: &str = "us-east-1";
 
-/// Owner, in the ACL, of objects that only the STS credentials may copy.
+/// Owner, according to the ACL, of objects that only the STS credentials may copy.
 const STS: &str = "STS";
 
-/// Pauses before retrying a request that the server did not answer, or answered with 5xx.
+/// Pauses before repeating a request that the server did not answer or answered with 5xx.
 const PAUSES: [Duration; 3] = [Duration::from_millis(100), Duration::from_millis(500), Duration::from_secs(2)];
 
-/// Maximum size of an object that S3 copies by one request, in bytes; larger objects are copied in parts.
+/// Maximum size in bytes of an object that S3 copies in one request; larger objects are copied in parts.
 const LARGEST_COPY: u64 = 5 << 30;
 
-/// Size of a part, in bytes.
+/// Size of a part of a larger copy, in bytes.
 const PART: u64 = 1 << 30;
 
-/// Timeout for copying one object or part; a server may send nothing meanwhile.
+/// Timeout for copying one object or part, during which a server may send nothing.
 const COPY_TIMEOUT: Duration = Duration::from_hours(1);
 
-/// Prefix of headers with user metadata.
+/// Prefix of the headers that carry user metadata.
 const METADATA: &str = "x-amz-meta-";
 
 impl S3 {
@@ -135,7 +135,8 @@ impl S3 {
         Ok(copy.etag)
     }
 
-    /// Copies an object in parts. S3 then copies no metadata, so it is sent when the upload is created.
+    /// Copies an object in parts. In this case S3 does not copy the metadata, so the request that creates the upload
+    /// contains them.
     async fn copy_in_parts(
         &self,
         credential: &AwsCredential,
@@ -185,7 +186,7 @@ impl S3 {
 
     pub(super) async fn remove(&self, at: &Location) -> Result<()> {
         match self.ask(&self.own, &Call::new(Method::DELETE, at)).await {
-            // A server may answer 200 and say in the body that it has failed.
+            // A server may answer 200 and report an error in the body.
             Ok(answer) => match answer.text().await.map_err(|e| unreachable(&e))? {
                 text if text.contains("<Error>") => Err(Failure::Refused(format!("the store has not removed {at}"))),
                 _ => Ok(()),
@@ -209,7 +210,7 @@ impl S3 {
         bucket.signed_url(Method::GET, &key, valid).await.map(Into::into).map_err(|e| refused(&e))
     }
 
-    /// The credentials that may copy the object.
+    /// Returns the credentials that may copy the object.
     async fn copier(&self, at: &Location) -> Result<&AwsCredential> {
         let Some(sts) = &self.sts else { return Ok(&self.own) };
         let answer = self.ask(&self.own, &Call::new(Method::GET, at).with(&[("acl", "")])).await?;
@@ -218,7 +219,8 @@ impl S3 {
         Ok(if owner == Some(STS) { sts } else { &self.own })
     }
 
-    /// Sends a request whose answer is XML: S3 may answer 200 and say in the body that it has failed.
+    /// Sends a request, and returns its XML answer. Fails if the answer lacks the element `root`: S3 may answer 200 and
+    /// report an error in the body.
     async fn text(&self, credential: &AwsCredential, call: &Call<'_>, root: &str) -> Result<String> {
         let text = self.ask(credential, call).await?.text().await.map_err(|e| unreachable(&e))?;
         if element(&text, root).is_some() || text.contains(&format!("<{root} ")) {
@@ -305,7 +307,7 @@ impl<'a> Call<'a> {
     }
 }
 
-/// Percent-encodes a text as signatures require: all but the unreserved characters and `kept`.
+/// Percent-encodes a text as signatures require: everything but the unreserved characters and those in `kept`.
 fn escaped(text: &str, kept: &[u8]) -> String {
     text.bytes().fold(String::new(), |mut escaped, byte| {
         if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) || kept.contains(&byte) {
@@ -317,7 +319,7 @@ fn escaped(text: &str, kept: &[u8]) -> String {
     })
 }
 
-/// Percent-encodes a path of a URL.
+/// Percent-encodes the path of a URL.
 pub(super) fn escaped_path(path: &str) -> String {
     escaped(path, b"/")
 }
@@ -332,7 +334,7 @@ fn unreachable(error: &reqwest::Error) -> Failure {
     Failure::Unreachable(format!("the store does not answer: {why}"))
 }
 
-/// Content of the first XML element `name`.
+/// Returns the content of the first XML element `name`.
 fn element<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     let (_, rest) = text.split_once(&format!("<{name}"))?;
     let (attributes, rest) = rest.split_once('>')?;

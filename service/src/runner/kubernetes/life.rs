@@ -1,4 +1,4 @@
-//! Decides from the state of a job's pods and of its Job alone whether the job has died.
+//! Decides whether a job has died, from nothing but the state of its pods and of its Kubernetes Job.
 
 use k8s_openapi::api::batch::v1 as batch;
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
@@ -8,7 +8,7 @@ use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
 pub(super) struct Trouble {
     /// Reason, for people.
     pub(super) reason: String,
-    /// Time for the trouble to pass by itself, or for the job to report its end.
+    /// Time that the trouble may take to pass by itself, or the job to report its end.
     pub(super) patience: Patience,
 }
 
@@ -17,16 +17,16 @@ pub(super) struct Trouble {
 pub(super) enum Patience {
     /// No time: the job is dead.
     None,
-    /// Seconds: the job may have ended or been removed, and its record may soon say so.
+    /// Some seconds: the job may have ended or been removed, and its record may soon say so.
     Brief,
-    /// Minutes: a registry may come back, and a node may become free.
+    /// Some minutes: a registry may come back, or a node become free.
     Long,
 }
 
-/// Reasons for a container to wait that do not pass by themselves.
+/// Reasons why a container waits that do not pass by themselves.
 const FINAL: [&str; 2] = ["ErrImageNeverPull", "InvalidImageName"];
 
-/// Reasons for a container to wait that may pass by themselves.
+/// Reasons why a container waits that may pass by themselves.
 const PASSING: [&str; 9] = [
     "CrashLoopBackOff",
     "CreateContainerConfigError",
@@ -43,7 +43,7 @@ fn trouble(reason: String, patience: Patience) -> Trouble {
     Trouble { reason, patience }
 }
 
-/// Returns the trouble that a pod's state shows, if any.
+/// Returns the trouble that the state of a pod shows, if any.
 pub(super) fn of_pod(pod: &Pod) -> Option<Trouble> {
     let name = pod.metadata.name.as_deref().unwrap_or_default();
     let status = pod.status.as_ref()?;
@@ -98,12 +98,12 @@ pub(super) fn of_pod(pod: &Pod) -> Option<Trouble> {
     Some(trouble(reason, Patience::Long))
 }
 
-/// Returns the trouble that a Job's state shows, if any.
+/// Returns the trouble that the state of a Kubernetes Job shows, if any.
 pub(super) fn of_job(job: &batch::Job) -> Option<Trouble> {
     let name = job.metadata.name.as_deref().unwrap_or_default();
     let conditions = job.status.iter().flat_map(|status| status.conditions.iter().flatten());
     conditions.filter(|condition| condition.status == "True").find_map(|condition| match condition.type_.as_str() {
-        // The pod's own reason is better, and is seen at about the same time.
+        // Wait briefly: the pod itself gives a better reason, at about the same time.
         "Failed" => {
             let words: Vec<_> = [&condition.reason, &condition.message].into_iter().flatten().cloned().collect();
             Some(trouble(format!("Job {name} has failed: {}", words.join(": ")), Patience::Brief))
@@ -125,7 +125,7 @@ fn failure(container: &ContainerStatus) -> Option<String> {
     Some(format!("container {} ended with exit code {}{why}", container.name, ended.exit_code))
 }
 
-/// Describes why a container waits, unless the reason is an ordinary one.
+/// Returns the trouble of a container that waits for an unusual reason.
 fn waiting(pod: &str, container: &ContainerStatus) -> Option<Trouble> {
     let waiting = container.state.as_ref()?.waiting.as_ref()?;
     let reason = waiting.reason.as_deref()?;
@@ -138,7 +138,7 @@ fn waiting(pod: &str, container: &ContainerStatus) -> Option<Trouble> {
     Some(trouble(format!("pod {pod}: container {} does not start: {reason}{message}", container.name), patience))
 }
 
-// json!(…) as an argument reads better without a reference.
+// `json!(…)` as an argument reads better without a reference.
 #[allow(clippy::needless_pass_by_value)]
 #[cfg(test)]
 mod tests {

@@ -1,4 +1,4 @@
-//! Output of a job's containers, from its pods. Each line begins with the name of its container.
+//! Output of a job's containers, from its pods. Each line is prefixed with the name of its container.
 
 use std::io;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use super::objects::{Cluster, Refusal};
 use crate::records::Job;
 use crate::runner::Log;
 
-/// Maximum number of bytes of a line in memory.
+/// Maximum number of bytes of a line that are in memory at once.
 const LONGEST: u64 = 64 << 10;
 
 /// Interval at which the log of a container that has not started yet is requested again.
@@ -67,7 +67,7 @@ async fn gather(
     Ok(())
 }
 
-/// Copies the log of a container.
+/// Copies the log of a container to `lines`.
 async fn copy(
     cluster: &Cluster,
     pod: &str,
@@ -84,7 +84,7 @@ async fn copy(
     let mut reader = loop {
         match api.log_stream(pod, &parameters).await.map_err(refused) {
             Ok(reader) => break Box::pin(reader),
-            // The container has not started, or never will.
+            // The container has not started yet, or will never start.
             Err(refusal) if refusal.status == Some(400) => {
                 let is_over = cluster.has_ended(pod).await?;
                 if !is_followed || is_over || lines.is_closed() {

@@ -1,4 +1,4 @@
-//! Runs jobs on Kubernetes: a Job, its volume, its address and its ConfigMap, from the site's own templates.
+//! Runs jobs on Kubernetes. Creates a Job, its volume, its address and its ConfigMap from the site's own templates.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -27,7 +27,7 @@ mod watch;
 /// Time limit for connecting to the API.
 const CONNECT: Duration = Duration::from_secs(5);
 
-/// Namespace and name of the Secret with the keys that sign packages.
+/// Namespace and name of the site's Secret with the keys that sign packages.
 const SIGNING_KEYS: (&str, &str) = ("services", "hpe-signing-key");
 
 /// Port of a job's sshd.
@@ -89,7 +89,7 @@ impl Kubernetes {
         Ok(())
     }
 
-    /// Makes the objects of a job from the templates.
+    /// Returns the objects of a job, filled in from the templates.
     fn render(&self, new: &NewJob) -> Result<BTreeMap<Kind, Value>> {
         let directory = self.settings.templates.join(templates::directory(new.recipe_type.as_deref()));
         let variables = self.variables(new);
@@ -125,7 +125,7 @@ impl Kubernetes {
         format!("{service}.{}.svc.cluster.local", self.cluster.namespace)
     }
 
-    /// Name of a job's host outside of the cluster, which external-dns announces.
+    /// Returns the host name of a job outside of the cluster, which external-dns publishes.
     fn customer_host(&self, job: &str) -> String {
         format!("{job}.ims.{}.{}", self.settings.subnet_name, self.settings.network_domain)
     }
@@ -182,8 +182,8 @@ impl Kubernetes {
         variables
     }
 
-    /// Copies the Secret with the keys that sign packages for a job; `None` if the site has none, or does not let this
-    /// service read it.
+    /// Returns a job's copy of the Secret with the keys that sign packages; `None` if the site has no such Secret, or
+    /// does not let this service read it.
     async fn signing_keys(&self, job: &str) -> std::result::Result<Option<Value>, Refusal> {
         let (namespace, name) = SIGNING_KEYS;
         let found = match self.cluster.read(Kind::Secret, namespace, name).await {
@@ -201,7 +201,7 @@ impl Kubernetes {
         Ok(Some(copy))
     }
 
-    /// Makes the objects of a job, in the order of [`Kind::ALL`]; returns the names of those that were made.
+    /// Creates the objects of a job, in the order of [`Kind::ALL`]; returns the names of those that were created.
     async fn make(&self, new: &NewJob) -> std::result::Result<BTreeMap<Kind, String>, String> {
         let id = &new.job.id;
         let mut objects = self.render(new).map_err(|e| e.to_string())?;
@@ -229,7 +229,7 @@ impl Kubernetes {
         Ok(made)
     }
 
-    /// Removes the objects of these kinds.
+    /// Removes the job's objects of these kinds.
     async fn delete(&self, job: &Job, kinds: &[Kind]) -> std::result::Result<(), Failures> {
         let deleted = join_all(kinds.iter().map(|&kind| self.delete_kind(job, kind))).await;
         let failures: Vec<String> = deleted.into_iter().filter_map(std::result::Result::err).collect();
@@ -252,7 +252,7 @@ fn name(object: &Value) -> &str {
     object["metadata"]["name"].as_str().unwrap_or_default()
 }
 
-/// Returns the name of an object that the record of its job contains.
+/// Returns the name of the job's object of this kind, if the job's record contains it.
 fn recorded(job: &Job, kind: Kind) -> Option<&str> {
     let name = match kind {
         Kind::ConfigMap => &job.kubernetes_configmap,

@@ -1,5 +1,5 @@
-//! The site's template files, from which the objects of a job are made. A file is read as YAML first, and variables are
-//! replaced in its strings afterwards: no value can become a field, whatever characters it has.
+//! The site's template files, from which the objects of a job are created. A file is parsed as YAML before variables
+//! are replaced in its strings, so that no value can add a field, whatever characters it contains.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -9,33 +9,33 @@ use serde_json::{Map, Value};
 
 use super::objects::Kind;
 
-/// Values of the variables of a template, by their names.
+/// Values of a template's variables, by name.
 pub(super) type Variables = BTreeMap<&'static str, Filled>;
 
 /// Value of a variable.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Filled {
-    /// A text, which stays one even if it looks like a number.
+    /// A text, which stays a text even if it looks like a number.
     Text(String),
-    /// A text. If it is empty, a field that consists of the variable alone becomes null, and such an item of a list is
-    /// left out.
+    /// A text. If the text is empty, a field that consists of this variable alone becomes null, and a list item that
+    /// does is omitted.
     Optional(String),
-    /// A boolean if a field consists of the variable alone, otherwise the text `true` or `false`.
+    /// A boolean where a field consists of this variable alone; elsewhere the text `true` or `false`.
     Truth(bool),
 }
 
-/// Fields of a container in which Kubernetes itself replaces `$(NAME)` by the values of other variables.
+/// Fields of a container in which Kubernetes itself replaces `$(NAME)` by the value of another variable.
 const EXPANDED: [&str; 3] = ["args", "command", "env"];
 
-/// Largest template file in bytes.
+/// Maximum size of a template file in bytes.
 const LARGEST: u64 = 1 << 20;
 
-/// Returns the directory of the templates for jobs of this kind, relative to the site's directory of templates.
+/// Returns the directory of the templates for jobs of this kind, relative to the directory of all templates.
 pub(super) fn directory(recipe_type: Option<&str>) -> PathBuf {
     recipe_type.map_or_else(|| "customize".into(), |kind| Path::new("create").join(kind))
 }
 
-/// Reads the template of an object in `directory` and fills it in. `is_create` chooses the file name for create jobs.
+/// Reads the template of an object from `directory` and fills it in. `is_create` selects the file for create jobs.
 pub(super) fn render(directory: &Path, kind: Kind, is_create: bool, variables: &Variables) -> Result<Value> {
     let object = match kind {
         Kind::ConfigMap => "configmap",
@@ -55,9 +55,9 @@ pub(super) fn render(directory: &Path, kind: Kind, is_create: bool, variables: &
     parse(&text, kind, variables).map_err(|why| Error::new(attempted()).because(why))
 }
 
-/// Fills in the template `text` of an object.
+/// Parses the template `text` of an object and fills it in.
 fn parse(text: &str, kind: Kind, variables: &Variables) -> std::result::Result<Value, String> {
-    // The parser's message has several lines: the lines of the file, and a mark below the wrong place.
+    // Put the parser's message on one line: it quotes lines of the file, with a mark below the error.
     let value: Value =
         serde_saphyr::from_str(text).map_err(|e| format!("it is no YAML: {}", one_line(&e.to_string())))?;
     let filled = fill(value, variables, false)?;
@@ -79,7 +79,7 @@ fn one_line(text: &str) -> String {
     text.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(", ")
 }
 
-/// Replaces the variables in all strings of `value`. `is_expanded` is true within fields in which Kubernetes replaces
+/// Replaces the variables in all strings of `value`. `is_expanded` is true inside fields in which Kubernetes replaces
 /// `$(NAME)`.
 fn fill(value: Value, variables: &Variables, is_expanded: bool) -> std::result::Result<Value, String> {
     Ok(match value {
@@ -144,7 +144,7 @@ fn replaced(text: &str, variables: &Variables, is_expanded: bool) -> std::result
             Filled::Truth(true) => "true",
             Filled::Truth(false) => "false",
         };
-        // Escape `$`: otherwise Kubernetes would replace a user's text like '$(S3_SECRET_KEY)' by the secret.
+        // Escape `$`: otherwise Kubernetes would replace a user's text such as '$(S3_SECRET_KEY)' by the secret.
         out.push_str(&if is_expanded { value.replace('$', "$$") } else { value.to_owned() });
         rest = after;
     }
