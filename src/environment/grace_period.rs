@@ -1,4 +1,5 @@
-//! The grace period of the close: commands may finish, and a client may open its next session.
+//! The grace period while the environment closes: commands may finish, and a connected client may open its next
+//! session.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
@@ -13,7 +14,7 @@ use crate::sys::process::{Entry, Handle, children};
 const HANG_UP_TIME: Duration = Duration::from_secs(2);
 
 /// How long the close waits for a client's next session after one has ended. Ansible removes its temporary directory in
-/// a session of its own, and a distant control node may have 500 hosts to serve.
+/// a session of its own, and a distant control node with 500 hosts may take seconds to open it.
 const NEXT_SESSION_TIME: Duration = Duration::from_secs(5);
 
 /// Number of sessions and connections watched for their end, each by a descriptor; the end of the others is polled.
@@ -22,10 +23,10 @@ const WATCHED: usize = 16;
 /// Number of sessions that the log names if they are still running when the grace period ends.
 const NAMED: usize = 20;
 
-/// Poll interval for sshd reaping an ended session; the kernel raises no event for it.
+/// Interval at which to check whether sshd has reaped an ended session; the kernel raises no event for that.
 const NOTICE_TIME: Duration = Duration::from_millis(10);
 
-/// The wait for sessions to end at the close.
+/// The wait for sessions to end while the environment closes.
 pub(crate) struct GracePeriod {
     began: Instant,
     deadline: Instant,
@@ -48,8 +49,8 @@ pub(crate) enum Progress {
     Over,
 }
 
-/// The program that a session runs. In a jail, the session's process is `ims-jail-shell`, a name that would tell a
-/// reader of the log nothing, and the program is its child.
+/// The program that a session runs. In a jail, the session's process is always `ims-jail-shell`, which would say
+/// nothing to a reader of the log; the program is its child.
 fn program_of(session: &Entry) -> Entry {
     const HELPER: &str = "ims-jail-shell";
     let children = || children(session.pid).into_iter().filter_map(Entry::read);
@@ -78,8 +79,8 @@ impl GracePeriod {
         } else if unreaped > 0 {
             now + NOTICE_TIME
         } else {
-            // Wait for the next session only if one has ended recently: a connection that has long been idle is one
-            // that its client keeps for later (ControlPersist).
+            // Wait for a client's next session only if a session has ended recently: a client may keep an idle
+            // connection for long, without any plan for a session (ControlPersist).
             match last_end.map(|end| end + NEXT_SESSION_TIME) {
                 Some(moment) if now < moment => moment,
                 _ => return Progress::Idle,

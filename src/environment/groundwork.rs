@@ -37,7 +37,7 @@ impl Groundwork {
     }
 }
 
-/// Creates sshd's missing host keys, without which it does not even print its configuration.
+/// Creates missing host keys, without which sshd does not even print its configuration.
 pub(crate) fn make_host_keys() -> Result<()> {
     let attempted = || "create sshd's host keys with ssh-keygen -A";
     let began = Instant::now();

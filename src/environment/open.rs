@@ -23,7 +23,8 @@ use crate::volume::image_root;
 use crate::volume::signal_files::SignalFiles;
 use crate::volume::state_directory::StateDirectory;
 
-/// Settings and directories of an open environment. They outlive the environment: the verdict is recorded there.
+/// Settings and directories of an open environment. They outlive the environment, since the verdict is recorded in them
+/// after its end.
 #[derive(Clone, Copy)]
 pub(super) struct Place<'a> {
     pub(super) settings: &'a Settings,
@@ -40,7 +41,7 @@ pub(super) struct Open {
     effective: Effective,
     /// Emulation of an image of another architecture.
     emulation: Emulation,
-    /// `None` in plain mode, and while a jail that died could not be made again.
+    /// `None` in plain mode, and if the jail died and no new one could be made yet.
     pub(super) jail: Option<OpenJail>,
     /// `None` between the death of sshd and its restart.
     pub(super) daemon: Option<Daemon>,
@@ -65,7 +66,7 @@ impl Open {
         }
         let tier = groundwork.jail.as_ref().map(|kind| kind.tier);
         let emulation = match emulation::prepare(image_root, settings.job.architecture, files.parent(), tier) {
-            // In plain mode people may need the files only, not the programs.
+            // Go on in plain mode: people may need only the image's files, and run none of its programs.
             Err(e) if !settings.job.jailed => {
                 tracing::warn!("{e}");
                 Emulation::default()
@@ -198,9 +199,9 @@ impl Open {
         sessions
     }
 
-    /// Releases the image root after all processes have ended. Waits until `limit` for processes outside that have a
-    /// file of the image root open for writing; with `is_failed`, such a file is only logged. Logs errors, and returns
-    /// whether there were none.
+    /// Releases the image root after all processes have ended. Waits until `limit` for processes outside the jail that
+    /// have a file of the image root open for writing; with `is_failed`, such a file is only logged. Logs errors, and
+    /// returns whether there were none.
     pub(super) fn release(self, place: Place<'_>, limit: Instant, is_failed: bool) -> bool {
         let mut cleanly = true;
         if let Some(jail) = self.jail {

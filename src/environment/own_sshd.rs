@@ -1,4 +1,4 @@
-//! Configuration of an sshd of our own, where no pod gives one: on one machine, and on a remote build node.
+//! Configuration of sshd for environments that get none from a pod: on one machine, and on a remote build node.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -15,7 +15,7 @@ use crate::transfer::confinement::clear_environment;
 /// Host key of this sshd.
 pub(crate) const HOST_KEY: &str = "ssh_host_ed25519_key";
 
-/// sshd's options for sessions where no site's configuration gives any.
+/// sshd's options for sessions if the site's configuration has none.
 pub const SESSIONS: &str = "PermitRootLogin yes\nAcceptEnv LANG LC_*\nSubsystem sftp internal-sftp\n";
 
 /// Creates the key pair `name` in the directory `run`.
@@ -47,7 +47,7 @@ pub(crate) struct HeldPort {
     _held: OwnedFd,
 }
 
-/// Returns the `wanted` port, or one that is free on `listen`, which is then held for sshd or ssh.
+/// Returns the `wanted` port. If `None` is wanted, finds a port that is free on `listen`, and holds it for sshd or ssh.
 pub(crate) fn port(wanted: Option<u16>, listen: IpAddr) -> Result<(u16, Option<HeldPort>)> {
     let held = wanted.map_or_else(|| free_port(listen).map(Some), |_| Ok(None))?;
     Ok((wanted.or(held.as_ref().map(|held| held.port)).unwrap_or_default(), held))
@@ -100,7 +100,7 @@ mod tests {
         let socket = || rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
         let other = rustix::net::bind(socket(), &SocketAddr::new(address, held.port));
         assert_eq!(other, Err(Errno::ADDRINUSE));
-        // Sets SO_REUSEADDR, as sshd does.
+        // `TcpListener` sets SO_REUSEADDR, as sshd does.
         let sshd = TcpListener::bind((address, held.port)).unwrap();
         assert_eq!(sshd.local_addr().unwrap().port(), held.port);
     }

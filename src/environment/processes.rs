@@ -59,8 +59,8 @@ pub(crate) fn end_tree(root: &Entry) -> Result<()> {
 
 type Visitor<'a> = &'a mut dyn FnMut(&Entry) -> ControlFlow<()>;
 
-/// Visits processes that have entered the mount namespace of this name from outside, such as by `nsenter --mount`. Such
-/// processes need not be in the jail's PID namespace.
+/// Visits processes that have entered the mount namespace with this name from outside, for example by `nsenter
+/// --mount`. They need not be in the jail's PID namespace.
 fn visit_entered(mounts: &Path, visit: Visitor<'_>) {
     let has_entered = |pid: &Pid| std::fs::read_link(format!("/proc/{pid}/ns/mnt")).is_ok_and(|own| own == mounts);
     let found = numbers(Path::new("/proc")).filter(has_entered).filter_map(Entry::read);
@@ -75,8 +75,8 @@ struct Ending {
     /// Process groups that were signalled as a whole, and in which sweep.
     groups: HashMap<(Pid, Signal), usize>,
     sweeps: usize,
-    /// Start time of the newest process that the first sweep found. A process that starts later may be one that a
-    /// program runs on SIGTERM, to save its state; it gets no SIGTERM.
+    /// Start time of the newest process that the first sweep found. A process that starts later gets no SIGTERM: a
+    /// program may have started it on SIGTERM, to save the program's state.
     newest: Option<u64>,
     killed: Killed,
 }
@@ -166,10 +166,10 @@ impl Ending {
             if sweep.watched.len() < WATCHED {
                 sweep.watched.extend(Handle::open(entry.identity()));
             }
-            // Stop asking when its time is over; kill in every sweep until none is left.
+            // A sweep that sends SIGTERM stops when the time for that is over; a sweep that kills visits every process.
             if kill || self.began.elapsed() < TERM_TIME { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         });
-        // Beside a fork bomb that takes long; first, every process has its signal.
+        // Reap only after every process has got its signal: during a fork bomb, reaping takes long.
         reap();
         sweep
     }
@@ -177,15 +177,16 @@ impl Ending {
     /// Signals a process, or its whole process group if that belongs to the job. One killpg reaches thousands of
     /// processes at once, and none escapes by a fork.
     fn signal(&mut self, entry: &Entry, signal: Signal) {
-        // A child that has not been reaped keeps its group's number from being reused. Its session is not this
-        // process's own, so a process of the job made it, and every member of the group belongs to the job.
+        // Signal the whole group if the process is a child of this one, but in another session. A child that has not
+        // been reaped keeps its group's number from being reused. A process of the job created its session, so every
+        // member of the group belongs to the job.
         let own_session = nix::unistd::getsid(None);
         if entry.parent == nix::unistd::getpid() && own_session.is_ok_and(|own| own != entry.session) {
             let sweep = *self.groups.entry((entry.group, signal)).or_insert_with(|| {
                 let _ = nix::sys::signal::killpg(entry.group, signal);
                 self.sweeps
             });
-            // A process whose group was killed in an earlier sweep was forked after that; it gets the signal alone.
+            // If the group was killed in an earlier sweep, this process was forked after that, so signal it alone.
             if sweep == self.sweeps || signal != Signal::SIGKILL {
                 return;
             }
@@ -239,8 +240,8 @@ impl Drop for Killed {
     }
 }
 
-/// Waits until all of `handles` have ended, or for `limit`. Sweeping each time one ends would take longer than this
-/// wait for all.
+/// Waits until all of `handles` have ended, or for `limit`. A sweep after each process that ends would take longer in
+/// total.
 fn wait_for_all(mut handles: Vec<Handle>, limit: Duration) {
     use rustix::event::{PollFd, PollFlags};
     let began = Instant::now();

@@ -1,5 +1,5 @@
-//! Sessions of the environment, as their helpers report them, or as they are found below sshd where there is no helper
-//! (plain mode).
+//! Sessions of the environment, as their helpers report them. In plain mode there is no helper, and sessions are found
+//! among the processes below sshd.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
@@ -18,8 +18,8 @@ use crate::sys::process::Entry;
 use crate::sys::seqpacket::{Listener, Packets};
 use crate::sys::tree::Tree;
 
-/// Number of descriptors that connections of sessions must leave free: without a free one, the supervisor could neither
-/// read a mark nor end a process.
+/// Number of descriptors that connections of sessions must leave free: without a free descriptor, the supervisor could
+/// neither read a mark nor end a process.
 const RESERVED: u64 = 48;
 
 /// How long a connection without a session is remembered. `ControlPersist` keeps Ansible's connections open for a
@@ -72,7 +72,7 @@ impl Session {
         let signal = how.filter(|how| exit.is_none() && !how.is_empty());
         let Self { pid, client, port, .. } = self;
         let reason = reason.flatten();
-        // Show an end by a signal by default: the OOM killer may have sent it.
+        // Log a death by signal at the default level: the OOM killer may have sent the signal.
         if reason.is_some() || signal.is_some() {
             tracing::info!(pid, client, port, exit, signal, reason, seconds, "session ended");
         } else {
@@ -184,7 +184,8 @@ impl SessionList {
         }
     }
 
-    /// Records the connection of a new session. Returns whether the session is its first one, as far as is known.
+    /// Records the connection of a new session. Returns whether the session is the connection's first one, as far as is
+    /// known.
     fn is_first(&mut self, session: &Session) -> bool {
         let Some(port) = session.port else { return true };
         let client = (session.client.clone(), port);
@@ -215,7 +216,7 @@ impl SessionList {
         Some(connection.packets)
     }
 
-    /// Logs the end of the sessions that the close has ended.
+    /// Logs the end of sessions that ended while the environment closed.
     pub(crate) fn close(mut self) {
         self.receive();
         self.compare(&[]);

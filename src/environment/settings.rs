@@ -34,11 +34,11 @@ pub struct Settings {
     pub(crate) hostname: Option<String>,
     /// Name of the image, shown in a shell's greeting and prompt; unknown in a pod.
     pub(crate) image: Option<String>,
-    /// True if a directory is changed in place, so that changes stay whatever the verdict.
+    /// True if sessions change a directory itself, without an overlay, so that changes stay whatever the verdict.
     pub(crate) in_place: bool,
     /// Users whose marks in the image count.
     pub(crate) markers: Markers,
-    /// Messages to people at a terminal at the end.
+    /// Messages to people at a terminal when the environment closes.
     pub(crate) marked: Marked,
     /// `IMS_JAIL_BINDS`: bind mounts from the container into the jail.
     pub(crate) binds: Vec<Bind>,
@@ -74,7 +74,7 @@ impl Marked {
         complete: "marked complete, and its changes will be applied",
         failed: "marked failed, and its changes will not be applied",
     };
-    /// Messages if a directory is changed in place.
+    /// Messages if sessions changed a directory itself, without an overlay.
     pub(crate) const IN_PLACE: Self = Self { complete: "marked complete", failed: "marked failed" };
 
     pub(super) fn for_verdict(self, verdict: Verdict) -> &'static str {
@@ -88,8 +88,9 @@ impl Marked {
 /// Default grace period: enough for a task of a typical Ansible play.
 const DEFAULT_GRACE: Duration = Duration::from_secs(10);
 
-/// Unit of `REMOTE_HEARTBEAT_TIMEOUT_COUNT`; without that variable, `DEFAULT_SILENCE` applies.
+/// Unit of `REMOTE_HEARTBEAT_TIMEOUT_COUNT`.
 const BEAT: Duration = Duration::from_secs(5);
+/// Silence timeout of a remote build node without `REMOTE_HEARTBEAT_TIMEOUT_COUNT`.
 const DEFAULT_SILENCE: Duration = Duration::from_mins(1);
 
 /// Path at which IMS mounts the private key for remote build nodes.
@@ -116,7 +117,8 @@ impl Settings {
         let written = reader.text("SSHD_CONFIG_FILE").map(PathBuf::from);
         let sshd_config = sshd.as_ref().and_then(|o| reader.accept(o.config_file(written.as_ref())));
 
-        // On a remote build node, IMS_REMOTE_DKMS can keep the jail closed although modules are to be built in it.
+        // On a remote build node, IMS_REMOTE_DKMS=closed keeps the jail closed, even for a job that builds kernel
+        // modules.
         let is_closed = reader.choice("IMS_REMOTE_DKMS", &[("open", false), ("closed", true)], Case::Any);
         let dkms = reader.dkms() && !(is_closed == Some(true) && job.node.is_some());
         let tiers = reader.tiers();
@@ -167,7 +169,7 @@ pub(crate) fn of_jail(
     reader.finish(Some(found))
 }
 
-/// Reads only the limit of silence of a remote build node, and the private key for it.
+/// Reads only the silence timeout of a remote build node, and the path of the private key for it.
 pub(crate) fn of_node(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Result<(Duration, PathBuf)> {
     let mut reader = Reader::of(variables);
     let found = (reader.node_silence(), reader.node_key());

@@ -24,7 +24,7 @@ pub(super) fn configure_sshd(settings: &Settings, state: &StateDirectory) -> Res
     let fragment = state.fragment();
     let options = &settings.sshd.asking;
     let shown = settings.sshd_config.display();
-    // Read the configuration without an old fragment: sshd ignores an Include of a file that does not exist.
+    // Remove an old fragment before the configuration is read: sshd ignores an Include of a file that does not exist.
     let _ = std::fs::remove_file(&fragment);
     // Ignore a configuration that cannot be read: sshd is asked next and says what is wrong with it.
     let keywords = accept_env::keywords(&settings.sshd_config, &settings.sshd).ok();

@@ -228,8 +228,8 @@ impl<F: FnOnce()> Supervisor<F> {
             Action::Record(verdict) => Some(self.record(verdict)),
             Action::Announce => Some(Event::Announced { cleanly: self.announce() }),
         };
-        // A process may mark the image while it is being ended, and another container at any time. Such a mark counts
-        // until 'exiting' exists.
+        // A process may mark the image while the process is being ended, and another container at any time. Such a mark
+        // counts until 'exiting' exists.
         let late = if closing { self.late_marks() } else { Vec::new() };
         late.into_iter().chain(answer).collect()
     }
@@ -314,7 +314,7 @@ impl<F: FnOnce()> Supervisor<F> {
                 Some(broken(&error))
             }
             Some(Ok(true)) => Some(Event::Ready),
-            // Something other than a regular file has the name 'ready', so the signal file cannot be created.
+            // An error means that 'ready' is something other than a regular file, so the signal file cannot be created.
             Some(Err(e)) => Some(broken(&e)),
             _ => self.mark_instead_of_ready(),
         })
@@ -410,7 +410,8 @@ impl<F: FnOnce()> Supervisor<F> {
             };
             while readable() {
                 let Some(message) = jail.receive() else {
-                    // The init has ended. Its socket would stay readable, and the event loop would spin.
+                    // No message means that the init has ended. Its socket would stay readable, and the event loop
+                    // would spin.
                     self.sources.remove(jail.link());
                     break;
                 };
@@ -517,8 +518,8 @@ impl<F: FnOnce()> Supervisor<F> {
         let _ = open.script.as_ref().and_then(Script::output).map(|output| self.sources.add(output, Source::Script));
     }
 
-    /// Marks made during the close. They are looked for in the image too: the jail's init, which watched for them, has
-    /// ended.
+    /// Marks made while the environment closes. Checks the image for marks too, because the jail's init, which watched
+    /// for them, has ended.
     fn late_marks(&mut self) -> Vec<Event> {
         const FAILED: Event = Event::Marked(Verdict::Failed);
         let mut marks = self.marks();
@@ -555,7 +556,7 @@ impl<F: FnOnce()> Supervisor<F> {
             let path: PathBuf = files.path().join(self.settings.job.image_root());
             cleanly &= succeeded(mounts_below::unmount_below(&path));
             self.step("nothing is mounted in the image root");
-            // Before the sync: the configuration may be on the same disk.
+            // Change the configuration before the sync: it may be on the same disk.
             cleanly &= succeeded(sshd_setup::unconfigure_sshd(&self.settings).map(|_| ()));
             cleanly &= succeeded(image_root.sync().attempt(|| format!("sync {} to disk", path.display())));
             self.step("the image root is synced to disk");
@@ -630,9 +631,9 @@ fn how_ended(status: WaitStatus) -> String {
     }
 }
 
-/// Creates `failed` and `exiting` in `parent` after an error before an environment exists, so that no other container
-/// waits for one. Changes nothing if an environment is open on `parent` or has ended there, so that both `ready` and
-/// `exiting` exist; `exiting` without `ready` is left over from an earlier job.
+/// Creates `failed` and `exiting` in `parent` after an error that comes before the environment exists, so that no other
+/// container waits for the environment. Changes nothing if an environment is open on `parent` or has ended there. It
+/// has ended there if both `ready` and `exiting` exist; `exiting` without `ready` is left over from an earlier job.
 pub fn tell_refusal(parent: &std::path::Path) {
     if let Ok(Some(mut files)) = SignalFiles::open(parent)
         && files.claim().is_ok()

@@ -10,10 +10,11 @@ use crate::sys::process::Entry;
 use crate::sys::tree::{Condition, Tree};
 use crate::volume::signal_files::SignalFiles;
 
-/// Time after which an environment on a full volume closes if it has no session: nobody can mark it from inside.
+/// Time after which an environment on a full volume closes if it has no session: nobody can create a mark from inside
+/// without space.
 const FULL_TIME: Duration = Duration::from_secs(10);
 
-/// Maximum time before the session limit at which interactive shells are warned.
+/// Interactive shells are warned this long before the session limit, or later if the limit is short.
 const WARNING_TIME: Duration = Duration::from_mins(5);
 
 /// State of the watchdog.

@@ -71,7 +71,7 @@ const LONGEST_LIFE: u64 = 24 * 60 * 60;
 const LONGEST_TOKEN: usize = 1 << 20;
 /// Maximum length of a record, in bytes.
 const LONGEST_RECORD: usize = 4 << 20;
-/// Maximum length of the list of all images, in bytes. A large site has tens of thousands.
+/// Maximum length of the list of all images, in bytes. A large site has tens of thousands of images.
 const LONGEST_LIST: usize = 128 << 20;
 
 /// Timeout of one request.
@@ -127,7 +127,7 @@ impl<'a> Ims<'a> {
         Ok(())
     }
 
-    /// Sets the job's status. If the job was found missing before, another such answer is no error.
+    /// Sets the job's status. If IMS has answered before that the job does not exist, the same answer is no error now.
     pub(crate) fn set_status(&self, status: Status) -> Result<Option<Job>> {
         let Some(job) = self.job.as_ref().filter(|_| self.is_there()) else { return Ok(None) };
         let attempted = format!("set the job's status to {status} in IMS (job {job})");
@@ -162,8 +162,8 @@ impl<'a> Ims<'a> {
         })
     }
 
-    /// Finds the image record that `request` created, if the answer was lost with a connection or in a crash. A name
-    /// would prove nothing, because another job may register the same one at the same time.
+    /// Finds the image record that `request` created, if the answer was lost with a connection or in a crash. An equal
+    /// name would prove nothing, because another job may register the same name at the same time.
     pub(crate) fn find_image(&self, request: &Id) -> Result<Option<Image>> {
         self.call(LIST, async || self.find(request).await)
     }
@@ -171,7 +171,7 @@ impl<'a> Ims<'a> {
     async fn find(&self, request: &Id) -> Tried<Option<Image>> {
         let Some(text) = self.request(LIST, &Method::GET, &["images"], None).await? else { return Ok(None) };
         let found = made_by(&text, request, || self.work.heed().is_ok()).attempt(|| LIST);
-        // A signal ends the parser with another error, so check for a signal before using the result.
+        // If a signal arrives, the parser ends with an error of its own, so check for a signal before using the result.
         self.work.heed()?;
         Ok(found?)
     }
@@ -198,8 +198,8 @@ impl<'a> Ims<'a> {
         created.ok_or_else(|| Error::new(attempted).because("IMS answers without its record"))
     }
 
-    /// Refuses a record that `request` cannot just have created for an image `name`, because publishing to it would
-    /// overwrite another image.
+    /// Refuses a record that `request` cannot have created just now for an image called `name`: publishing with that
+    /// record would overwrite another image.
     pub(crate) fn refuse_foreign(&self, record: &Image, name: &str, request: &Id) -> Result<()> {
         let why = if record.link.is_some() {
             "it has a link already".to_owned()
@@ -245,9 +245,9 @@ impl<'a> Ims<'a> {
         })
     }
 
-    /// Reads the record at `path`, or sets the fields `set` in it. Refuses a record of another ID, and one in which
-    /// `contradiction` finds another value than the one that was set. If an answer has no record, as from a proxy,
-    /// tries again.
+    /// Reads the record at `path`, or sets the fields `set` in it. Refuses a record with another ID, and a record in
+    /// which `contradiction` finds a value other than the one that was set. Tries again after an answer without a
+    /// record, which may come from a proxy.
     fn call_for_record<R: Record>(
         &self,
         attempted: &str,
@@ -277,7 +277,7 @@ impl<'a> Ims<'a> {
         self.timeout.set(REQUEST_LIMIT);
         self.work.wait(retry(retry_limit, attempted, &self.outage, async || {
             let answer = attempt().await;
-            // A retry must end when the time for retries does.
+            // A retry must end when the time for retries is over.
             self.timeout.set(retry_limit.saturating_sub(began.elapsed()).clamp(SHORTEST, REQUEST_LIMIT));
             answer
         }))
@@ -331,8 +331,8 @@ impl<'a> Ims<'a> {
             return Err(Fault::Transient(cause));
         }
         if is_new && REFUSED_FIELDS.contains(&status) && self.takes_metadata.replace(false) {
-            // In an older IMS, images have no metadata, so try again without. If that answer is lost, the record is
-            // left behind.
+            // In an older IMS, images have no metadata, so try again without metadata. If the answer to that request is
+            // lost, its record cannot be found again, and is left behind.
             return Err(Fault::Transient(cause));
         }
         Err(if is_transient(status) {
@@ -400,7 +400,7 @@ const LIST: &str = "read the records of all images in IMS";
 const SEE_IMS: &str = "see what answers at IMS_URL";
 
 /// Finds the record that `request` created in a list, keeping no other record in memory. `look` is called regularly,
-/// and returns whether to go on.
+/// and returns whether to continue.
 fn made_by(list: &[u8], request: &Id, look: impl FnMut() -> bool) -> serde_json::Result<Option<Image>> {
     struct Records<'a, F>(&'a Id, F);
     impl<'de, F: FnMut() -> bool> Visitor<'de> for Records<'_, F> {

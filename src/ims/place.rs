@@ -23,7 +23,7 @@ impl Place {
         self.url.strip_prefix(SOCKET).map(Path::new)
     }
 
-    /// URL below which the paths of requests are.
+    /// Base URL of requests, to which their paths are appended.
     pub(crate) fn base(&self) -> &str {
         if self.socket().is_some() { "http://localhost" } else { &self.url }
     }
@@ -50,7 +50,7 @@ impl Place {
 /// Scheme of the URL of a socket.
 const SOCKET: &str = "unix:";
 
-/// Checks the URL of an IMS: one of HTTP, or a socket.
+/// Checks the URL of an IMS: an HTTP URL, or `unix:/PATH` for a socket.
 pub(crate) fn ims_url(url: &str) -> Checked {
     match url.strip_prefix(SOCKET) {
         Some(path) if path.starts_with('/') => Ok(url.to_owned()),

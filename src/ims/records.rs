@@ -95,7 +95,7 @@ impl Image {
     }
 
     /// Reason why this cannot be the record of the image `id` that `request` (if known) created and that was given
-    /// `link`; `None` if it can.
+    /// `link`; `None` if it can be that record.
     pub(crate) fn difference(&self, id: &Id, request: Option<&Id>, link: Option<&Link>) -> Option<String> {
         if self.id != *id {
             return Some(format!("its id is {}", self.id));

@@ -1,4 +1,4 @@
-//! Checks bind mounts against an image, and finds the mount points that it lacks for them.
+//! Checks bind mounts against an image, and finds the mount points for them that the image lacks.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};

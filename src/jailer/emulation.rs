@@ -38,8 +38,8 @@ pub(crate) struct Emulation {
     registration: Option<Registration>,
 }
 
-/// Sets up emulation if the image is for another architecture than this machine. `told` is `BUILD_ARCH`; if the image's
-/// programs are for another architecture, theirs is used. `parent` is the image root parent, whose identity names the
+/// Sets up emulation if the image's architecture differs from this machine's. `told` is `BUILD_ARCH`, which counts only
+/// if no program of the image shows its architecture. `parent` is the image root parent, whose identity names the
 /// registration. A jail of tier `user` has a table of its own (binfmt_misc is per user namespace), where a registration
 /// affects nobody else and needs no privilege.
 pub(crate) fn prepare(
@@ -70,8 +70,8 @@ pub(crate) fn prepare(
         return Ok(emulation);
     }
     let place = rustix::fs::fstat(parent).attempt(|| "look at the image root's parent")?;
-    // A volume has one environment at a time, so the volume's identity is unique in the kernel's table and the same
-    // after a restart.
+    // A volume has one environment at a time, so a name made from the volume's identity is unique in the kernel's
+    // table, and the same after a restart.
     let owner = format!("{:x}x{:x}", place.st_dev, place.st_ino);
     // Run `provide` in a thread of its own, since it may leave the mount namespace. Only the tier `namespace` needs a
     // QEMU of its own: sessions in plain mode and in the chroot tier are root of the container anyway.

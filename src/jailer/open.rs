@@ -88,20 +88,21 @@ const END_POLL: Duration = Duration::from_millis(500);
 /// Poll interval for sealing the image root; the kernel raises no event when another process closes a file.
 const TIME_BETWEEN_SEALS: Duration = Duration::from_millis(50);
 
-/// Minimum time that a process outside gets to close a file whose descriptor a session has sent it.
+/// Minimum time for a process outside the jail to close a file whose descriptor a session has sent to the process.
 pub(crate) const TIME_TO_CLOSE_FILES: Duration = Duration::from_secs(1);
 
 /// Progress of ending a jail's killed processes.
 #[derive(Debug, Default)]
 struct Ending {
-    /// Processes that were left at the last change, and the time of that change, counted from the first check.
+    /// Processes that were left at the last change.
     left: HashSet<Identity>,
+    /// Time of the last change, counted from the first check.
     since: Duration,
 }
 
 impl Ending {
     /// Returns whether to keep waiting, `waited` after the first check. Processes that only wait for a processor end in
-    /// time. If all that are left are stuck, the wait goes on only while some of them end.
+    /// time. If all processes that are left are stuck, the wait goes on only while some of them end.
     fn goes_on(&mut self, left: &[Entry], all_stuck: bool, waited: Duration) -> bool {
         let now: HashSet<_> = left.iter().map(Entry::identity).collect();
         if now != self.left {
@@ -116,7 +117,7 @@ fn pid_namespace(pid: Pid) -> Option<PathBuf> {
     std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok()
 }
 
-/// Describes the process that has a file open for writing on the mount of this number. `init` is the jail's.
+/// Describes the process that has a file open for writing on the mount of this number. `init` is the jail's init.
 fn holder(mount: u64, init: Pid) -> String {
     let name = |entry: &Entry| format!("process {} ({})", entry.pid, without_secrets(&entry.command_line()));
     let is_inside = |entry: &Entry| pid_namespace(init).is_some_and(|own| pid_namespace(entry.pid) == Some(own));
@@ -244,10 +245,10 @@ impl OpenJail {
         self.link.receive().ok().flatten().map(|(message, _)| message)
     }
 
-    /// Ends every process in the jail. On success none is left: the kernel ends a PID namespace's init only after all
-    /// its other processes. In the chroot tier, which has no PID namespace, only the init ends.
+    /// Ends every process in the jail. On success none is left: the kernel ends the init of a PID namespace only after
+    /// all other processes in the namespace. In the chroot tier, which has no PID namespace, only the init ends.
     pub(crate) fn end(&self) -> Result<()> {
-        // Have the init look for marks once more and exit. The link then holds the marks that it found.
+        // Have the init check for marks once more and exit. The link then holds the marks that the init found.
         let _ = self.link.finish();
         if !self.init.ends_within(TIME_TO_FINISH) {
             let _ = self.init.signal(Signal::SIGKILL);
@@ -259,9 +260,9 @@ impl OpenJail {
         Ok(())
     }
 
-    /// Waits for the kernel to end the killed processes of the jail, which takes long for many of them on a loaded
-    /// machine. The init's end has killed all of them, and no other can be started (zap_pid_ns_processes in the
-    /// kernel).
+    /// Waits for the kernel to end the killed processes of the jail, which takes long if there are many and the machine
+    /// is loaded. The init's end has killed all of them, and the kernel lets no new process start in their PID
+    /// namespace (zap_pid_ns_processes).
     fn await_end(&self) -> Result<()> {
         let failed = |why: String, advice| Err(Error::new("end the jail").because(why).advise(advice));
         let (began, mut ending, mut is_logged) = (Instant::now(), Ending::default(), false);
@@ -294,7 +295,8 @@ impl OpenJail {
         }
     }
 
-    /// Processes of the jail without its init, or the init if it is alone. In the chroot tier only the init is found.
+    /// Processes of the jail without its init, or only the init if no other is left. In the chroot tier only the init
+    /// is found.
     fn processes(&self) -> Vec<Entry> {
         let own = self.namespace_name("pid");
         let is_inside = |pid: &Pid| *pid != self.init.pid && own.is_some() && pid_namespace(*pid) == own;
@@ -302,9 +304,9 @@ impl OpenJail {
         if found.is_empty() { Entry::read(self.init.pid).into_iter().collect() } else { found }
     }
 
-    /// Makes sure, after the jail's end, that no process outside can write to the image root any more: a session can
-    /// have sent descriptors of files in the image root to such a process. Waits until `limit` for files that are open
-    /// for writing to be closed, then fails.
+    /// Makes sure, after the jail's end, that no process outside the jail can write to the image root any more: a
+    /// session can have sent descriptors of files in the image root to such a process. Waits until `limit` for files
+    /// that are open for writing to be closed, then fails.
     pub(crate) fn seal(state: &StateDirectory, limit: Instant) -> Result<()> {
         let attempted = || "release the image root";
         let init = Record::read(&state.jail()).attempt(attempted)?.init;
@@ -331,7 +333,8 @@ impl OpenJail {
     /// Removes the jail's traces from the image root after its end: restores resolv.conf and removes the mount points.
     pub(crate) fn clear(self, image_root: &Tree, record_directory: &Tree) -> Result<()> {
         let events = self.events;
-        // Close the inotify in the background; if no thread can be started, the closure is dropped here and closes it.
+        // Close the inotify in the background; if no thread can be started, dropping the closure here closes the
+        // inotify.
         let _ = std::thread::Builder::new().spawn(move || drop(events));
         if self.replaced.as_ref().map(Replaced::restore).transpose()? == Some(true) {
             tracing::info!("{RESOLV_CONF_EDITED}");
@@ -454,7 +457,7 @@ fn start(wanted: &Wanted<'_>) -> Result<Started> {
             Some((Message::Made, descriptors)) => namespaces = descriptors,
             Some((Message::Ready, descriptors)) => events = Some(descriptors),
             Some((Message::Failed(why), _)) => return failed(init, why),
-            // The mark is not lost: its file is in the image's /tmp.
+            // Ignore the message: the mark itself, a file in the image's /tmp, is not lost.
             Some((Message::Marked(..), _)) => {}
             None => {
                 return failed(
@@ -466,7 +469,7 @@ fn start(wanted: &Wanted<'_>) -> Result<Started> {
     }
 }
 
-/// `ims-jail-shell`, which is installed next to this program.
+/// Path of `ims-jail-shell`, which is installed next to this program.
 pub(crate) fn program() -> Result<PathBuf> {
     let own = std::env::current_exe().attempt(|| "find this program's own file")?;
     let beside = own.with_file_name(NAME);
@@ -498,8 +501,8 @@ pub(crate) fn helper_output(arguments: &Arguments) -> std::result::Result<String
 }
 
 /// Time for the kernel to end a process after SIGKILL. A process that hangs in a dead network file system never ends.
-/// With the time that processes get after SIGTERM, this is less than the 5 s that a close may take after the grace
-/// period.
+/// The sum of this time and the time that processes get after SIGTERM is less than the 5 s that the environment may
+/// take to close after the grace period.
 pub(crate) const KILL_TIME: Duration = Duration::from_millis(3500);
 
 /// Returns the processes that have a file open for writing on the mount of this number.

@@ -35,8 +35,8 @@ pub(crate) fn needs_replacing(image_root: &Tree, text: &[u8], own_run: bool) -> 
     })
 }
 
-/// Puts the pod's resolv.conf, or the node's, into the image until [`SIDECAR`] restores the image's own, for programs
-/// that run while no jail is open, and for plain sessions.
+/// Puts the pod's (or the node's) resolv.conf into the image, for plain sessions and for programs that run while no
+/// jail is open. [`SIDECAR`] restores the image's own file later.
 pub(crate) fn lend(image_root: &Tree) -> Result<()> {
     // An earlier run may have been killed before it restored the file.
     SIDECAR.restore(image_root)?;
@@ -51,8 +51,8 @@ pub(crate) fn lend(image_root: &Tree) -> Result<()> {
 }
 
 /// Someone who temporarily replaces the image's resolv.conf, identified by the name of the directory of the saved file.
-/// A sidecar has another name than an environment: its text stays while environments come, go, and clean up after
-/// killed ones.
+/// A sidecar's name differs from an environment's, so the sidecar's resolv.conf stays while environments open, close,
+/// and clean up after killed environments.
 pub(crate) struct Replacer(&'static str);
 
 /// A build environment.
@@ -62,21 +62,23 @@ pub(crate) const ENVIRONMENT: Replacer = Replacer(layout::RESOLV_CONF);
 pub(crate) const SIDECAR: Replacer = Replacer(layout::SIDECAR_RESOLV_CONF);
 
 /// Directories of the image that can contain a replacer's directory, best first. A jail covers /proc and /sys with its
-/// own mounts, so that no session sees the saved file there. An image without these two has no packages that would
+/// own mounts, so that no session sees the saved file there. An image without /proc and /sys has no packages that would
 /// notice the saved file in /etc.
 fn locations(image_root: &Tree) -> impl Iterator<Item = Tree> {
     let covered = ["proc", "sys"].into_iter().filter_map(|name| image_root.directory_of_same_mount(name).ok());
     covered.chain(image_root.directory("etc"))
 }
 
-/// Files in a replacer's directory: the image's own resolv.conf; the new file until it is renamed to /etc; and the
-/// record, which holds the inode number of the new file and the SHA-256 of its text. A session can change these files,
-/// which lie in the image root, so they decide about resolv.conf only.
+// Names of the files in a replacer's directory. A session can change these files, because they are in the image root.
+// So they must not decide about anything but resolv.conf.
+/// The image's own resolv.conf.
 const ORIGINAL: &str = "original";
+/// The new file, until it is renamed to /etc.
 const NEW: &str = "new";
+/// The record: the inode number of the new file, and the SHA-256 of its text.
 const RECORD: &str = "note";
 
-/// Names of these files, and the temporary names under which the new file and the record are written.
+/// Names of all files in a replacer's directory, including the temporary names of the new file and the record.
 const OURS: [&str; 5] = [ORIGINAL, NEW, RECORD, ".new.ims-sshd", ".note.ims-sshd"];
 
 fn is_directory(tree: &Tree, name: &str) -> bool {
@@ -113,7 +115,8 @@ impl Replacer {
             let mode = Mode::from_raw_mode(0o700);
             match location.keeping_times(|| rustix::fs::mkdirat(&location, self.0, mode).map_err(Into::into)) {
                 Ok(()) => return Ok(location),
-                // A replacer of this name is alive: the directory of a killed one was removed at the start.
+                // The directory exists, so a replacer of this name is alive: a killed replacer's directory was removed
+                // at the start.
                 Err(_) if location.directory_without_links(self.0).is_ok() => {
                     return Err(io::ErrorKind::ResourceBusy.into());
                 }
@@ -123,8 +126,8 @@ impl Replacer {
         Err(last)
     }
 
-    /// Restores the image's own file after a replacer of this name was killed. Returns `None` if none was killed or one
-    /// is alive, else whether the new file was changed.
+    /// Restores the image's own file after a replacer of this name was killed. Returns `None` if no replacer was killed
+    /// or one is alive, otherwise whether the new file was changed.
     pub(crate) fn restore(&self, image_root: &Tree) -> Result<Option<bool>> {
         for location in locations(image_root) {
             let Ok(saved) = location.directory_without_links(self.0) else { continue };
@@ -134,7 +137,8 @@ impl Replacer {
             };
             let etc = match image_root.directory("etc") {
                 Ok(etc) => etc,
-                // A session has removed /etc. The saved directory stands in for it, so that the cleanup is the same.
+                // If a session has removed /etc, the saved directory stands in for /etc, so that the cleanup is the
+                // same.
                 Err(_) => location.directory(self.0).attempt(|| "open the directory of the saved /etc/resolv.conf")?,
             };
             return Replaced { etc, location, name: self.0, _lock: lock }.restore().map(Some);
@@ -176,7 +180,7 @@ impl Replaced {
     pub(crate) fn restore(&self) -> Result<bool> {
         let restore = || -> io::Result<bool> {
             let saved = match self.directory() {
-                // A session has removed the directory.
+                // If a session has removed the directory, nothing is left to restore.
                 Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
                 directory => directory?,
             };
@@ -219,7 +223,8 @@ impl Replaced {
             self.restore_as("resolv.conf", saved, has_original)?;
             return Ok(false);
         }
-        // A session may have renamed the file, for example to keep it as a backup. The image's own then gets that name.
+        // A session may have renamed the file, for example to keep it as a backup. The image's own file then gets that
+        // name.
         for name in self.etc.names()? {
             if let Some(name) = name.to_str().filter(|name| self.is_ours(name, record)) {
                 self.restore_as(name, saved, has_original)?;

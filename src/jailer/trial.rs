@@ -25,7 +25,7 @@ pub(crate) struct Choice {
     pub(crate) proc: Proc,
     /// Mount namespace of the trial jail, which contains nothing but the empty directory. A jail cloned from this
     /// namespace does not copy the container's mounts. Only the tier `namespace` uses it: in a user namespace the
-    /// kernel does not allow the image root's mount to be copied while it is the container's.
+    /// kernel refuses to copy the image root's mount from the container's mount namespace.
     bare: Option<OwnedFd>,
 }
 
@@ -46,7 +46,8 @@ const KINDS: [(Tier, Proc); 4] = [
 ];
 
 /// Chooses the best kind that this container can make, among the tiers `wanted` unless that is empty. Logs the choice,
-/// why no better one is possible, and what is lost by that. This process has to be a subreaper (or PID 1).
+/// why no better one is possible, and what sessions lack because of that. This process has to be a subreaper (or PID
+/// 1).
 pub(crate) fn choose(wanted: &[Tier], dkms: bool, state: &StateDirectory) -> Result<Choice> {
     let ground = Ground::new(state)?;
     let mut refused: Vec<(Tier, Error)> = Vec::new();
@@ -54,8 +55,8 @@ pub(crate) fn choose(wanted: &[Tier], dkms: bool, state: &StateDirectory) -> Res
         match ground.attempt(tier, proc, dkms) {
             Ok(shown) => {
                 let choice = Choice { tier, proc, bare: shown.bare };
-                // The kernel mounts nothing on a removed directory. With a bare namespace the trial's directory has to
-                // stay, and is removed with the state directory.
+                // The trial's directory is the root of a bare namespace, on which each jail mounts its image root. The
+                // kernel mounts nothing on a removed directory, so the directory stays as long as the state directory.
                 if choice.bare.is_none() {
                     ground.state.remove()?;
                 }
@@ -175,10 +176,10 @@ fn log(choice: &Choice, without_devices: bool, forced: bool, dkms: bool, refused
     }
     let line = parts.join("; ");
     match choice.tier {
-        // Warn of what lets a session leave the image root.
+        // Warn of a jail that sessions can leave.
         _ if dkms => tracing::warn!(tier, "{line}"),
         Tier::Chroot => tracing::warn!(tier, "{line}"),
-        // The usual case: the line about the jail names the tier as well.
+        // The usual case: the log line about the jail names the tier already.
         Tier::Namespace if !forced => tracing::debug!(tier, "{line}"),
         _ => tracing::info!(tier, "{line}"),
     }
