@@ -1,8 +1,8 @@
-//! Compresses data and fragment blocks on all processors, and writes them in the order in which they were handed in.
+//! Compresses data and fragment blocks on all processors, and writes them in the order in which they were queued.
 //!
-//! The caller's thread reads, a pool of workers compresses, and one thread writes. A queue holds a *ticket* for each
-//! block, in the order of the image; the writing thread takes the first ticket and waits for the result of its block.
-//! The bytes of the image therefore do not depend on which worker was the fastest, nor on the number of workers.
+//! The caller's thread reads, a pool of workers compresses, and one thread writes. A queue has a *ticket* for each
+//! block, in the order of the image. The writing thread takes the first ticket and waits until that ticket's block is
+//! compressed. The bytes of the image therefore do not depend on the speed or the number of the workers.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -19,48 +19,48 @@ use crate::squashfs::format::{Fragment, STORED_BLOCK};
 use crate::squashfs::plan::NodeId;
 use crate::squashfs::progress::Meter;
 
-/// Blocks of one file, in order.
+/// The blocks of one file, in order.
 #[derive(Debug, Default, Clone)]
 pub(crate) struct FileBlocks {
-    /// Start of the first block in the image; 0 if all are holes.
+    /// Start of the file's first block in the image; 0 if all blocks are holes.
     pub(crate) start: u64,
     /// Sizes of the file's blocks, as in [`Extent::blocks`](crate::squashfs::format::Extent::blocks).
     pub(crate) sizes: Vec<u32>,
 }
 
-/// Places of all blocks that were written.
+/// Positions of all blocks that were written.
 #[derive(Debug, Default)]
 pub(crate) struct Written {
     pub(crate) files: HashMap<u32, FileBlocks>,
-    /// Fragment blocks in their order.
+    /// Fragment blocks, in the order of their indices.
     pub(crate) fragments: Vec<Fragment>,
     /// End of the last block in the image.
     pub(crate) end: u64,
 }
 
-/// Output of blocks: the file, the place, and how they are compressed.
+/// The output file, the position of the first block in it, and the method of compression.
 #[derive(Clone, Copy)]
 pub(crate) struct Target<'a> {
     pub(crate) output: &'a File,
-    /// Place of the first block in the image.
+    /// Position of the first block in the image.
     pub(crate) start: u64,
     pub(crate) method: &'a Method,
     pub(crate) workers: usize,
     pub(crate) meter: &'a Meter<'a>,
-    /// Set by other code once the image cannot be finished: no more blocks are accepted.
+    /// Set by other code once the image cannot be finished; the queue then accepts no more blocks.
     pub(crate) is_stopped: &'a AtomicBool,
 }
 
-/// Reason why no more blocks are handed in.
+/// Reason to stop queuing blocks.
 #[derive(Debug)]
 pub(crate) enum Halt<E> {
-    /// The writing thread has failed; its error is the one to report.
+    /// The writing thread has stopped; if it failed, its error is the one to report.
     Stopped,
     /// The caller has failed.
     Failed(E),
 }
 
-/// The writing thread has failed.
+/// The writing thread has stopped, or was asked to.
 #[derive(Debug)]
 pub(crate) struct Stopped;
 
@@ -90,15 +90,15 @@ struct Compressed {
 
 enum Ticket {
     Block(NodeId, Receiver<Compressed>),
-    /// Number of blocks that are holes, and number of the file's bytes in them.
+    /// Number of blocks that are holes, and number of the file's bytes in these holes.
     Holes(NodeId, usize, u64),
     Fragment(Receiver<Compressed>),
     /// Number of a file's bytes that need no block.
     Skipped(u64),
 }
 
-/// Buffers for reuse: otherwise the allocator would return each to the system, and the kernel would zero its memory
-/// again.
+/// Buffers for reuse. Without this pool the allocator would return each buffer to the system, and the kernel would have
+/// to zero its memory again.
 #[derive(Default)]
 struct Buffers(Mutex<Vec<Vec<u8>>>);
 
@@ -112,7 +112,7 @@ impl Buffers {
     }
 }
 
-/// Accepts blocks in the order of the image.
+/// Accepts blocks in the order of the image, for compression and writing.
 pub(crate) struct Queue<'a> {
     jobs: SyncSender<Job>,
     tickets: SyncSender<Ticket>,
@@ -128,9 +128,9 @@ impl Queue<'_> {
         buffer
     }
 
-    /// Hands in the next block of the file `node`. All blocks of a file must follow each other.
+    /// Queues the next block of the file `node`. The blocks of a file must be queued without other blocks between them.
     pub(crate) fn block(&self, node: NodeId, content: Vec<u8>) -> Result<(), Stopped> {
-        // Detects a block of zeros, quickly: the first byte is 0, and each byte equals the one before.
+        // A fast test for a block of zeros: the first byte is 0, and each byte equals the previous one.
         if content.first() == Some(&0) && content[1..] == content[..content.len() - 1] {
             let length = content.len() as u64;
             self.buffers.give_back(content);
@@ -141,12 +141,12 @@ impl Queue<'_> {
         self.jobs.send(Job { content, reply }).map_err(|_| Stopped)
     }
 
-    /// Records that the next `count` blocks of the file `node`, with `bytes` of its bytes, are holes.
+    /// Records that the next `count` blocks of the file `node`, which contain `bytes` bytes of it, are holes.
     pub(crate) fn holes(&self, node: NodeId, count: usize, bytes: u64) -> Result<(), Stopped> {
         self.wait_for(Ticket::Holes(node, count, bytes))
     }
 
-    /// Counts `bytes` bytes of a file that need no block, since they are in the image already.
+    /// Counts `bytes` bytes of a file that need no block, since the image already contains them.
     pub(crate) fn skipped(&self, bytes: u64) -> Result<(), Stopped> {
         self.wait_for(Ticket::Skipped(bytes))
     }
@@ -158,12 +158,12 @@ impl Queue<'_> {
         self.tickets.send(ticket).map_err(|_| Stopped)
     }
 
-    /// Takes back a buffer that was not handed in.
+    /// Returns a buffer to the pool that was not queued.
     pub(crate) fn give_back(&self, buffer: Vec<u8>) {
         self.buffers.give_back(buffer);
     }
 
-    /// Hands in the next fragment block.
+    /// Queues the next fragment block.
     pub(crate) fn fragment(&self, content: Vec<u8>) -> Result<(), Stopped> {
         let (reply, result) = sync_channel(1);
         self.wait_for(Ticket::Fragment(result))?;
@@ -171,15 +171,16 @@ impl Queue<'_> {
     }
 }
 
-/// Calls `feed`, which hands in the blocks, and writes them concurrently. `E` is the type of `feed`'s error.
+/// Calls `feed`, which queues blocks, and compresses and writes the blocks at the same time. `E` is the type of
+/// `feed`'s error.
 pub(crate) fn compress<E: From<io::Error>>(
     target: Target,
     feed: impl FnOnce(&Queue) -> Result<(), Halt<E>>,
 ) -> Result<Written, E> {
     let buffers = Buffers::default();
     thread::scope(|scope| {
-        // Each ticket holds two buffers at most. Two tickets for each worker keep it busy while the first block is
-        // written.
+        // Each ticket holds two buffers at most. Two tickets for each worker keep the workers busy while the first
+        // block is being written.
         let ahead = 2 * target.workers + 2;
         let (jobs, queued) = sync_channel::<Job>(ahead);
         let (tickets, in_order) = sync_channel::<Ticket>(ahead);
@@ -206,7 +207,7 @@ pub(crate) fn compress<E: From<io::Error>>(
 fn work(method: &Method, queued: &Mutex<Receiver<Job>>, buffers: &Buffers) {
     let mut compressor = Compressor::new(method);
     loop {
-        // Wait with the lock held: the other workers would have nothing to do either.
+        // Wait while holding the lock: the other workers could only wait for the same queue.
         let next = queued.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(Job { content, reply }) = next else { return };
         let mut bytes = buffers.take();
@@ -218,14 +219,14 @@ fn work(method: &Method, queued: &Mutex<Receiver<Job>>, buffers: &Buffers) {
             buffers.give_back(bytes);
             Compressed { length, bytes: content, is_stored: true }
         };
-        // Sending fails if writing has failed and nothing waits for the result.
+        // The writing thread may have failed, so that nothing receives the result.
         let _ = reply.send(result);
     }
 }
 
 fn write_in_order(target: &Target, tickets: &Receiver<Ticket>, buffers: &Buffers) -> io::Result<Written> {
     let mut written = Written { end: target.start, ..Written::default() };
-    // A worker that panics drops its sender; the panic itself is raised when the worker is joined.
+    // The result is missing only if a worker panicked; that panic is raised again when the worker is joined.
     let died = |_| io::Error::other("a thread that compresses has ended");
     for ticket in tickets {
         match ticket {
@@ -254,13 +255,13 @@ fn write_in_order(target: &Target, tickets: &Receiver<Ticket>, buffers: &Buffers
     Ok(written)
 }
 
-/// Writes a block at `end`. Returns its place, and its size as an inode holds it.
+/// Writes a block at `end`. Returns the block's position, and its size as inodes encode it.
 fn append(target: &Target, end: &mut u64, block: Compressed, buffers: &Buffers) -> io::Result<(u64, u32)> {
     let start = *end;
     target.output.write_all_at(&block.bytes, start)?;
     *end += block.bytes.len() as u64;
     target.meter.compressed(block.length as u64, block.bytes.len() as u64);
-    // A block has 1 MiB at most, so its length always fits.
+    // A block has at most 1 MiB, so its length always fits.
     let length = u32::try_from(block.bytes.len()).unwrap_or(0);
     buffers.give_back(block.bytes);
     Ok((start, if block.is_stored { length | STORED_BLOCK } else { length }))

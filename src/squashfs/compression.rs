@@ -1,7 +1,7 @@
-//! Compression of single blocks: gzip, xz, zstd, or none, with the options that an image's superblock names.
+//! Compresses single blocks with gzip, xz, zstd, or not at all, with the options that the superblock of an image names.
 //!
-//! mksquashfs is the model: the defaults are its levels and dictionaries, and a block that does not get smaller is
-//! stored uncompressed. gzip is written by libdeflate, at a level at which the result is no larger than zlib's.
+//! Follows mksquashfs: the defaults are its levels and dictionaries, and a block that would not get smaller is stored
+//! uncompressed. libdeflate writes gzip, at levels at which the result is no larger than zlib's.
 
 use libdeflater::{CompressionError, CompressionLvl};
 use liblzma::stream::{Action, Check, Filters, LzmaOptions, Status, Stream};
@@ -24,10 +24,10 @@ pub enum Compression {
 }
 
 impl Compression {
-    /// All compressions.
+    /// All algorithms.
     pub const ALL: [Self; 4] = [Self::None, Self::Gzip, Self::Xz, Self::Zstd];
 
-    /// The name that mksquashfs and `IMAGE_COMPRESSION` use.
+    /// Name of the algorithm, as mksquashfs and `IMAGE_COMPRESSION` use it.
     pub fn name(self) -> &'static str {
         match self {
             Self::None => "none",
@@ -37,33 +37,34 @@ impl Compression {
         }
     }
 
-    /// The algorithm called `name`.
+    /// Returns the algorithm with this name.
     pub fn named(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|one| one.name() == name)
     }
 }
 
-/// Numbers of compressions in the superblock; those that only other tools write are listed for the error message.
+/// Number of each algorithm in a superblock. Algorithms that only other tools write are listed for the error message.
 const NUMBERS: [(u16, &str); 6] = [(1, "gzip"), (2, "lzma"), (3, "lzo"), (4, "xz"), (5, "lz4"), (6, "zstd")];
 
-/// A compression with its options.
+/// An algorithm with its options.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Method {
     algorithm: Compression,
     options: Options,
 }
 
-/// Compressor options, which follow the superblock if [`flag::OPTIONS`](crate::squashfs::format::flag::OPTIONS) is set.
+/// Options of the compressor. They follow the superblock if [`flag::OPTIONS`](crate::squashfs::format::flag::OPTIONS)
+/// is set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Options {
     None,
-    /// Level 1 to 9; zlib's window and strategies, which are kept in the superblock but not used.
+    /// Level from 1 to 9. zlib's window and strategies are kept for the superblock, but not used.
     Gzip {
         level: u32,
         window: u16,
         strategies: u16,
     },
-    /// Size of the dictionary in bytes; a bit for each filter for machine code.
+    /// Size of the dictionary in bytes, and a bit for each machine-code filter to try.
     Xz {
         dictionary: u32,
         filters: u32,
@@ -78,26 +79,27 @@ const GZIP_WINDOW: u16 = 15;
 const ZSTD_LEVEL: u32 = 15;
 const XZ_PRESET: u32 = 6;
 
-/// libdeflate's level for each of zlib's, from 1: the fastest whose result is no larger. On image roots of Debian, rpm
-/// and musl, its level 6 is 0.7 to 1.3 % smaller than zlib's level 9. Its own level 9 saves another 0.2 to 0.8 %, and
-/// takes three to four times as long.
+/// libdeflate's level for each of zlib's levels, from 1: the fastest level whose result is no larger than zlib's. On
+/// image roots of Debian, rpm and musl, libdeflate's level 6 is 0.7 to 1.3 % smaller than zlib's level 9. libdeflate's
+/// level 9 would save another 0.2 to 0.8 %, but take three to four times as long.
 const LIBDEFLATE_LEVELS: [i32; 9] = [1, 2, 2, 3, 5, 5, 5, 6, 6];
 
-/// Maximum gzip level for metadata blocks. A slow level does not pay: such a block has 8 KiB, all of them are a
-/// hundredth of an image, and one thread compresses them, since a listing holds the places of compressed inodes.
+/// Maximum gzip level for metadata blocks. Higher levels are slow and save little: all metadata is about a hundredth of
+/// an image, in blocks of 8 KiB. It is also compressed by a single thread, since directory listings contain the
+/// positions of compressed inodes.
 const METADATA_GZIP_LEVEL: u32 = 6;
 /// Maximum zstd level for metadata blocks: the image's own level would take longer than copying all of the data.
 const METADATA_ZSTD_LEVEL: u32 = 5;
-/// Preset of xz for metadata blocks, for the same reason.
+/// xz preset for metadata blocks, low since a higher one would take too long.
 const METADATA_XZ_PRESET: u32 = 1;
 
-/// Minimum size of xz's dictionary that mksquashfs accepts, in bytes.
+/// Minimum dictionary size for xz that mksquashfs accepts, in bytes.
 const SMALLEST_DICTIONARY: u32 = 8 << 10;
-/// Bits of the xz filters that liblzma has.
+/// Bits of the xz filters that liblzma supports.
 const XZ_FILTERS: u32 = 0xff;
 
 impl Method {
-    /// A compression with mksquashfs's default options, for blocks of `block_size` bytes.
+    /// The algorithm with mksquashfs's default options, for blocks of `block_size` bytes.
     pub fn new(algorithm: Compression, block_size: u32) -> Self {
         let options = match algorithm {
             Compression::None => Options::None,
@@ -113,7 +115,7 @@ impl Method {
         self.algorithm
     }
 
-    /// Decodes the number of the compression in a superblock, and the options that follow the superblock.
+    /// Decodes the algorithm's number in a superblock, and the options that follow the superblock.
     pub(crate) fn decode(number: u16, options: Option<&[u8]>, block_size: u32) -> Result<Self, Fault> {
         let name = NUMBERS.iter().find(|(known, _)| *known == number).map(|(_, name)| *name);
         let name = name.ok_or_else(|| Fault::damaged(format!("compression {number} is unknown")))?;
@@ -147,14 +149,14 @@ impl Method {
         }
     }
 
-    /// Returns the number of the compression for the superblock.
+    /// Returns the algorithm's number for the superblock.
     pub(crate) fn number(&self) -> u16 {
-        // Like mksquashfs, write gzip for an image without compression: all its blocks are marked as stored.
+        // Like mksquashfs, name gzip for an image without compression: all its blocks are marked as uncompressed.
         let name = if self.algorithm == Compression::None { "gzip" } else { self.algorithm.name() };
         NUMBERS.iter().find(|(_, known)| *known == name).map_or(0, |(number, _)| *number)
     }
 
-    /// Length in bytes of the options behind the superblock, which are absent if they are the defaults.
+    /// Length in bytes of the options that follow the superblock. Default options are not written.
     pub(crate) fn options_length(algorithm: Compression) -> usize {
         match algorithm {
             Compression::None => 0,
@@ -185,13 +187,13 @@ impl Method {
         Some(out)
     }
 
-    /// Memory in bytes that one [`Compressor`] takes at most for blocks of `block_size` bytes.
+    /// Maximum memory in bytes of one [`Compressor`] for blocks of `block_size` bytes.
     pub(crate) fn memory(&self, block_size: u32) -> u64 {
         let block = u64::from(block_size);
         match self.options {
             Options::None => 0,
             Options::Gzip { .. } => 1 << 20,
-            // lzma_easy_encoder_memusage(6) grows by 10.5 times the dictionary; the rest is for hash tables.
+            // For preset 6, lzma_easy_encoder_memusage grows by 10.5 times the dictionary; the rest is for hash tables.
             Options::Xz { dictionary, .. } => (2 << 20) + 11 * u64::from(dictionary),
             Options::Zstd { .. } => (4 << 20) + 12 * block,
         }
@@ -234,7 +236,7 @@ impl Compressor {
             Options::None => CompressorState::None,
             Options::Gzip { level, .. } => {
                 let ours = LIBDEFLATE_LEVELS.get(level.saturating_sub(1) as usize).copied().unwrap_or(6);
-                // All levels of the table exist.
+                // libdeflate has all levels of `LIBDEFLATE_LEVELS`, so the default is never used.
                 let level = CompressionLvl::new(ours).unwrap_or_default();
                 CompressorState::Gzip(libdeflater::Compressor::new(level))
             }
@@ -244,11 +246,11 @@ impl Compressor {
         Self { state }
     }
 
-    /// Replaces `out` by `block`, compressed. Returns false if the result would not be smaller; `out` must not be used
-    /// then.
+    /// Writes the compressed `block` into `out`, replacing its content. Returns false if the result would not be
+    /// smaller; `out` must not be used then.
     pub(crate) fn compress(&mut self, block: &[u8], out: &mut Vec<u8>) -> bool {
         out.clear();
-        // One byte less than the block: a block whose result does not fit is stored uncompressed.
+        // Limit the result to one byte less than the block: if it does not fit, the block is stored uncompressed.
         let most = block.len().saturating_sub(1);
         match &mut self.state {
             CompressorState::None => false,
@@ -280,9 +282,10 @@ impl Compressor {
     }
 }
 
-/// Compresses once without a filter and once with each, as mksquashfs does, and keeps the smallest.
+/// Compresses once without a filter and once with each filter, as mksquashfs does, and keeps the smallest result.
 fn compress_xz(block: &[u8], (preset, dictionary, filters): (u32, u32, u32), most: usize, out: &mut Vec<u8>) -> bool {
-    // No larger than the block: a metadata block would otherwise pay for the tables of a data block's dictionary.
+    // Limit the dictionary to the block's size. Otherwise a metadata block would need the large tables of a data
+    // block's dictionary.
     let needed = u32::try_from(block.len().next_power_of_two().max(METADATA_BLOCK)).unwrap_or(dictionary);
     let dictionary = dictionary.min(needed);
     let mut is_smaller = compress_xz_once(block, (preset, dictionary, 0), most, out);
@@ -321,7 +324,7 @@ fn compress_xz_once(
     let Ok(mut stream) = Stream::new_stream_encoder(&filters, Check::Crc32) else { return false };
     out.clear();
     out.resize(most, 0);
-    // One call is enough: all input is available, and a result that does not fit is not needed.
+    // One call is enough: all input is available, and a result that does not fit is discarded.
     let ended = matches!(stream.process(block, out, Action::Finish), Ok(Status::StreamEnd));
     out.truncate(usize::try_from(stream.total_out()).unwrap_or(usize::MAX));
     ended
@@ -339,7 +342,7 @@ enum DecompressorState {
     Zstd(DCtx<'static>),
 }
 
-/// Maximum memory of liblzma for a block, in bytes. The kernel limits the dictionary to the block size.
+/// Memory limit of liblzma for a block, in bytes. The kernel limits the dictionary to the block size.
 const XZ_MEMORY: u64 = 8 << 20;
 
 impl Decompressor {
@@ -353,7 +356,8 @@ impl Decompressor {
         Self { state }
     }
 
-    /// Replaces `out` by the content of `block`; content of more than `most` bytes is a fault.
+    /// Writes the content of `block` into `out`, replacing what was there. Content of more than `most` bytes is a
+    /// fault.
     pub(crate) fn decompress(&mut self, block: &[u8], most: usize, out: &mut Vec<u8>) -> Result<(), Fault> {
         out.resize(most, 0);
         let length = match &mut self.state {
@@ -367,7 +371,7 @@ impl Decompressor {
     }
 }
 
-/// Length of a block's content if the block itself states it. zlib's format does not.
+/// Returns the length of a block's content if the block states it. zlib's format does not.
 pub(crate) fn content_length(algorithm: Compression, block: &[u8]) -> Option<u64> {
     match algorithm {
         Compression::Zstd => zstd::zstd_safe::get_frame_content_size(block).ok()?,
@@ -376,7 +380,8 @@ pub(crate) fn content_length(algorithm: Compression, block: &[u8]) -> Option<u64
     }
 }
 
-/// Reads the index at the end of a stream of one block: the xz file format, sections 2.1.2 and 4.
+/// Reads the content's length from the index at the end of a stream of one block (xz file format, sections 2.1.2 and
+/// 4).
 fn xz_content_length(stream: &[u8]) -> Option<u64> {
     let (rest, footer) = stream.split_last_chunk::<12>()?;
     let mut fields = Fields(&footer[4..]);
@@ -394,7 +399,8 @@ fn xz_content_length(stream: &[u8]) -> Option<u64> {
         }
         None
     };
-    // Fields of the index: indicator, number of blocks, length in the file, length of the content.
+    // The index contains its indicator, the number of blocks, and for each block the length in the file and of the
+    // content.
     let is_one = number()? == 0 && number()? == 1;
     number()?;
     number().filter(|_| is_one)
@@ -478,7 +484,7 @@ mod tests {
 
     #[test]
     fn filters_of_xz_make_code_smaller_and_are_kept_where_they_do() {
-        // Calls to one place: their relative addresses differ, and only the filter makes them equal.
+        // Calls to a single address: their relative operands differ, and only the filter makes them equal.
         let code: Vec<u8> = (0..12_000_u32)
             .flat_map(|n| {
                 let relative = (1_000_000 - n * 9).to_le_bytes();

@@ -1,4 +1,4 @@
-//! Reads the files that are compressed: their blocks, holes and tails. Finds out which files are equal.
+//! Reads the files that are to be compressed: their blocks, holes and tails. Finds files with equal content.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -15,32 +15,32 @@ use crate::squashfs::inventory::SourceFile;
 use crate::squashfs::options::{Fragments, Options};
 use crate::squashfs::plan::{NodeId, Plan};
 
-/// Opens a regular file of the tree by its path below the root.
+/// Opens a regular file of the tree, given its path below the root.
 pub type Open<'a> = &'a mut dyn FnMut(&Path) -> io::Result<File>;
 
-/// Places of the content of all files.
+/// Position of each file's content in the image.
 #[derive(Debug)]
 pub(crate) struct Located {
-    /// Places by the index of the node.
+    /// Positions, indexed by node.
     places: Vec<At>,
     duplicates: u64,
 }
 
 #[derive(Debug, Default, Clone)]
 enum At {
-    /// The file is empty, or its place is not known yet.
+    /// The file is empty, or the position of its content is not known yet.
     #[default]
     Nowhere,
-    /// The same content as another file.
+    /// The content is that of another file.
     SameAs(NodeId),
-    /// All of the content in a fragment block: index of the block, and offset in it.
+    /// All content is in a fragment block: index of the block, and offset in it.
     Fragment(u32, u32),
-    /// Blocks, and possibly a tail in a fragment block.
+    /// Blocks, and the place of the tail if it is in a fragment block.
     Blocks(Box<FileBlocks>, Option<(u32, u32)>),
 }
 
 impl Located {
-    /// Creates the places of `nodes` nodes, none of which is known yet.
+    /// Creates a list for `nodes` nodes, none of which has a position yet.
     pub(crate) fn new(nodes: usize) -> Self {
         Self { places: vec![At::Nowhere; nodes], duplicates: 0 }
     }
@@ -54,7 +54,7 @@ impl Located {
         self.places[node.index()] = At::Fragment(fragment.0, fragment.1);
     }
 
-    /// Sets the place of a file's blocks and tail.
+    /// Sets the position of a file's blocks and tail.
     pub(crate) fn set(&mut self, node: NodeId, (blocks, fragment): (FileBlocks, Option<(u32, u32)>)) {
         self.places[node.index()] = match fragment {
             Some((index, offset)) if blocks.sizes.is_empty() => At::Fragment(index, offset),
@@ -62,7 +62,7 @@ impl Located {
         };
     }
 
-    /// Adds blocks that were written to the tails that were set before.
+    /// Sets the blocks of files after they were written; the tail that was set earlier is kept.
     pub(crate) fn add_blocks(&mut self, files: HashMap<u32, FileBlocks>) {
         for (node, blocks) in files {
             let place = &mut self.places[node as usize];
@@ -71,16 +71,17 @@ impl Located {
         }
     }
 
-    /// Number of files that are equal to others.
+    /// Number of files whose content is that of another file.
     pub(crate) fn duplicates(&self) -> u64 {
         self.duplicates
     }
 
-    /// Content of the file `node` of `size` bytes.
+    /// Returns the position of the content of the file `node`, which has `size` bytes.
     pub(crate) fn content(&self, node: NodeId, size: u64, block_size: u32) -> Extent {
         match &self.places[node.index()] {
             At::Nowhere => Extent { size, ..Extent::default() },
-            // Always one step: `other` is the first of the equal files, which is never itself equal to an earlier one.
+            // This recurses only once: `other` is the first of the equal files, and never refers to another file
+            // itself.
             At::SameAs(other) => self.content(*other, size, block_size),
             At::Fragment(index, offset) => Extent { size, fragment: Some((*index, *offset)), ..Extent::default() },
             At::Blocks(blocks, fragment) => {
@@ -90,8 +91,8 @@ impl Located {
                 Extent {
                     size,
                     start: blocks.start,
-                    // The kernel derives st_blocks from this number: as with mksquashfs, a file of only holes counts as
-                    // one block.
+                    // The kernel derives st_blocks from this number. As with mksquashfs, a file that has nothing but
+                    // holes counts as one block.
                     sparse: sparse.min(size.saturating_sub(1)),
                     blocks: blocks.sizes.clone(),
                     fragment: *fragment,
@@ -101,16 +102,17 @@ impl Located {
     }
 }
 
-/// Fills fragment blocks.
+/// Collects tails of files in fragment blocks.
 pub(crate) struct Packer {
     block_size: usize,
-    /// Index of the block that is being filled.
+    /// Index of the fragment block that is being filled.
     index: u32,
     pending: Vec<u8>,
 }
 
 impl Packer {
-    /// Adds a tail, and hands in the fragment block if the tail no longer fits. Returns the tail's place.
+    /// Adds a tail. If the current fragment block has no room for it, queues that block first. Returns the tail's
+    /// position.
     pub(crate) fn add(&mut self, tail: &[u8], queue: &Queue) -> Result<(u32, u32), Stopped> {
         if self.pending.len() + tail.len() > self.block_size {
             self.flush(queue)?;
@@ -135,27 +137,27 @@ impl Packer {
 /// Hash of a file's content. Two files with the same size and SHA-256 are treated as equal.
 type Hash = [u8; 32];
 
-/// Finds equal files. Only files that share their size with another file are hashed.
+/// Finds files with equal content. Only files that share their size with another file are hashed.
 struct Duplicates {
     /// Number of files of each size.
     sizes: HashMap<u64, u32>,
-    /// Files that are taken over and have not been hashed yet, by size.
+    /// Files whose content is taken over and that have not been hashed yet, by size.
     taken: HashMap<u64, Vec<NodeId>>,
     known: HashMap<(u64, Hash), NodeId>,
 }
 
-/// Reads files and hands their blocks in.
+/// Reads files and queues their blocks.
 pub(crate) struct Reading<'a, 'o> {
     plan: &'a Plan,
     options: &'a Options,
     open: Open<'o>,
     duplicates: Option<Duplicates>,
-    /// Fills fragment blocks.
+    /// Collects the tails in fragment blocks.
     pub(crate) packer: Packer,
 }
 
 impl<'a, 'o> Reading<'a, 'o> {
-    /// Creates the reading. `taken` lists the files that are taken over; `fragments` counts the fragment blocks taken
+    /// `taken` lists the files whose content is taken over; `fragments` is the number of fragment blocks that are taken
     /// over.
     pub(crate) fn new(
         plan: &'a Plan,
@@ -175,7 +177,7 @@ impl<'a, 'o> Reading<'a, 'o> {
         Self { plan, options, open, duplicates, packer }
     }
 
-    /// Reads `files`, each with its size, and also hands in the last fragment block.
+    /// Reads `files`, each with its size, and queues their blocks, including the last fragment block.
     pub(crate) fn read_all(
         &mut self,
         files: &[(NodeId, u64)],
@@ -238,7 +240,7 @@ impl<'a, 'o> Reading<'a, 'o> {
         opened.map_err(|error| Failure::Tree(path, error))
     }
 
-    /// Hands in the first `length` bytes of a file, block by block. Holes are not read.
+    /// Queues the first `length` bytes of a file, block by block. Holes are not read.
     fn read_blocks(&self, (node, file): (NodeId, &File), length: u64, queue: &Queue) -> Result<(), Halt<Failure>> {
         let fail = |error| Halt::Failed(Failure::Tree(self.plan.path(node), error));
         let block_size = u64::from(self.options.block_size);
@@ -248,7 +250,8 @@ impl<'a, 'o> Reading<'a, 'o> {
         while at < length {
             if has_holes {
                 let data = next_data(file, at).map_err(fail)?.min(length);
-                // Skip only whole blocks of the hole, unless it reaches to the end.
+                // Skip only those blocks that lie completely in the hole, and all of them if the hole reaches to the
+                // end.
                 let end = if data == length { data } else { data - data % block_size };
                 if end > at {
                     let count = usize::try_from((end - at).div_ceil(block_size)).unwrap_or(usize::MAX);
@@ -265,7 +268,7 @@ impl<'a, 'o> Reading<'a, 'o> {
         Ok(())
     }
 
-    /// Returns whether another file has this size.
+    /// Returns whether any other file has this size.
     fn has_peers(&self, size: u64) -> bool {
         let has = |duplicates: &Duplicates| {
             duplicates.taken.contains_key(&size) || duplicates.sizes.get(&size).is_some_and(|count| *count > 1)
@@ -273,10 +276,10 @@ impl<'a, 'o> Reading<'a, 'o> {
         self.duplicates.as_ref().is_some_and(has)
     }
 
-    /// Returns an earlier file that is equal to this one; if there is none, remembers this file.
+    /// Returns an earlier file with the same content. If there is none, remembers this file for later calls.
     fn equal(&mut self, node: NodeId, size: u64, hash: Hash) -> Result<Option<NodeId>, Failure> {
         let taken = self.duplicates.as_mut().and_then(|duplicates| duplicates.taken.get_mut(&size));
-        // Take the list and leave its key, which tells `has_peers` that there are such files.
+        // Empty the list but leave its key: by the key, `has_peers` sees that files of this size are taken over.
         for taken in taken.map(std::mem::take).unwrap_or_default() {
             let file = self.opened(taken, size)?;
             let hash = hash_file(&file, size).map_err(|error| Failure::Tree(self.plan.path(taken), error))?;
@@ -294,17 +297,17 @@ fn changed() -> io::Error {
     io::Error::other("it has changed meanwhile")
 }
 
-/// Replaces `buffer` by `length` bytes of `file` from `at`.
+/// Reads `length` bytes of `file` from offset `at`, replacing the content of `buffer`.
 fn fill(file: &File, at: u64, length: u64, buffer: &mut Vec<u8>) -> io::Result<()> {
     buffer.resize(usize::try_from(length).map_err(io::Error::other)?, 0);
     file.read_exact_at(buffer, at).map_err(|e| if e.kind() == io::ErrorKind::UnexpectedEof { changed() } else { e })
 }
 
-/// Returns the offset at which data begins at or behind `at`; `u64::MAX` if there is none.
+/// Returns the offset of the first data at or after `at`; `u64::MAX` if only a hole follows.
 fn next_data(file: &File, at: u64) -> io::Result<u64> {
     match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(at)) {
         Err(rustix::io::Errno::NXIO) => Ok(u64::MAX),
-        // The file system does not report holes.
+        // The file system does not report holes, so everything counts as data.
         Err(rustix::io::Errno::INVAL) => Ok(at),
         other => Ok(other?),
     }

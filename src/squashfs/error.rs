@@ -1,4 +1,4 @@
-//! Faults of a source image, and reasons why an image was not written.
+//! Faults of a source image, and reasons why an image could not be written.
 
 use std::fmt;
 use std::io;
@@ -11,9 +11,9 @@ pub enum Fault {
     NoSquashfs,
     /// A squashfs that this module cannot read: another version or compression.
     Unsupported(String),
-    /// The image contradicts itself, or is cut off.
+    /// The image contradicts itself or is truncated.
     Damaged(String),
-    /// The image holds more than is read of a source; the limits are in `reader.rs`.
+    /// The image exceeds a limit for sources; `reader.rs` has the limits.
     TooLarge(String),
     /// The system could not read the file.
     Read(io::Error),
@@ -45,12 +45,12 @@ impl From<io::Error> for Fault {
     }
 }
 
-/// Reason why an image was not written.
+/// Reason why an image could not be written.
 #[derive(Debug)]
 pub enum Failure {
-    /// A file of the tree could not be read, or changed meanwhile.
+    /// A file of the tree could not be read, or changed while it was being read.
     Tree(PathBuf, io::Error),
-    /// The tree could not be walked through; the error names the file.
+    /// The tree could not be traversed; the error names the file.
     Walk(io::Error),
     /// The source turned out to be damaged.
     Source(Fault),
@@ -102,7 +102,7 @@ pub enum Limit {
     Target(usize),
     /// An extended attribute outside the three name spaces, or with a value above 64 KiB.
     Xattr(Vec<u8>),
-    /// An entry was added to something other than a directory, or a second name to a directory.
+    /// An entry was added to an object that is no directory, or a directory would get a second name.
     Parent,
     /// More than 65,535 different owners and groups.
     Ids,
@@ -110,7 +110,7 @@ pub enum Limit {
     Table,
     /// A directory whose listing takes more than 4 GiB.
     Listing,
-    /// More than 2³²-2 inodes, or a device number beyond 12 and 20 bits.
+    /// More than 2³²-2 inodes, or a device number that does not fit 12 bits (major) and 20 bits (minor).
     Number,
 }
 

@@ -1,4 +1,4 @@
-//! The structures of SquashFS 4.0 as values: constants, and encoding and decoding of each. No I/O.
+//! The structures of SquashFS 4.0 as values: constants, and functions that encode and decode each. No I/O.
 //!
 //! All numbers are little-endian. docs/ARCHITECTURE.md, "The squashfs format as it is used here", shows the order of
 //! the parts of an image and the pointers between them.
@@ -15,23 +15,23 @@ pub(crate) const METADATA_BLOCK: usize = 8192;
 pub(crate) const SMALLEST_BLOCK: u32 = 4096;
 /// Largest block size that the kernel mounts.
 pub(crate) const LARGEST_BLOCK: u32 = 1 << 20;
-/// Flag in the size of a data or fragment block: the block is stored uncompressed.
+/// Flag in the size of a data or fragment block, set if the block is stored uncompressed.
 pub(crate) const STORED_BLOCK: u32 = 1 << 24;
-/// Flag in a metadata block's header: the block is stored uncompressed.
+/// Flag in a metadata block's header, set if the block is stored uncompressed.
 pub(crate) const STORED_METADATA: u16 = 1 << 15;
-/// Index that stands for "none": no fragment, or no set of extended attributes.
+/// Index that means "none", for fragments and sets of extended attributes.
 pub(crate) const NONE: u32 = u32::MAX;
-/// Start of a table that does not exist.
+/// Position of a table that does not exist.
 pub(crate) const NO_TABLE: u64 = u64::MAX;
 /// Maximum number of entries below one header of a directory listing.
 pub(crate) const ENTRIES_PER_HEADER: usize = 256;
 /// Maximum length of a directory entry's name, in bytes.
 pub(crate) const LONGEST_NAME: usize = 255;
-/// Maximum length of a symbolic link's target that the kernel follows, in bytes.
+/// Maximum length of a symbolic link's target, in bytes; the kernel follows no longer one.
 pub(crate) const LONGEST_TARGET: usize = 4095;
-/// Added to the length of a directory's listing in its inode: the format counts `.` and `..` as 3 bytes.
+/// Number added to the length of a listing in the directory's inode: the format counts `.` and `..` as 3 bytes.
 pub(crate) const DOT_ENTRIES: u32 = 3;
-/// Number of bytes of which an image's length is a multiple, so that the image can be attached to a loop device.
+/// An image is padded to a multiple of this number of bytes, so that it can be attached to a loop device.
 pub(crate) const PADDING: u64 = 4096;
 
 /// Bits of the superblock's flags.
@@ -44,7 +44,7 @@ pub(crate) mod flag {
     pub(crate) const STORED_FRAGMENTS: u16 = 1 << 3;
     /// No file has a fragment.
     pub(crate) const NO_FRAGMENTS: u16 = 1 << 4;
-    /// Files larger than a block have their tail in a fragment too.
+    /// Files larger than a block have their tails in fragments too.
     pub(crate) const ALWAYS_FRAGMENTS: u16 = 1 << 5;
     /// Equal files are stored once.
     pub(crate) const DUPLICATES: u16 = 1 << 6;
@@ -60,7 +60,7 @@ pub(crate) mod flag {
     pub(crate) const STORED_IDS: u16 = 1 << 11;
 }
 
-/// Reads numbers from the beginning of a slice; `None` if the slice is too short.
+/// Reads numbers one after another from a slice; returns `None` once the slice is too short.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Fields<'a>(pub(crate) &'a [u8]);
 
@@ -120,10 +120,10 @@ impl Append for Vec<u8> {
     }
 }
 
-/// Place in a table of metadata blocks: start of the block relative to the table, and offset in the block's content.
+/// Position in a table of metadata blocks: a block, and an offset in its uncompressed content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, PartialOrd, Ord, Hash)]
 pub(crate) struct Place {
-    /// Start of the block, in bytes of the image from the table's start.
+    /// Start of the block, in bytes from the table's start in the image.
     pub(crate) block: u32,
     /// Offset in the uncompressed block.
     pub(crate) offset: u16,
@@ -136,7 +136,7 @@ impl Place {
         Some(Self { block: u32::try_from(reference >> 16).ok()?, offset })
     }
 
-    /// Encodes the place as an inode reference.
+    /// Encodes the position as an inode reference.
     pub(crate) fn encode(self) -> u64 {
         u64::from(self.block) << 16 | u64::from(self.offset)
     }
@@ -146,11 +146,11 @@ impl Place {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Superblock {
     pub(crate) inodes: u32,
-    /// Time of creation, in seconds.
+    /// Time of creation, in seconds since 1970.
     pub(crate) created: u32,
     pub(crate) block_size: u32,
     pub(crate) fragments: u32,
-    /// Number of the compression, see [`crate::squashfs::compression`].
+    /// Number of the compression algorithm, see [`crate::squashfs::compression`].
     pub(crate) compression: u16,
     /// Bits of [`flag`].
     pub(crate) flags: u16,
@@ -196,7 +196,8 @@ impl Superblock {
         out
     }
 
-    /// Decodes a superblock and checks that its fields are consistent. `available` is the length of the file in bytes.
+    /// Decodes a superblock and checks that its fields are consistent. `available` is the length of the image file in
+    /// bytes.
     pub(crate) fn decode(bytes: &[u8], available: u64) -> Result<Self, Fault> {
         let (decoded, log, version) = Self::fields(Fields(bytes)).ok_or(Fault::NoSquashfs)?;
         if version != (4, 0) {
@@ -244,7 +245,7 @@ impl Superblock {
         Some((decoded, log, version))
     }
 
-    /// Checks the order of the tables: the kernel refuses any other.
+    /// Checks the order of the tables: the kernel refuses any other order.
     fn check_order(&self) -> Result<(), Fault> {
         let optional = |table: u64, before: u64| if table == NO_TABLE { before } else { table };
         let fragments = optional(self.fragment_table, self.directory_table);
@@ -260,7 +261,7 @@ impl Superblock {
             xattrs,
             self.length,
         ];
-        // An image of empty directories has no listings, so the directory table may be empty; optional tables may be
+        // The directory table may be empty, since an image of empty directories has no listings. Optional tables may be
         // absent.
         let in_order = order.is_sorted() && self.inode_table < self.directory_table && xattrs < self.length;
         if in_order && self.inodes > 0 && self.ids > 0 {
@@ -275,7 +276,7 @@ impl Superblock {
     }
 }
 
-/// Type of an inode, with its number in directory entries.
+/// Type of an inode. The numbers are those in directory entries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     Directory = 1,
@@ -300,19 +301,19 @@ impl Kind {
     }
 }
 
-/// The fields that all inodes begin with.
+/// The fields with which all inodes begin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Header {
     /// Permission bits, without the type.
     pub(crate) mode: u16,
-    /// Index into the table of ids.
+    /// Index of the owner in the table of ids.
     pub(crate) user: u16,
     pub(crate) group: u16,
     pub(crate) modified: u32,
     pub(crate) number: u32,
 }
 
-/// An inode. Its values decide whether it is encoded in the basic or the extended form of its type.
+/// An inode. Its values determine whether it is encoded in the basic or the extended form of its type.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Inode {
     pub(crate) header: Header,
@@ -331,13 +332,13 @@ pub(crate) enum Body {
     File(Extent),
     /// A symbolic link and its target.
     Symlink(Vec<u8>),
-    /// A device, with the kernel's encoding of its numbers.
+    /// A device, with its numbers in the kernel's encoding.
     Device { is_block: bool, number: u32 },
     /// A FIFO or a socket.
     Special(Kind),
 }
 
-/// Place of a directory's listing.
+/// Position and length of a directory's listing, and its index.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Directory {
     pub(crate) listing: Place,
@@ -347,35 +348,34 @@ pub(crate) struct Directory {
     pub(crate) index: Vec<IndexEntry>,
 }
 
-/// Entry of the index of a long listing. A lookup begins at the last header whose first name is not greater than the
-/// name that is looked up.
+/// Entry of the index of a long listing. A lookup starts at the last indexed header whose first name is not greater
+/// than the name that it looks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct IndexEntry {
     /// Offset of a header in the listing.
     pub(crate) offset: u32,
     /// Start of the metadata block that holds the header.
     pub(crate) block: u32,
-    /// First name below that header.
+    /// Name of the first entry below that header.
     pub(crate) name: Vec<u8>,
 }
 
-/// Place of a regular file's content.
+/// Position and size of a regular file's content.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Extent {
     pub(crate) size: u64,
-    /// Start of the first block; the other blocks follow it without gaps.
+    /// Start of the first block in the image; the other blocks follow without gaps.
     pub(crate) start: u64,
     /// Number of the file's bytes that lie in holes.
     pub(crate) sparse: u64,
-    /// Size of each block in the image. A size of 0 is a hole, and [`STORED_BLOCK`] marks a block that is not
-    /// compressed.
+    /// Size of each block in the image. A size of 0 means a hole, and [`STORED_BLOCK`] marks an uncompressed block.
     pub(crate) blocks: Vec<u32>,
-    /// Index of the fragment block that holds the tail, and the offset in it.
+    /// Index of the fragment block that contains the tail, and the tail's offset in it.
     pub(crate) fragment: Option<(u32, u32)>,
 }
 
 impl Extent {
-    /// Number of blocks of a file of `size` bytes: only the whole ones if the rest is in a fragment, otherwise all.
+    /// Number of blocks of a file of `size` bytes. If the rest is in a fragment, only whole blocks count.
     pub(crate) fn block_count(size: u64, block_size: u32, has_fragment: bool) -> u64 {
         if has_fragment { size / u64::from(block_size) } else { size.div_ceil(u64::from(block_size)) }
     }
@@ -484,19 +484,19 @@ impl Inode {
     }
 }
 
-/// Header of a run of directory entries whose inodes lie in one metadata block.
+/// Header of a run of directory entries whose inodes are in the same metadata block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct RunHeader {
-    /// Number of entries below the header.
+    /// Number of entries that follow the header.
     pub(crate) count: u32,
-    /// Start of the metadata block with the inodes of these entries.
+    /// Start of the metadata block that contains the inodes of these entries.
     pub(crate) block: u32,
-    /// Inode number to which the numbers of the entries are relative.
+    /// Base of the entries' inode numbers, which are stored as differences from it.
     pub(crate) number: u32,
 }
 
 impl RunHeader {
-    /// Length in a listing.
+    /// Length of a header in a listing, in bytes.
     pub(crate) const LENGTH: usize = 12;
 
     pub(crate) fn encode(&self, out: &mut Vec<u8>) {
@@ -523,7 +523,7 @@ pub(crate) struct ListingEntry<'a> {
 }
 
 impl<'a> ListingEntry<'a> {
-    /// Length without the name.
+    /// Length of an entry without its name, in bytes.
     pub(crate) const LENGTH: usize = 8;
 
     pub(crate) fn encode(&self, out: &mut Vec<u8>) {
@@ -541,16 +541,16 @@ impl<'a> ListingEntry<'a> {
     }
 }
 
-/// A fragment block: it holds tails of several files.
+/// A fragment block, which contains tails of several files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Fragment {
     pub(crate) start: u64,
-    /// Encoded like [`Extent::blocks`].
+    /// Size in the image, encoded like [`Extent::blocks`].
     pub(crate) size: u32,
 }
 
 impl Fragment {
-    /// Length in the fragment table.
+    /// Length of an entry in the fragment table, in bytes.
     pub(crate) const LENGTH: usize = 16;
 
     pub(crate) fn encode(&self, out: &mut Vec<u8>) {
@@ -566,14 +566,14 @@ impl Fragment {
     }
 }
 
-/// Prefixes of extended attributes, by their number. A squashfs has no place for others.
+/// Prefixes of the names of extended attributes, by number. A squashfs cannot hold attributes with other prefixes.
 pub(crate) const XATTR_PREFIXES: [&[u8]; 3] = [b"user.", b"trusted.", b"security."];
-/// Flag in an extended attribute's type: the value is stored elsewhere, and the attribute holds a reference to it.
+/// Flag in the type of an extended attribute, set if the value is stored elsewhere and the attribute refers to it.
 pub(crate) const XATTR_ELSEWHERE: u16 = 1 << 8;
-/// Length of a set's entry in the table of sets.
+/// Length in bytes of an entry in the table of sets of extended attributes.
 pub(crate) const XATTR_SET_LENGTH: usize = 16;
 
-/// Number of the prefix of `name`, and the name without it; `None` if a squashfs cannot hold the attribute.
+/// Splits `name` into the number of its prefix and the rest; `None` if a squashfs cannot hold the attribute.
 pub(crate) fn split_xattr(name: &[u8]) -> Option<(u16, &[u8])> {
     (0..).zip(XATTR_PREFIXES).find_map(|(number, prefix)| Some((number, name.strip_prefix(prefix)?)))
 }

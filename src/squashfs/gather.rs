@@ -1,4 +1,4 @@
-//! Collects a real directory tree into a [`Plan`], by file descriptors.
+//! Collects an existing directory tree into a [`Plan`], using directory descriptors.
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
@@ -15,19 +15,20 @@ use crate::squashfs::plan::{Attributes, Content, NodeId, Object, Plan, XattrSet,
 use crate::sys::tree::Tree;
 use crate::sys::walk::{Descent, refuse_long};
 
-/// Decision about an entry.
+/// Decision whether an entry goes into the image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Choice {
-    /// The entry is left out, with everything below it.
+    /// Leave out the entry and everything below it.
     LeaveOut,
-    /// The entry is packed. For a regular file, this is the source of its content.
+    /// Pack the entry. For a regular file, the value is the source of its content.
     Pack(Content),
-    /// The entry is packed, and known to have no extended attributes.
+    /// Pack the entry without reading its extended attributes: it is known to have none.
     PackBare(Content),
 }
 
-/// Called with an extended attribute that a squashfs cannot hold. Arguments: path of the object below the tree, path at
-/// which its attributes can be read, its status, and the attribute's name. May return other permissions for the object.
+/// Called with an extended attribute that a squashfs cannot hold. Arguments: the object's path below the tree, the path
+/// at which its attributes can be read, its status, and the attribute's name. May return new permissions for the
+/// object.
 pub type Unkept<'a> = &'a mut dyn FnMut(&Path, &Path, &Stat, &[u8]) -> Option<u32>;
 
 /// The collected entries.
@@ -35,18 +36,18 @@ pub type Unkept<'a> = &'a mut dyn FnMut(&Path, &Path, &Stat, &[u8]) -> Option<u3
 pub struct Gathered {
     /// The plan.
     pub plan: Plan,
-    /// Names of extended attributes that a squashfs cannot hold, each once.
+    /// Names of the extended attributes that were left out because a squashfs cannot hold them, without duplicates.
     pub not_kept: Vec<OsString>,
 }
 
-/// Collects `tree`. `choose` is called for each entry except the root, with its path and its status from `lstat`. It
-/// may change the permissions and the size in the status, which are then packed; a file of size 0 is not read. Extended
-/// attributes outside of `user.`, `trusted.` and `security.` are left out. Never follows a link.
+/// Collects `tree`. Calls `choose` for each entry except the root, with its path and its status from `lstat`. `choose`
+/// may change permissions and size in the status; the image then has the changed values, and a file of size 0 is not
+/// read. Leaves out extended attributes outside of `user.`, `trusted.` and `security.`. Never follows a symbolic link.
 pub fn gather(tree: &Tree, choose: &mut dyn FnMut(&Path, &mut Stat) -> Choice) -> Result<Gathered, Failure> {
     gather_with(tree, choose, &mut |_, _, _, _| None)
 }
 
-/// Like [`gather`], but calls `unkept` for attributes that are left out, except those of the root.
+/// Like [`gather`], but also calls `unkept` for attributes that are left out, except those of the root.
 pub fn gather_with(
     tree: &Tree,
     choose: &mut dyn FnMut(&Path, &mut Stat) -> Choice,
@@ -81,7 +82,7 @@ struct Gathering<'a> {
     plan: Plan,
     attributes: ExtendedAttributes,
     unkept: Unkept<'a>,
-    /// Objects with several names, by device and inode number.
+    /// Objects that have several names, by device and inode number.
     linked: HashMap<(u64, u64), NodeId>,
 }
 
@@ -144,7 +145,7 @@ struct ExtendedAttributes {
 }
 
 impl ExtendedAttributes {
-    /// Returns those extended attributes of the entry `name` that an image can hold; `path` is for messages. `unkept`
+    /// Returns the extended attributes of the entry `name` that an image can hold; error messages name `path`. `unkept`
     /// may change the permissions in `status`.
     fn of(
         &mut self,
@@ -153,7 +154,8 @@ impl ExtendedAttributes {
         status: &mut Stat,
         unkept: Unkept,
     ) -> Result<XattrSet, Failure> {
-        // A path through the directory's descriptor saves opening each entry; the last component is not followed.
+        // The path leads through the directory's descriptor, so the entry need not be opened. A link as last component
+        // is not followed.
         let entry = directory.path().join(name);
         let failed = |error: Errno| Failure::Tree(path.to_owned(), error.into());
         let length = match rustix::fs::llistxattr(&entry, &mut self.names[..]) {
@@ -179,7 +181,8 @@ impl ExtendedAttributes {
     }
 }
 
-/// Opens files of `tree` for [`write()`](crate::squashfs::write()). A link in place of a file is not followed.
+/// Returns a function that opens files of `tree`, for [`write()`](crate::squashfs::write()). It never follows a
+/// symbolic link in place of a file.
 pub fn opener(tree: &Tree) -> impl FnMut(&Path) -> io::Result<File> {
     let mut descent = Descent::of(tree);
     move |path| {

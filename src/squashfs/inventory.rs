@@ -1,4 +1,4 @@
-//! Places of the content of all files of a source image, in memory.
+//! Keeps the positions of the content of all files of a source image in memory.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -10,7 +10,7 @@ use crate::squashfs::options::Options;
 use crate::squashfs::reader::{BlockReader, Reader};
 use crate::squashfs::walk::Entry;
 
-/// The checked content of a source image, which takes about 60 bytes for each file and 4 for each block.
+/// The checked content of a source image. It takes about 60 bytes for each file and 4 for each block.
 #[derive(Debug)]
 pub struct Inventory {
     file: File,
@@ -19,7 +19,7 @@ pub struct Inventory {
     pub(crate) fragments: Vec<Fragment>,
     files: HashMap<u32, SourceFile>,
     blocks: Vec<u32>,
-    /// Lengths of the content of all fragment blocks; empty if they have not been measured.
+    /// Content length of each fragment block; empty until [`Inventory::set_lengths`] is called.
     lengths: Vec<u64>,
 }
 
@@ -33,17 +33,17 @@ pub(crate) struct SourceFile {
     first: u32,
     /// Number of the file's blocks.
     count: u32,
-    /// Index of the file's fragment block, and offset in it.
+    /// Index of the fragment block that contains the file's tail, and the tail's offset in it.
     pub(crate) fragment: Option<(u32, u32)>,
 }
 
 impl Inventory {
-    /// Reads the places of all content of the image of `reader`.
+    /// Reads the positions of all content of the image that `reader` has opened.
     pub fn new(reader: Reader) -> Result<Self, Fault> {
         Self::with(reader, &mut |_| {})
     }
 
-    /// Like [`Inventory::new`], and calls `visit` with each entry, which saves a second walk through the image.
+    /// Like [`Inventory::new`], but also calls `visit` with each entry, which saves a second walk through the image.
     pub fn with(reader: Reader, visit: &mut dyn FnMut(&Entry)) -> Result<Self, Fault> {
         let (mut files, mut blocks) = (HashMap::new(), Vec::new());
         reader.walk(false, &mut |entry| {
@@ -57,7 +57,7 @@ impl Inventory {
             let count = u32::try_from(extent.blocks.len()).map_err(too_many)?;
             blocks.extend_from_slice(&extent.blocks);
             let (size, start) = (extent.size, extent.start);
-            // Some writers refer to a fragment for a file without a tail.
+            // Some writers name a fragment block for a file that has no tail.
             let fragment = extent.fragment.filter(|_| size % u64::from(reader.superblock().block_size) > 0);
             files.insert(entry.number(), SourceFile { size, start, first, count, fragment });
             Ok(())
@@ -73,8 +73,8 @@ impl Inventory {
         })
     }
 
-    /// Returns the length of the content of each fragment block, for [`Inventory::set_lengths`]. Blocks of gzip do not
-    /// state their length and must be decompressed; another thread can do that while a tree is collected.
+    /// Returns the content length of each fragment block, for [`Inventory::set_lengths`]. gzip blocks do not state
+    /// their length and must be decompressed, so this can run in another thread while a tree is being collected.
     pub fn measure(&self) -> Result<Vec<u64>, Fault> {
         let mut blocks = BlockReader::new(&self.file, &self.method);
         let most = self.block_size as usize;
@@ -86,7 +86,7 @@ impl Inventory {
         self.lengths = lengths;
     }
 
-    /// Length of the content of a fragment block, if it was measured.
+    /// Returns the content length of a fragment block if it was measured.
     pub(crate) fn length(&self, fragment: u32) -> Option<u64> {
         self.lengths.get(fragment as usize).copied()
     }
@@ -105,20 +105,21 @@ impl Inventory {
         self.files.get(&number).copied()
     }
 
-    /// All regular files, in arbitrary order.
+    /// Returns all regular files, in arbitrary order.
     pub(crate) fn files(&self) -> impl Iterator<Item = &SourceFile> {
         self.files.values()
     }
 
-    /// Returns the part of a fragment block that a file's tail takes: index of the block, offset, and end.
+    /// Returns the part of a fragment block that contains a file's tail: index of the block, start and end of the tail
+    /// in it.
     pub(crate) fn tail(&self, file: &SourceFile) -> Option<(u32, u32, u32)> {
         let (index, offset) = file.fragment?;
         let length = u32::try_from(file.size % u64::from(self.block_size)).unwrap_or(0);
-        // The reader has checked that the tail ends within a block.
+        // Reading the inventory has checked that the tail ends within a block.
         Some((index, offset, offset.saturating_add(length)))
     }
 
-    /// Sizes of a file's blocks.
+    /// Returns the sizes of a file's blocks.
     pub(crate) fn blocks(&self, file: &SourceFile) -> &[u32] {
         let (first, count) = (file.first as usize, file.count as usize);
         self.blocks.get(first..first + count).unwrap_or(&[])

@@ -1,4 +1,4 @@
-//! Tables of metadata blocks: each block has up to 8 KiB of content, and a two-byte header with its size in the image.
+//! Tables of metadata blocks. Each block has up to 8 KiB of content, and a two-byte header with its size in the image.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -14,7 +14,7 @@ use crate::squashfs::format::{METADATA_BLOCK, Place, STORED_METADATA};
 /// Writes a table into memory.
 pub(crate) struct MetadataWriter {
     compressor: Compressor,
-    /// Content that does not fill a block yet.
+    /// Content that does not fill a whole block yet.
     pending: Vec<u8>,
     /// Complete blocks.
     table: Vec<u8>,
@@ -31,7 +31,8 @@ impl MetadataWriter {
         }
     }
 
-    /// Returns the place of the next byte; `None` once the table has 4 GiB, beyond which no reference can point.
+    /// Returns the position of the next byte. Returns `None` once the table exceeds 4 GiB, since references cannot
+    /// point beyond.
     pub(crate) fn place(&self) -> Option<Place> {
         let offset = u16::try_from(self.pending.len()).ok()?;
         Some(Place { block: u32::try_from(self.table.len()).ok()?, offset })
@@ -51,7 +52,7 @@ impl MetadataWriter {
     fn end_block(&mut self) {
         let is_smaller = self.compressor.compress(&self.pending, &mut self.compressed);
         let (content, mark) = if is_smaller { (&self.compressed, 0) } else { (&self.pending, STORED_METADATA) };
-        // A block has 8192 bytes at most, so its length always fits.
+        // A block has at most 8192 bytes, so its length always fits.
         let header = u16::try_from(content.len()).unwrap_or(0) | mark;
         self.table.extend_from_slice(&header.to_le_bytes());
         self.table.extend_from_slice(content);
@@ -67,8 +68,8 @@ impl MetadataWriter {
     }
 }
 
-/// Makes a table with an index of its blocks, as for IDs, fragments and exports: the blocks, which begin at `start` in
-/// the image, then the index. Returns the table, and the place of the index in the image.
+/// Builds a table with an index of its blocks, as for IDs, fragments and exports: the blocks, which begin at `start` in
+/// the image, then the index. Returns the table, and the position of the index in the image.
 pub(crate) fn indexed_table(content: &[u8], start: u64, method: &Method) -> (Vec<u8>, u64) {
     let mut writer = MetadataWriter::new(method);
     let mut index = Vec::new();
@@ -82,15 +83,15 @@ pub(crate) fn indexed_table(content: &[u8], start: u64, method: &Method) -> (Vec
     (table, at)
 }
 
-/// Maximum number of metadata bytes that are read of one image; a byte that is read twice counts twice. An image of
+/// Maximum number of metadata bytes that are read from one image, counted again if they are read again. An image of
 /// 5,000,000 files stays below this limit.
 const MOST_READ: u64 = 1 << 30;
-/// Maximum number of metadata blocks that are decompressed for one image: some seconds with gzip.
+/// Maximum number of metadata blocks that are decompressed for one image: this takes some seconds with gzip.
 const MOST_BLOCKS: u64 = 1 << 17;
-/// Number of decompressed blocks that are kept: 16 MiB.
+/// Maximum number of decompressed blocks in the cache, which takes up to 16 MiB.
 const KEPT_BLOCKS: usize = 2048;
 
-/// Reads tables of an image, within limits of time and memory.
+/// Reads metadata tables of an image, within limits of time and memory.
 pub(crate) struct MetadataReader<'a> {
     file: &'a File,
     decompressor: RefCell<Decompressor>,
@@ -102,7 +103,7 @@ pub(crate) struct MetadataReader<'a> {
 #[derive(Clone)]
 struct Block {
     content: Rc<Vec<u8>>,
-    /// Place of the next block in the image.
+    /// Position of the next block in the image.
     next: u64,
 }
 
@@ -150,7 +151,7 @@ impl<'a> MetadataReader<'a> {
         Ok(block)
     }
 
-    /// Begins to read at `place` of the table whose range in the image is `table`.
+    /// Returns a cursor at `place` in the table that occupies the range `table` of the image.
     pub(crate) fn at(&self, table: &Range<u64>, place: Place) -> Result<Cursor<'_, 'a>, Fault> {
         let at = table.start.saturating_add(place.block.into());
         let block = self.block(at, table.end)?;
@@ -162,7 +163,7 @@ impl<'a> MetadataReader<'a> {
     }
 }
 
-/// Adds `by` to a counter, and fails if it is then above its limit `most`.
+/// Adds `by` to a counter, and fails if the counter then exceeds its limit `most`.
 fn count(counter: &Cell<u64>, by: u64, most: u64) -> Result<(), Fault> {
     counter.set(counter.get().saturating_add(by));
     if counter.get() > most {
@@ -171,10 +172,10 @@ fn count(counter: &Cell<u64>, by: u64, most: u64) -> Result<(), Fault> {
     Ok(())
 }
 
-/// Position in a table, from which bytes are read across its metadata blocks.
+/// Position in a table, for reading bytes across the borders of its metadata blocks.
 pub(crate) struct Cursor<'r, 'a> {
     reader: &'r MetadataReader<'a>,
-    /// End of the table in the image.
+    /// End of the table, as a position in the image.
     end: u64,
     block: Block,
     offset: usize,

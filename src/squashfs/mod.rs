@@ -1,15 +1,15 @@
 //! SquashFS 4.0: a reader, and a writer that takes over the compressed blocks of unchanged files.
 //!
-//! A new image is made in three steps:
+//! A new image is created in three steps:
 //!
-//! 1. [`Plan`] collects what the image is to hold: [`Plan::new`] with the root directory, [`Plan::add`] for each entry,
-//!    [`Plan::link`] for further names. [`gather`] makes the plan of a real directory tree. A regular file is either
-//!    [`Content::Read`] or [`Content::Taken`] from an inode of a source image.
-//! 2. [`Inventory`] has the checked content of a source image: [`Inventory::new`]. None is needed without a source.
+//! 1. [`Plan`] collects the entries of the image: [`Plan::new`] with the root directory, [`Plan::add`] for each entry,
+//! [`Plan::link`] for hard links. [`gather`] creates the plan of an existing directory tree. The content of a regular
+//! file is either read ([`Content::Read`]) or taken over from an inode of a source image ([`Content::Taken`]).
+//! 2. [`Inventory::new`] checks the content of a source image. Skip this step if there is no source.
 //! 3. [`write()`] writes the image, and returns a [`Summary`].
 //!
 //! The same plan, source and [`Options`] give the same bytes, whatever the number of processors and the order of
-//! [`Plan::add`]. Nothing is in the image but what the plan holds.
+//! [`Plan::add`] calls. The image contains nothing but what the plan describes.
 //!
 //! A source is input from outside: it may be damaged or malicious. [`Fault`] says what is wrong with it.
 

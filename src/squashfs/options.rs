@@ -4,7 +4,7 @@ use std::thread;
 
 use crate::squashfs::compression::{Compression, Method};
 
-/// Content that goes into fragment blocks, which hold several files each.
+/// Selects the content that goes into fragment blocks. A fragment block contains content of several files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fragments {
     /// No content.
@@ -15,7 +15,7 @@ pub enum Fragments {
     Tails,
 }
 
-/// Block size of a new image in bytes; mksquashfs has the same default.
+/// Default block size of a new image in bytes, the same as mksquashfs's.
 pub const DEFAULT_BLOCK_SIZE: u32 = 128 << 10;
 
 /// Options for writing an image.
@@ -25,18 +25,18 @@ pub struct Options {
     pub method: Method,
     /// Block size in bytes: a power of two from 4 KiB to 1 MiB.
     pub block_size: u32,
-    /// `SOURCE_DATE_EPOCH`: the time of all objects and of the image, in seconds. Without it, objects keep their times,
-    /// and the image gets the latest of these.
+    /// `SOURCE_DATE_EPOCH`: the time of all objects and of the image, in seconds. If `None`, objects keep their times,
+    /// and the image gets the latest of them.
     pub epoch: Option<u32>,
-    /// True if the image has an export table, which NFS needs.
+    /// True if the image gets an export table, which NFS needs.
     pub is_exportable: bool,
-    /// True if equal files are stored once.
+    /// True if equal files are stored only once.
     pub without_duplicates: bool,
-    /// Content that goes into fragment blocks.
+    /// The content that goes into fragment blocks.
     pub fragments: Fragments,
-    /// Number of processors to use.
+    /// Maximum number of processors to use.
     pub processors: usize,
-    /// Memory in bytes for blocks that are being compressed. It limits the number of processors.
+    /// Memory in bytes for blocks that are being compressed. It also limits the number of threads that compress.
     pub memory: u64,
 }
 
@@ -44,7 +44,7 @@ pub struct Options {
 const MEMORY: u64 = 96 << 20;
 
 impl Options {
-    /// mksquashfs's defaults, with all processors.
+    /// mksquashfs's default options, with all processors.
     pub fn new(compression: Compression) -> Self {
         Self {
             method: Method::new(compression, DEFAULT_BLOCK_SIZE),
@@ -58,9 +58,9 @@ impl Options {
         }
     }
 
-    /// Number of threads that compress, as far as the memory allows.
+    /// Number of threads that compress, limited by the memory.
     pub(crate) fn workers(&self) -> usize {
-        // Two blocks for each worker wait, each with its content and its result.
+        // For each worker, two blocks wait in the queue, each with its content and its result.
         let each = self.method.memory(self.block_size) + 5 * u64::from(self.block_size);
         let affordable = usize::try_from(self.memory / each).unwrap_or(usize::MAX);
         self.processors.min(affordable).max(1)

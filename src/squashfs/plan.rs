@@ -1,6 +1,6 @@
 //! The planned content of an image, in memory: all entries with their attributes, and each file's source of content.
 //!
-//! An entry takes about 90 bytes besides its name, so that an image of 200,000 files needs some 25 MB here.
+//! An entry takes about 90 bytes and its name, so an image of 200,000 files needs some 25 MB.
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -19,19 +19,19 @@ pub struct Attributes<'a> {
     pub user: u32,
     /// Group.
     pub group: u32,
-    /// Time of the last modification, in seconds. An image holds 0 to 2³²-1; times outside are clamped.
+    /// Time of the last modification, in seconds. An image can hold 0 to 2³²-1; other times are clamped.
     pub modified: i64,
-    /// Extended attributes by their full names, in any order. Those outside of `user.`, `trusted.` and `security.` are
+    /// Extended attributes by their full names, in any order. Names outside of `user.`, `trusted.` and `security.` are
     /// an error: see [`can_hold`].
     pub xattrs: &'a [(Vec<u8>, Vec<u8>)],
 }
 
-/// Returns whether an image can hold an extended attribute of that name. It cannot hold POSIX ACLs, for example.
+/// Returns whether an image can hold an extended attribute with this name. POSIX ACLs, for example, do not fit.
 pub fn can_hold(xattr: &[u8]) -> bool {
     crate::squashfs::format::split_xattr(xattr).is_some()
 }
 
-/// An object of a file system.
+/// An object of a file system, without its name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Object<'a> {
     /// A directory.
@@ -60,12 +60,12 @@ pub enum Object<'a> {
 pub enum Content {
     /// The file is read and compressed.
     Read,
-    /// The content is provably that of the source's file with this inode number. Its blocks are taken over. If the
-    /// source has no such file of that size, the file is read instead.
+    /// The content is known to equal that of the source's file with this inode number, so its blocks are taken over. If
+    /// the source has no such file of this size, the file is read instead.
     Taken(u32),
 }
 
-/// An object of a [`Plan`].
+/// Identifies an object of a [`Plan`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NodeId(pub(crate) u32);
 
@@ -78,25 +78,25 @@ impl NodeId {
     }
 }
 
-/// One object, which becomes one inode.
+/// An object of the plan, which becomes one inode.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Node {
     pub(crate) mode: u16,
     pub(crate) user: u32,
     pub(crate) group: u32,
     pub(crate) modified: u32,
-    /// Index of the object's set in [`Plan::xattrs`], or [`NONE`].
+    /// Index of the object's set of extended attributes in [`Plan::xattrs`], or [`NONE`].
     pub(crate) xattrs: u32,
-    /// Number of the object's names; for a directory, number of directories in it.
+    /// Number of the object's names; for a directory, the number of its subdirectories.
     pub(crate) links: u32,
-    /// The first entry that names the object.
+    /// Index of the first entry that names the object.
     pub(crate) entry: u32,
     pub(crate) body: NodeBody,
 }
 
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum NodeBody {
-    /// The last entry that was added to the directory, or [`NONE`].
+    /// Index of the entry that was added to the directory last, or [`NONE`].
     Directory(u32),
     File {
         size: u64,
@@ -116,7 +116,7 @@ pub(crate) enum NodeBody {
 struct Entry {
     parent: u32,
     node: u32,
-    /// The entry of the same directory that was added before, or [`NONE`].
+    /// Index of the entry that was added to the same directory before this one, or [`NONE`].
     before: u32,
     name: u64,
     length: u8,
@@ -137,7 +137,7 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// A plan of nothing but a root directory.
+    /// A plan that contains only a root directory.
     pub fn new(root: &Attributes) -> Result<Self, Limit> {
         let (xattrs, xattr_sets) = (Vec::new(), HashMap::new());
         let mut plan = Self { nodes: Vec::new(), entries: Vec::new(), bytes: Vec::new(), xattrs, xattr_sets };
@@ -145,7 +145,7 @@ impl Plan {
         Ok(plan)
     }
 
-    /// Adds an object called `name` to the directory `parent`. The order in which objects are added does not matter.
+    /// Adds an object as the entry `name` of the directory `parent`. The order of additions does not matter.
     pub fn add(
         &mut self,
         parent: NodeId,
@@ -174,7 +174,7 @@ impl Plan {
         Ok(node)
     }
 
-    /// Adds a further name, a hard link, of an object that is no directory.
+    /// Adds another name (a hard link) to an object that is no directory.
     pub fn link(&mut self, parent: NodeId, name: &OsStr, node: NodeId) -> Result<(), Limit> {
         if matches!(self.node(node).body, NodeBody::Directory(_)) {
             return Err(Limit::Parent);
@@ -184,12 +184,12 @@ impl Plan {
         Ok(())
     }
 
-    /// Number of objects; names of hard links do not count.
+    /// Number of objects. An object with several names counts once.
     pub fn len(&self) -> usize {
         self.nodes.len()
     }
 
-    /// Always false: the root directory is always in the plan.
+    /// Always false, since a plan contains at least the root directory.
     pub fn is_empty(&self) -> bool {
         self.nodes.is_empty()
     }
@@ -259,23 +259,23 @@ impl Plan {
     }
 
     fn slice(&self, start: u64, length: usize) -> &[u8] {
-        // Only ranges that were appended before are requested.
+        // Callers only pass ranges that were appended before, so none is out of bounds.
         let start = usize::try_from(start).unwrap_or(usize::MAX);
         self.bytes.get(start..start.saturating_add(length)).unwrap_or(&[])
     }
 
-    /// Name of an entry.
+    /// Returns the name of an entry.
     pub(crate) fn name(&self, entry: u32) -> &[u8] {
         let entry = &self.entries[entry as usize];
         self.slice(entry.name, entry.length.into())
     }
 
-    /// Object of an entry.
+    /// Returns the object that an entry names.
     pub(crate) fn node_of(&self, entry: u32) -> NodeId {
         NodeId(self.entries[entry as usize].node)
     }
 
-    /// Target of a symbolic link.
+    /// Returns the target of a symbolic link.
     pub(crate) fn target(&self, (start, length): (u64, u16)) -> &[u8] {
         self.slice(start, length.into())
     }
@@ -285,7 +285,7 @@ impl Plan {
         self.entries.get(self.node(node).entry as usize).map_or(NodeId::ROOT, |entry| NodeId(entry.parent))
     }
 
-    /// Path of an object below the root; an object with several names has the path of the first one added.
+    /// Returns the path of an object below the root: by the first name that was added, if it has several.
     pub(crate) fn path(&self, node: NodeId) -> PathBuf {
         let mut names = Vec::new();
         let mut at = node;
@@ -296,7 +296,7 @@ impl Plan {
         names.iter().rev().collect()
     }
 
-    /// Entries of a directory, sorted by name.
+    /// Returns the entries of a directory, sorted by name.
     pub(crate) fn entries(&self, directory: NodeId) -> Result<Vec<u32>, Limit> {
         let NodeBody::Directory(mut next) = self.node(directory).body else { return Ok(Vec::new()) };
         let mut found = Vec::new();
@@ -311,8 +311,8 @@ impl Plan {
         Ok(found)
     }
 
-    /// Returns all objects, each once. Entries of a directory come in the order of their names, each after everything
-    /// below it, and the directory itself comes after all its entries. The root is the last object.
+    /// Returns all objects, each once: the entries of a directory in the order of their names, each after everything
+    /// below it, then the directory itself. The root comes last.
     pub(crate) fn in_order(&self) -> Result<Vec<NodeId>, Limit> {
         let mut ordered = Vec::with_capacity(self.nodes.len());
         let mut is_seen = vec![false; self.nodes.len()];
@@ -336,7 +336,7 @@ impl Plan {
     }
 }
 
-/// Encodes a device number as a squashfs holds it: 12 bits for the major number, 20 for the minor.
+/// Encodes a device number as a squashfs stores it: 12 bits for the major number, 20 bits for the minor number.
 fn device_number(device: u64) -> Result<u32, Limit> {
     let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
     if major >= 1 << 12 || minor >= 1 << 20 {

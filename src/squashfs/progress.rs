@@ -2,7 +2,8 @@
 
 use std::sync::{Mutex, PoisonError};
 
-/// Progress of writing an image. Bytes that are taken over are counted separately, since they cost nearly nothing.
+/// Progress of writing an image. Bytes that are taken over are counted separately, since taking them over takes little
+/// time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Progress {
     /// Bytes of the image that were taken over from the source.
@@ -11,23 +12,23 @@ pub struct Progress {
     pub compressed: u64,
     /// Bytes of files that were read.
     pub read: u64,
-    /// Total bytes that will be taken over.
+    /// Total number of bytes that will be taken over.
     pub to_take: u64,
-    /// Total bytes of files that will be read. Files that turn out to be equal to others are skipped.
+    /// Total number of bytes of files that will be read. Files that turn out to equal others are skipped.
     pub to_read: u64,
 }
 
 impl Progress {
-    /// Bytes of the image that have been written.
+    /// Number of bytes of the image that have been written.
     pub fn image(&self) -> u64 {
         self.taken + self.compressed
     }
 }
 
-/// Called with each change, from several threads, one call at a time. It should return soon.
+/// Called after each change, from several threads but never concurrently. It should return quickly.
 pub type Report<'a> = &'a (dyn Fn(&Progress) + Sync);
 
-/// Adds up what the threads have done.
+/// Adds up the progress of all threads.
 pub(crate) struct Meter<'a> {
     report: Report<'a>,
     so_far: Mutex<Progress>,
@@ -48,7 +49,7 @@ impl<'a> Meter<'a> {
         self.change(|so_far| so_far.taken += bytes);
     }
 
-    /// Counts bytes of a file that need no compression: holes, and files whose content is in the image already.
+    /// Counts bytes of a file that need no compression: holes, and content that the image already contains.
     pub(crate) fn read(&self, bytes: u64) {
         self.change(|so_far| so_far.read += bytes);
     }

@@ -1,8 +1,8 @@
 //! Reads an image that may be damaged or malicious.
 //!
-//! Nothing is trusted: every place is checked against its table, and every block against its size. Whatever the image
-//! states, time and memory are limited: 1 GiB of metadata in all, 16 million entries, directories nested 65,536 deep. A
-//! directory that is its own parent, or has two parents, is an error.
+//! Nothing is trusted: each position is checked against its table, and each block against its size. Time and memory are
+//! limited whatever the image states: at most 1 GiB of metadata in total, 16 million entries, and 65,536 levels of
+//! directories. A directory that is its own parent or has two parents is an error.
 
 use std::fs::File;
 use std::ops::Range;
@@ -19,9 +19,9 @@ use crate::squashfs::options::Fragments;
 use crate::squashfs::options::Options;
 use crate::squashfs::plan::XattrSet;
 
-/// Maximum length of an extended attribute's value that is read, in bytes; the kernel's limit (xattr(7)).
+/// Maximum length in bytes of an extended attribute's value that is read: the kernel's limit (xattr(7)).
 const LONGEST_VALUE: usize = 64 << 10;
-/// Maximum length of a table of fragments, IDs or sets of extended attributes, in bytes: 4,000,000 fragments.
+/// Maximum length in bytes of a table of fragments, IDs or sets of extended attributes: enough for 4,000,000 fragments.
 const LONGEST_TABLE: usize = 64 << 20;
 /// Maximum number of extended attributes of one object.
 const MOST_XATTRS: u32 = 1 << 12;
@@ -36,7 +36,7 @@ pub struct Reader {
     xattrs: Option<XattrTables>,
 }
 
-/// Places of extended attributes.
+/// Positions of the extended attributes.
 struct XattrTables {
     values: Range<u64>,
     sets: Vec<XattrPlace>,
@@ -70,7 +70,7 @@ impl Reader {
         Ok(reader)
     }
 
-    /// Options that make an image like this one: compression, block size, fragments and export table.
+    /// Options with which a new image becomes like this one: compression, block size, fragments and export table.
     pub fn options(&self) -> Options {
         let stored = flag::STORED_DATA | flag::STORED_FRAGMENTS;
         let is_stored = self.superblock.flags & stored == stored;
@@ -105,17 +105,17 @@ impl Reader {
         &self.fragments
     }
 
-    /// Returns the owner or group with this index.
+    /// Returns the owner or group at this index of the table of ids.
     pub(crate) fn id(&self, index: u16) -> Result<u32, Fault> {
         self.ids.get(usize::from(index)).copied().ok_or_else(|| Fault::damaged("an owner is not in the table of ids"))
     }
 
-    /// Returns a reader of metadata, whose limits count from zero.
+    /// Returns a new reader of metadata; its limits count from zero.
     pub(crate) fn metadata(&self) -> MetadataReader<'_> {
         MetadataReader::new(&self.file, self.method.algorithm())
     }
 
-    /// Returns the range of the table that begins at `start`; the table ends where the next one begins.
+    /// Returns the range of the table that begins at `start`: it ends where the next table begins.
     pub(crate) fn table(&self, start: u64) -> Range<u64> {
         let all = &self.superblock;
         let starts =
@@ -124,7 +124,7 @@ impl Reader {
         start..next.unwrap_or(all.length).min(all.length)
     }
 
-    /// Reads a table of `count` entries of `entry` bytes whose index lies at `at`.
+    /// Reads a table of `count` entries of `entry` bytes each, whose index is at `at`.
     fn indexed(&self, at: u64, count: u64, entry: usize) -> Result<Vec<u8>, Fault> {
         let outside = || Fault::damaged("an index lies outside of the image");
         let length = usize::try_from(count).ok().and_then(|count| count.checked_mul(entry)).ok_or_else(outside)?;
@@ -183,7 +183,7 @@ impl Reader {
         self.file.read_exact_at(&mut header, at)?;
         let mut fields = Fields(&header);
         let (values, count) = (fields.u64().ok_or_else(outside)?, fields.u32().ok_or_else(outside)?);
-        // mksquashfs has written headers that count no sets and state an invalid start of the values.
+        // Some versions of mksquashfs write a header with zero sets and an invalid start of the values.
         if count == 0 {
             return Ok(None);
         }
@@ -200,7 +200,7 @@ impl Reader {
         Ok(Some(XattrTables { values: values..at, sets: sets.collect::<Result<_, _>>()? }))
     }
 
-    /// Reads the set of extended attributes with the number `index`, sorted by name.
+    /// Returns the set of extended attributes with the number `index`, sorted by name.
     pub(crate) fn xattrs(&self, index: u32, metadata: &MetadataReader) -> Result<XattrSet, Fault> {
         let unknown = || Fault::damaged("a set of extended attributes is not in its table");
         let tables = self.xattrs.as_ref().ok_or_else(unknown)?;
@@ -227,8 +227,8 @@ impl Reader {
         Ok(found)
     }
 
-    /// Checks that blocks of these sizes, the first of which begins at `start`, lie between the superblock and the
-    /// inodes. Returns their total length in the image.
+    /// Checks that blocks of these sizes, which follow each other from `start`, lie between the superblock and the
+    /// inodes. Returns the total length of the blocks in the image.
     pub(crate) fn check_data(&self, start: u64, sizes: &[u32]) -> Result<u64, Fault> {
         let mut length = 0;
         for size in sizes {
@@ -243,7 +243,7 @@ impl Reader {
         if length > 0 && !is_inside { Err(Fault::damaged("a block lies outside of the data")) } else { Ok(length) }
     }
 
-    /// Reads the content of a file block by block, and calls `take` with each part.
+    /// Reads the content of a file block by block, and calls `take` with the content of each block.
     pub(crate) fn extent_content(
         &self,
         extent: &Extent,
@@ -287,7 +287,7 @@ impl<'a> BlockReader<'a> {
         Self { file, algorithm, decompressor: Decompressor::new(algorithm), raw: Vec::new(), content: Vec::new() }
     }
 
-    /// Returns the length of a block's content; decompresses the block only if it does not state the length itself.
+    /// Returns the length of a block's content. Decompresses the block only if the block does not state the length.
     pub(crate) fn length(&mut self, at: u64, size: u32, most: usize) -> Result<u64, Fault> {
         let length = size & !STORED_BLOCK;
         if size & STORED_BLOCK == 0 && length > 0 {
@@ -300,8 +300,8 @@ impl<'a> BlockReader<'a> {
         Ok(self.read(at, size, most)?.len() as u64)
     }
 
-    /// Returns the content, at most `most` bytes, of the block at `at` whose inode or fragment states `size`. A hole
-    /// has `most` bytes.
+    /// Returns the content, at most `most` bytes, of the block at `at`, for which an inode or fragment states `size`.
+    /// The content of a hole is `most` zeros.
     pub(crate) fn read(&mut self, at: u64, size: u32, most: usize) -> Result<&[u8], Fault> {
         let length = size & !STORED_BLOCK;
         if length == 0 {
@@ -324,7 +324,7 @@ fn value_length(length: u32) -> Result<usize, Fault> {
     length.ok_or_else(|| Fault::damaged("an extended attribute is longer than 64 KiB"))
 }
 
-/// Reads the options of the compressor: an uncompressed metadata block right behind the superblock.
+/// Reads the options of the compressor from the uncompressed metadata block that follows the superblock.
 fn compressor_options(file: &File, length: usize) -> Result<Vec<u8>, Fault> {
     let mut header = [0; 2];
     file.read_exact_at(&mut header, SUPERBLOCK_LENGTH as u64)?;

@@ -11,12 +11,12 @@ use crate::squashfs::format::{
 use crate::squashfs::metadata::{MetadataWriter, indexed_table};
 use crate::squashfs::plan::{Node, NodeBody, NodeId, Plan, XattrSet};
 
-/// Length of a listing, in bytes, from which it gets an index. A shorter listing lies in at most two metadata blocks.
+/// Length in bytes from which a listing gets an index. A shorter listing lies in at most two metadata blocks.
 const INDEXED_LISTING: usize = METADATA_BLOCK;
 /// Maximum number of entries in a directory's index.
 const MOST_INDEX_ENTRIES: usize = u16::MAX as usize;
 
-/// All tables, and their places in the image.
+/// All tables, and their positions in the image.
 #[derive(Debug, Default)]
 pub(crate) struct Tables {
     pub(crate) bytes: Vec<u8>,
@@ -31,21 +31,21 @@ pub(crate) struct Tables {
     pub(crate) xattr_table: u64,
 }
 
-/// The parts from which tables are made.
+/// Everything from which the tables are built.
 pub(crate) struct Parts<'a> {
     pub(crate) plan: &'a Plan,
     /// Result of [`Plan::in_order`].
     pub(crate) order: &'a [NodeId],
-    /// Returns the place of the content of a regular file with this size.
+    /// Returns the position of the content of a regular file, given its node and size.
     pub(crate) content: &'a dyn Fn(NodeId, u64) -> Extent,
     pub(crate) fragments: &'a [Fragment],
-    /// Time of all objects; `None` if each keeps its own.
+    /// Time that all objects get; `None` if each keeps its own time.
     pub(crate) time: Option<u32>,
     pub(crate) is_exportable: bool,
     pub(crate) method: &'a Method,
 }
 
-/// Makes all tables of an image whose tables begin at `start`.
+/// Builds all tables of an image; the first table begins at `start`.
 pub(crate) fn make(parts: &Parts, start: u64) -> Result<Tables, Limit> {
     let mut ids = Ids::default();
     let mut xattrs = Xattrs::new(parts.method);
@@ -82,7 +82,7 @@ pub(crate) fn make(parts: &Parts, start: u64) -> Result<Tables, Limit> {
     Ok(made)
 }
 
-/// Owners and groups, in the order in which they were first needed.
+/// Owners and groups, in the order of their first use.
 #[derive(Default)]
 struct Ids {
     list: Vec<u32>,
@@ -94,7 +94,7 @@ impl Ids {
         if let Some(known) = self.known.get(&id) {
             return Ok(*known);
         }
-        // The superblock counts the IDs in 16 bits, so 65,535 are possible.
+        // The superblock has 16 bits for the number of IDs, so at most 65,535 are possible.
         let next = u16::try_from(self.list.len()).ok().filter(|next| *next < u16::MAX).ok_or(Limit::Ids)?;
         self.list.push(id);
         self.known.insert(id, next);
@@ -102,15 +102,15 @@ impl Ids {
     }
 }
 
-/// The inode table, the directory table, and the place of each inode, in the order of the inodes.
+/// The inode table, the directory table, and the position of each inode, in the order of the inodes.
 struct Written {
     inodes: Vec<u8>,
     listings: Vec<u8>,
     places: Vec<Place>,
 }
 
-/// Writes inodes and listings in one pass: a directory's inode points to its listing, which points to the inodes of all
-/// its entries, so these must be written first.
+/// Writes inodes and listings in one pass. A directory's inode points to its listing, and the listing points to the
+/// inodes of its entries, so each directory is written after all its entries.
 fn inodes_and_directories(parts: &Parts, ids: &mut Ids, xattrs: &mut Xattrs) -> Result<Written, Limit> {
     let plan = parts.plan;
     let mut numbers = vec![0; plan.len()];
@@ -127,7 +127,7 @@ fn inodes_and_directories(parts: &Parts, ids: &mut Ids, xattrs: &mut Xattrs) -> 
             NodeBody::Directory(_) => {
                 let entries = listed(plan, *id, &numbers, &places)?;
                 let (listing, size, index) = write_listing(&entries, &mut listings)?;
-                // The root's parent gets the first number that no inode has.
+                // Give the root a parent with the first unused inode number.
                 let parent = if *id == NodeId::ROOT { number + 1 } else { numbers[plan.parent(*id).index()] };
                 Body::Directory(Directory { listing, size, parent, index })
             }
@@ -153,7 +153,7 @@ fn inodes_and_directories(parts: &Parts, ids: &mut Ids, xattrs: &mut Xattrs) -> 
     Ok(Written { inodes: inodes.finish(), listings: listings.finish(), places })
 }
 
-/// An entry that is to be listed.
+/// An entry that is going to be listed.
 struct Listed<'a> {
     name: &'a [u8],
     kind: Kind,
@@ -165,7 +165,7 @@ fn listed<'a>(plan: &'a Plan, directory: NodeId, numbers: &[u32], places: &[Plac
     let entries = plan.entries(directory)?.into_iter().map(|entry| {
         let node = plan.node_of(entry);
         let number = numbers[node.index()];
-        // All entries of a directory were written before it.
+        // All entries of a directory are written before the directory, so their positions are known.
         let place = places.get(number.wrapping_sub(1) as usize).copied().ok_or(Limit::Parent)?;
         Ok(Listed { name: plan.name(entry), kind: kind(plan.node(node)), number, place })
     });
@@ -183,7 +183,7 @@ fn kind(node: &Node) -> Kind {
     }
 }
 
-/// Writes a directory's listing. Returns the listing's place, its length including the dot entries, and its index.
+/// Writes a directory's listing. Returns the listing's position, its length including the dot entries, and its index.
 fn write_listing(entries: &[Listed], table: &mut MetadataWriter) -> Result<(Place, u32, Vec<IndexEntry>), Limit> {
     let start = table.place().ok_or(Limit::Table)?;
     let length: usize = entries.iter().map(|entry| ListingEntry::LENGTH + entry.name.len()).sum();
@@ -204,7 +204,7 @@ fn write_listing(entries: &[Listed], table: &mut MetadataWriter) -> Result<(Plac
         let count = u32::try_from(count).unwrap_or(0);
         RunHeader { count, block: first.place.block, number: first.number }.encode(&mut encoded);
         for entry in run {
-            // `run_length` keeps the difference within 16 bits.
+            // `run_length` limits the difference to 16 bits.
             let difference = i64::from(entry.number) - i64::from(first.number);
             let difference = i16::try_from(difference).unwrap_or(0);
             let Listed { name, kind, place, .. } = *entry;
@@ -214,15 +214,16 @@ fn write_listing(entries: &[Listed], table: &mut MetadataWriter) -> Result<(Plac
         offset += encoded.len();
         rest = later;
     }
-    // Nothing reads an empty listing, and if it would lie at the table's end, there may be no block at its place.
+    // Use position 0 for an empty listing. Nothing reads it, but at the end of the table its real position might be in
+    // no block.
     let start = if entries.is_empty() { Place::default() } else { start };
     let size = u32::try_from(offset).ok().and_then(|size| size.checked_add(DOT_ENTRIES)).ok_or(Limit::Listing)?;
     Ok((start, size, index))
 }
 
-/// Returns the number of entries that fit below one header: their inodes lie in one metadata block, and their numbers
-/// are close to the first one's. In a long listing, at most one entry of a run crosses the end of the metadata block in
-/// which the header begins, so that the index can have an entry for each block.
+/// Returns the number of entries that fit below one header. Their inodes must lie in the same metadata block, and their
+/// numbers must be close to the first one's. In a long listing, at most one entry of a run may extend beyond the
+/// metadata block in which the header begins, so that each block can have an index entry.
 fn run_length(entries: &[Listed], offset: usize, is_indexed: bool) -> usize {
     let Some(first) = entries.first() else { return 0 };
     let mut end = offset + RunHeader::LENGTH;
@@ -235,17 +236,17 @@ fn run_length(entries: &[Listed], offset: usize, is_indexed: bool) -> usize {
     entries.iter().take(ENTRIES_PER_HEADER).take_while(fits).count().max(1)
 }
 
-/// Sets of extended attributes. Equal sets are stored once, and so are long values.
+/// Sets of extended attributes. Equal sets and equal long values are stored only once.
 struct Xattrs {
     values: MetadataWriter,
-    /// Entry of each set: place, number of attributes, and length.
+    /// For each set: its position, number of attributes, and length.
     sets: Vec<u8>,
     known_sets: HashMap<u32, u32>,
     known_values: HashMap<Vec<u8>, Place>,
 }
 
 impl Xattrs {
-    /// Maximum length of a value that is always stored in place, since a reference would take as many bytes.
+    /// Maximum length of a value that is always stored directly, since a reference would take as many bytes.
     const SHORT: usize = 8;
 
     fn new(method: &Method) -> Self {
@@ -270,8 +271,8 @@ impl Xattrs {
         Ok(next)
     }
 
-    /// Writes an attribute. Returns the length of its name, with a NUL as listxattr(2) counts it, plus that of its
-    /// value.
+    /// Writes an attribute. Returns the length of its name, with a NUL as listxattr(2) counts it, plus the length of
+    /// its value.
     fn write(&mut self, name: &[u8], value: &[u8]) -> Result<usize, Limit> {
         let (prefix, rest) = split_xattr(name).ok_or_else(|| Limit::Xattr(name.to_owned()))?;
         let known = if value.len() > Self::SHORT { self.known_values.get(value).copied() } else { None };
@@ -298,7 +299,8 @@ impl Xattrs {
         Ok(name.len() + 1 + value.len())
     }
 
-    /// Appends the values and the sets to `image`, which begins at `start`. Returns the place of the sets' header.
+    /// Appends the values and the sets to `image`, whose first byte is at `start`. Returns the position of the header
+    /// of the sets.
     fn finish(self, start: u64, image: &mut Vec<u8>, method: &Method) -> u64 {
         if self.known_sets.is_empty() {
             return NO_TABLE;

@@ -1,8 +1,9 @@
-//! Takes parts of a source image unchanged into a new one: compressed data blocks, and fragment blocks whose whole
-//! content is live. The tails in other fragment blocks are moved into new fragment blocks.
+//! Takes over parts of a source image into a new one. Compressed data blocks are copied, and so are fragment blocks in
+//! which all content is live (used by the new image). The live tails in other fragment blocks are moved into new
+//! fragment blocks.
 //!
-//! The blocks are copied in the order of the source, and only those that are live, so that no content of other files is
-//! copied. Files that share blocks in the source share them in the new image.
+//! Blocks are copied in the order of the source. Only live blocks are copied, so no content of other files gets into
+//! the new image. Files that share blocks in the source also share them in the new image.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -22,10 +23,10 @@ use crate::squashfs::plan::NodeId;
 use crate::squashfs::progress::Meter;
 use crate::squashfs::reader::BlockReader;
 
-/// Bytes that are copied between two reports of progress.
+/// Number of bytes that are copied between two progress reports.
 const STEP: u64 = 16 << 20;
 
-/// Sorted ranges of numbers. Overlapping ranges are merged; ranges that only touch stay separate.
+/// Sorted ranges of numbers. Overlapping ranges are merged; adjacent ranges stay separate.
 #[derive(Debug, Default, Clone)]
 struct Ranges(Vec<(u64, u64)>);
 
@@ -42,41 +43,41 @@ impl Ranges {
         Self(merged)
     }
 
-    /// Index of the range that holds `at`.
+    /// Returns the index of the range that contains `at`.
     fn find(&self, at: u64) -> Option<usize> {
         let behind = self.0.partition_point(|(start, _)| *start <= at);
         let index = behind.checked_sub(1)?;
         (at < self.0[index].1).then_some(index)
     }
 
-    /// Returns whether the ranges cover all of `0..length`.
+    /// Returns whether the ranges together are exactly `0..length`.
     fn cover(&self, length: u64) -> bool {
         let mut covered = 0;
         self.0.iter().all(|(start, end)| (*start == covered).then(|| covered = *end).is_some()) && covered == length
     }
 }
 
-/// The parts that are taken over.
+/// The parts of a source image that are taken over.
 #[derive(Debug, Default)]
 pub(crate) struct Takeover<'a> {
     source: Option<&'a Inventory>,
     /// Ranges of the source that are copied, in the order of the source.
     copied: Ranges,
-    /// Place of each copied range in the new image.
+    /// Position of each copied range in the new image.
     places: Vec<u64>,
     total: u64,
-    /// Fragment blocks that are copied: index in the source, and place in the new image.
+    /// Fragment blocks that are copied: index in the source, and the block in the new image.
     kept: Vec<(u32, Fragment)>,
-    /// Live parts of the other fragment blocks, by the index of the block.
+    /// Live ranges of the other fragment blocks, by the index of the block in the source.
     moved: BTreeMap<u32, Ranges>,
 }
 
-/// Places of moved tails: fragment block and start in the source, mapped to fragment block and start in the new image.
+/// For each moved tail: fragment block and offset in the source, mapped to fragment block and offset in the new image.
 pub(crate) type Moved = HashMap<(u32, u64), (u32, u32)>;
 
 impl<'a> Takeover<'a> {
-    /// Decides which parts of `source` are copied to an image whose data begins at `start`, if `files` are taken over.
-    /// `has_more` says whether other files are added.
+    /// Decides which parts of `source` are copied to an image whose data begins at `start`, so that the content of
+    /// `files` is taken over. `has_more` is true if the image has other files too.
     pub(crate) fn new(
         source: &'a Inventory,
         files: &[(NodeId, SourceFile)],
@@ -97,8 +98,8 @@ impl<'a> Takeover<'a> {
         }
         let live: BTreeMap<u32, Ranges> = live.into_iter().map(|(index, tails)| (index, Ranges::of(tails))).collect();
         let whole = whole_fragments(source, &live, options.processors)?;
-        // If a new fragment block is filled anyway, the tails of blocks that are less than half full are moved into it:
-        // otherwise each generation of an image would leave such a block behind.
+        // If a new fragment block is filled anyway, also move the tails of blocks that are less than half full into it.
+        // Otherwise each generation of an image would add such a block.
         let has_new = (has_more && options.fragments != Fragments::Never) || whole.len() < live.len();
         let half = u64::from(options.block_size) / 2;
         let (mut kept, mut moved) = (Vec::new(), BTreeMap::new());
@@ -127,13 +128,13 @@ impl<'a> Takeover<'a> {
         Ok(made)
     }
 
-    /// Returns the place in the new image of the byte at `at` of the source.
+    /// Returns the position in the new image of the byte that is at `at` in the source.
     fn place(&self, at: u64) -> Result<u64, Fault> {
         let index = self.copied.find(at).ok_or_else(|| Fault::damaged("a block is not among those copied"))?;
         Ok(self.places[index] + (at - self.copied.0[index].0))
     }
 
-    /// Number of bytes that are copied.
+    /// Number of bytes that are copied without change.
     pub(crate) fn to_take(&self) -> u64 {
         self.total
     }
@@ -143,7 +144,7 @@ impl<'a> Takeover<'a> {
         self.moved.values().flat_map(|ranges| &ranges.0).map(|(start, end)| end - start).sum()
     }
 
-    /// Fragment blocks that are copied, in the order of the new table.
+    /// Fragment blocks that are copied, in the order of the new fragment table.
     pub(crate) fn kept_fragments(&self) -> impl Iterator<Item = Fragment> {
         self.kept.iter().map(|(_, fragment)| *fragment)
     }
@@ -153,13 +154,13 @@ impl<'a> Takeover<'a> {
         u32::try_from(self.kept.len()).unwrap_or(u32::MAX)
     }
 
-    /// Copies the blocks.
+    /// Copies the blocks to `output`.
     pub(crate) fn copy(&self, output: &File, meter: &Meter) -> Result<(), Failure> {
         let Some(source) = self.source else { return Ok(()) };
         let mut pieces: Vec<(u64, u64, u64)> = Vec::new();
         for ((from, end), to) in self.copied.0.iter().zip(&self.places) {
             match pieces.last_mut() {
-                // Ranges that touch in the source also touch in the new image.
+                // Copy adjacent ranges at once: they are also adjacent in the new image.
                 Some((last_from, length, _)) if *last_from + *length == *from => *length += end - from,
                 _ => pieces.push((*from, end - from, *to)),
             }
@@ -174,7 +175,8 @@ impl<'a> Takeover<'a> {
         Ok(())
     }
 
-    /// Moves the live tails of fragment blocks that are not copied into new fragment blocks.
+    /// Moves the live tails of fragment blocks that are not copied into new fragment blocks, and returns their new
+    /// positions.
     pub(crate) fn move_tails(&self, queue: &Queue, reading: &mut Reading) -> Result<Moved, Halt<Failure>> {
         let mut places = Moved::new();
         let Some(source) = self.source else { return Ok(places) };
@@ -194,7 +196,7 @@ impl<'a> Takeover<'a> {
         Ok(places)
     }
 
-    /// Returns the place of a file's content in the new image.
+    /// Returns the position of a file's content in the new image: its blocks, and its tail in a fragment block.
     pub(crate) fn located(&self, file: &SourceFile, moved: &Moved) -> Result<(FileBlocks, Option<(u32, u32)>), Fault> {
         let Some(source) = self.source else { return Ok((FileBlocks::default(), None)) };
         let sizes = source.blocks(file).to_vec();
@@ -217,7 +219,7 @@ impl<'a> Takeover<'a> {
     }
 }
 
-/// Returns the sorted indices of the fragment blocks that contain nothing but live tails.
+/// Returns the sorted indices of the fragment blocks in which all content is live.
 fn whole_fragments(source: &Inventory, live: &BTreeMap<u32, Ranges>, processors: usize) -> Result<Vec<u32>, Fault> {
     let mut ends: HashMap<u32, u64> = HashMap::new();
     for (index, _, end) in source.files().filter_map(|file| source.tail(file)) {
@@ -226,7 +228,8 @@ fn whole_fragments(source: &Inventory, live: &BTreeMap<u32, Ranges>, processors:
     }
     let candidates: Vec<_> =
         live.iter().filter(|(index, tails)| ends.get(index).is_some_and(|end| tails.cover(*end))).collect();
-    // A fragment block may be longer than all tails in it. A gzip block must be decompressed to find its length.
+    // A fragment block may be longer than all tails in it, so compare with its real length. A gzip block must be
+    // decompressed to find that length.
     let is_whole = |part: &[(&u32, &Ranges)]| {
         let mut blocks = BlockReader::new(source.source(), &source.method);
         let mut whole = Vec::new();
@@ -250,7 +253,7 @@ fn whole_fragments(source: &Inventory, live: &BTreeMap<u32, Ranges>, processors:
     })
 }
 
-/// Copies at most `length` bytes, and returns the number of copied bytes.
+/// Copies up to `length` bytes, and returns the number of copied bytes.
 fn copy_some(source: &File, from: u64, output: &File, to: u64, length: u64) -> Result<u64, Failure> {
     let (mut from_offset, mut to_offset) = (from, to);
     let most = usize::try_from(length).unwrap_or(usize::MAX);
@@ -258,7 +261,7 @@ fn copy_some(source: &File, from: u64, output: &File, to: u64, length: u64) -> R
         Ok(0) => Err(Failure::Source(Fault::damaged("it was cut off meanwhile"))),
         Ok(done) => Ok(done as u64),
         Err(Errno::INTR) => Ok(0),
-        // The kernel cannot copy between these two file systems, or a sandbox does not allow the call.
+        // The kernel cannot copy between these two file systems, or a sandbox refuses the call.
         Err(Errno::XDEV | Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP | Errno::PERM) => {
             let mut buffer = vec![0; most.min(1 << 20)];
             source.read_exact_at(&mut buffer, from).map_err(|error| Failure::Source(error.into()))?;

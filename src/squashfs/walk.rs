@@ -1,4 +1,4 @@
-//! Walks through all entries of an image, by its directories.
+//! Walks through all entries of an image, directory by directory.
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
@@ -14,17 +14,17 @@ use crate::squashfs::metadata::{Cursor, MetadataReader};
 use crate::squashfs::plan::XattrSet;
 use crate::squashfs::reader::Reader;
 
-/// Maximum number of entries that are read of an image.
+/// Maximum number of entries that are read from one image.
 const MOST_ENTRIES: u64 = 16 << 20;
-/// Maximum nesting of directories that is read.
+/// Maximum nesting depth of directories that is read.
 const DEEPEST: usize = 1 << 16;
-/// Maximum number of whole blocks of one file: 4 TiB in blocks of 4 KiB.
+/// Maximum number of whole blocks of one file: enough for 4 TiB in blocks of 4 KiB.
 const MOST_BLOCKS: u64 = 1 << 30;
 
 /// An entry of an image.
 #[derive(Debug)]
 pub struct Entry<'a> {
-    /// Path below the root; the root's is empty.
+    /// Path below the root; empty for the root itself.
     pub path: &'a Path,
     /// Owner.
     pub user: u32,
@@ -36,7 +36,7 @@ pub struct Entry<'a> {
 }
 
 impl Entry<'_> {
-    /// Inode number. If the kernel mounts the image, `st_ino` has the same value.
+    /// Inode number, the same as `st_ino` if the kernel mounts the image.
     pub fn number(&self) -> u32 {
         self.inode.header.number
     }
@@ -56,12 +56,12 @@ impl Entry<'_> {
         self.inode.xattrs != NONE
     }
 
-    /// Number of names that the object has.
+    /// Number of the object's names (hard links).
     pub fn links(&self) -> u32 {
         self.inode.links
     }
 
-    /// Type bits as in `st_mode`.
+    /// Type of the object, as the type bits of `st_mode`.
     pub fn kind(&self) -> u32 {
         match &self.inode.body {
             Body::Directory(_) => 0o040_000,
@@ -84,19 +84,19 @@ impl Entry<'_> {
         if let Body::Symlink(target) = &self.inode.body { target } else { &[] }
     }
 
-    /// Major and minor number of a device.
+    /// Major and minor number of a device; `None` for other types.
     pub fn device(&self) -> Option<(u32, u32)> {
         let Body::Device { number, .. } = &self.inode.body else { return None };
         Some((number >> 8 & 0xfff, number & 0xff | number >> 12 & 0xf_ff00))
     }
 
-    /// Returns the place of a regular file's content.
+    /// Returns the position of a regular file's content; `None` for other types.
     pub(crate) fn extent(&self) -> Option<&Extent> {
         if let Body::File(extent) = &self.inode.body { Some(extent) } else { None }
     }
 }
 
-/// An entry of a listing: its name, and the place, number and type of its inode.
+/// An entry of a listing: its name, and the position, number and type of its inode.
 struct Found {
     name: Vec<u8>,
     place: Place,
@@ -108,18 +108,18 @@ struct Found {
 struct Open<'r, 'a> {
     /// `None` if the directory has no entries.
     listing: Option<Cursor<'r, 'a>>,
-    /// Bytes of the listing that have not been read yet.
+    /// Number of bytes of the listing that have not been read yet.
     left: u32,
     run: RunHeader,
-    /// Entries of the run that have not been read yet.
+    /// Number of entries of the current run that have not been read yet.
     left_in_run: u32,
     /// Length of the path without the name of the current entry.
     path: usize,
 }
 
 impl Reader {
-    /// Calls `visit` with each entry: the root first, and each directory before its entries. An object with several
-    /// names is visited for each of them. With `with_xattrs`, extended attributes are read too.
+    /// Calls `visit` with each entry: the root first, and each directory before its entries. Visits an object with
+    /// several names once for each name. With `with_xattrs`, also reads extended attributes.
     pub fn walk(&self, with_xattrs: bool, visit: &mut dyn FnMut(&Entry) -> Result<(), Fault>) -> Result<(), Fault> {
         let (metadata, xattr_metadata) = (self.metadata(), self.metadata());
         let root = Place::decode(self.superblock().root).ok_or_else(|| Fault::damaged("it has no root"))?;
@@ -167,14 +167,14 @@ impl Reader {
 }
 
 impl Reader {
-    /// Reads the content of a regular file, and calls `take` with each part, which is one block at most.
+    /// Reads the content of a regular file, and calls `take` with each part of it, which is at most one block.
     pub fn content(&self, entry: &Entry, take: &mut dyn FnMut(&[u8]) -> Result<(), Fault>) -> Result<(), Fault> {
         entry.extent().map_or(Ok(()), |extent| self.extent_content(extent, take))
     }
 }
 
 impl Open<'_, '_> {
-    /// Reads the next entry.
+    /// Reads the next entry; returns `None` at the end of the listing.
     fn next(&mut self) -> Result<Option<Found>, Fault> {
         let cut = || Fault::damaged("a directory's listing is cut off");
         let Some(listing) = &mut self.listing else { return Ok(None) };
@@ -214,14 +214,14 @@ impl Open<'_, '_> {
 struct Walk<'r, 'a> {
     reader: &'r Reader,
     metadata: &'r MetadataReader<'a>,
-    /// Place of each inode by its number.
+    /// Position of each inode that was read, by the inode's number.
     known: HashMap<u32, Place>,
-    /// Inode numbers of the directories that were entered.
+    /// Inode numbers of the directories whose listing has begun.
     directories: HashSet<u32>,
 }
 
 impl<'r, 'a> Walk<'r, 'a> {
-    /// Begins to list a directory.
+    /// Begins the listing of a directory.
     fn enter(&mut self, inode: &Inode, directory: &Directory, path: usize) -> Result<Open<'r, 'a>, Fault> {
         if !self.directories.insert(inode.header.number) {
             return Err(Fault::damaged("a directory is in two directories, or in itself"));
@@ -233,7 +233,7 @@ impl<'r, 'a> Walk<'r, 'a> {
         Ok(Open { listing, left, run, left_in_run: 0, path })
     }
 
-    /// Reads the inode at `place`. `expected` is the number and type that the directory entry states.
+    /// Reads the inode at `place`. `expected` are the number and type that the directory entry states.
     fn inode(&mut self, place: Place, expected: Option<(u32, Kind)>) -> Result<Inode, Fault> {
         let table = self.reader.table(self.reader.superblock().inode_table);
         let mut cursor = self.metadata.at(&table, place)?;
@@ -300,7 +300,7 @@ fn decode_directory(from: &mut Cursor, is_extended: bool, inode: &mut Inode) -> 
     if is_extended {
         inode.links = word(from)?;
         (size, block, parent) = (word(from)?, word(from)?, word(from)?);
-        // Skip the index, which follows: it only makes lookups faster.
+        // Skip the number of index entries. The index follows the inode, and only makes lookups faster.
         half(from)?;
         offset = half(from)?;
         inode.xattrs = word(from)?;
@@ -334,7 +334,7 @@ fn decode_file(from: &mut Cursor, is_extended: bool, inode: &mut Inode, reader: 
     if count > MOST_BLOCKS {
         return Err(Fault::TooLarge(format!("a file of {size} bytes")));
     }
-    // Grow the vector block by block, so that a false count takes no memory.
+    // Grow the vector block by block, so that a false count in the image takes no memory.
     let mut blocks = Vec::new();
     for _ in 0..count {
         blocks.push(word(from)?);

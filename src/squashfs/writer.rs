@@ -1,4 +1,4 @@
-//! Writes an image: data, tables, and last the superblock, so that an interrupted write leaves no valid squashfs.
+//! Writes an image: data, then tables, then the superblock, so that an interrupted write leaves no valid squashfs.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -17,25 +17,25 @@ use crate::squashfs::progress::{Meter, Progress, Report};
 use crate::squashfs::tables::{self, Parts};
 use crate::squashfs::takeover::{Moved, Takeover};
 
-/// Counts of what was written.
+/// Numbers about an image that was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Summary {
-    /// Length of the image, padding included.
+    /// Length of the image in bytes, including padding.
     pub length: u64,
     /// Number of objects.
     pub objects: u32,
-    /// Number of files whose content was taken over, at least in part.
+    /// Number of files whose content was at least partly taken over.
     pub files_taken: u64,
     /// Number of files that were read and compressed, or found to be equal to others.
     pub files_read: u64,
-    /// Number of files that are equal to others that were read or taken over.
+    /// Number of files whose content equals that of another file that was read or taken over.
     pub duplicates: u64,
-    /// Bytes that were taken over, compressed and read.
+    /// Numbers of bytes that were taken over, compressed and read.
     pub progress: Progress,
 }
 
-/// Writes the image that `plan` describes into `output`, whose old content is replaced. `source` contains the content
-/// that the plan takes over; without it, or if it does not fit `options`, all files are read. The image is not synced
+/// Writes the image that `plan` describes into `output`, replacing its old content. `source` has the content that the
+/// plan takes over. If there is no source, or if it does not fit `options`, all files are read. The image is not synced
 /// to disk.
 pub fn write(
     plan: &Plan,
@@ -69,7 +69,7 @@ pub fn write(
     let mut located = Located::new(plan.len());
     let mut reading = Reading::new(plan, options, &taken, open, takeover.fragments());
     let mut moved = Moved::new();
-    // Compress new blocks and make the tables while the old blocks are copied.
+    // Compress new blocks and build the tables while the old blocks are being copied.
     let (copied, made) = thread::scope(|scope| {
         let copying = scope.spawn(|| {
             let copied = takeover.copy(output, &meter);
@@ -101,7 +101,7 @@ pub fn write(
         (copying.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), made)
     });
     let (tables, fragments, end) = match (copied, made) {
-        // Prefer the error of the copying: it stops the other side, whose own error says less.
+        // Prefer the error of the copying thread: it makes the other threads stop with a less specific error.
         (Err(failure), _) | (Ok(()), Err(failure)) => return Err(failure),
         (Ok(()), Ok(made)) => made,
     };
@@ -141,7 +141,7 @@ pub fn write(
     })
 }
 
-/// Files that are taken over, and files that are read with their sizes.
+/// Files whose content is taken over, and files that are read, each with its size.
 type Divided = (Vec<(NodeId, SourceFile)>, Vec<(NodeId, u64)>);
 
 fn divided(plan: &Plan, order: &[NodeId], source: Option<&Inventory>) -> Divided {
@@ -161,7 +161,7 @@ fn divided(plan: &Plan, order: &[NodeId], source: Option<&Inventory>) -> Divided
     (taken, read)
 }
 
-/// The latest modification time of all objects.
+/// Returns the latest modification time of all objects.
 fn latest(plan: &Plan, order: &[NodeId]) -> u32 {
     order.iter().map(|node| plan.node(*node).modified).max().unwrap_or(0)
 }
