@@ -230,7 +230,7 @@ fn run_create(arguments: CreateArguments) -> Result<u8> {
         ("BUILD_ARCH", arguments.arch),
         ("TIMEOUT", arguments.timeout),
         ("IMS_ACTION", Some("create".into())),
-        // On one machine there is no job, so ignore the ID of one.
+        // A local build has no IMS job, so ignore IMS_JOB_ID.
         ("IMS_JOB_ID", Some(String::new())),
     ]);
     let variables = variables(options);

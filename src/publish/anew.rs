@@ -1,4 +1,4 @@
-//! `ims-sshd prepare --fresh`: replaces an image root, which is dropped only once the new one is complete.
+//! `ims-sshd prepare --fresh`: makes a new image root, and drops the old one only once the new one is complete.
 
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -79,7 +79,7 @@ fn left_in(parent: &Path) -> String {
     format!("what is left of an earlier image root is in {}: the next 'prepare' removes it", parent.display())
 }
 
-/// Removes what a run that was killed has left: a new image root that is not complete, and an old one that was dropped.
+/// Removes what a killed run has left behind: a new image root that is not complete, and an old one that was dropped.
 pub(crate) fn clear(work: &Work, volume: &Tree) -> Result<()> {
     Beside { volume }.unmount()?;
     prepare::await_unpackers(&volume.shown().join(FRESH));

@@ -62,7 +62,7 @@ pub(crate) fn of(
     Ok(source)
 }
 
-/// Source of an image root that is an overlay; `None` if it is no overlay, or one above a directory.
+/// Source of an image root that is an overlay; `None` if it is no overlay, or an overlay above a directory.
 fn below_overlay(settings: &Settings, directory: &Tree, image_root: &Tree) -> Result<Option<Source>> {
     let attempted = || format!("find the source of {}", image_root.shown().display());
     if directory.look(OVERLAY).attempt(attempted)?.is_none() {
@@ -142,8 +142,8 @@ fn try_to_keep(
     root: &Tree,
 ) -> Result<()> {
     let attempted = || "keep its source".to_owned();
-    // A sidecar without a secret opens only a source on the volume: other containers could have recorded any other
-    // path.
+    // On request, copy a local source to the volume. A sidecar without a secret opens a source only there, since other
+    // containers could have recorded any other path.
     let is_copied = !is_fetched && settings.keep_source == Some(true);
     let copied = is_copied.then(|| copy(work, squashfs, directory, KEPT_SOURCE)).transpose()?;
     let squashfs = copied.as_ref().unwrap_or(squashfs);
@@ -223,8 +223,8 @@ fn save(directory: &Tree, seal: Option<&Seal>, inventory: &Inventory) -> Result<
     directory.replace(UNPACKED, &[line.as_bytes(), &bytes].concat()).attempt(attempted)
 }
 
-/// Reads an inventory. With a seal, refuses one that this job has not written. Without one, anybody may have written
-/// the inventory; so one whose line has a seal, which cannot be verified then, is accepted like any other.
+/// Reads an inventory. With `seal`, refuses one that this job has not written. Without it, nothing can be verified and
+/// anybody may have written the inventory, so one with a sealed line is accepted like any other.
 fn load(directory: &Tree, seal: Option<&Seal>) -> Result<Inventory> {
     let attempted = || format!("use {}", directory.shown().join(UNPACKED).display());
     let read = directory.read(UNPACKED, LIMIT).attempt(attempted)?;

@@ -1,4 +1,5 @@
-//! Downloads a file: streams it to disk, resumes after a broken connection, and computes the checksum meanwhile.
+//! Downloads a file: streams it to disk, resumes after a broken connection, and computes the checksum of the bytes as
+//! they arrive.
 
 use std::fs::File;
 use std::io::{Seek, Write};
@@ -17,8 +18,8 @@ use crate::transfer::{Fault, Outage, Work, complaint, in_full, is_transient, ret
 /// past the previous maximum restarts the retry clock.
 const LEAST: u64 = 64 * 1024;
 
-/// If the server does not say how long the file is: number of bytes between two checks of the disk, and number of bytes
-/// that must stay free on it.
+/// For a file whose length the server does not say: number of bytes between two checks of the disk, and number of bytes
+/// that must stay free on the disk.
 const WITHOUT_LENGTH: u64 = 16 << 20;
 
 /// Download of one file.
@@ -46,8 +47,8 @@ struct Download<'a> {
     progress: Progress,
 }
 
-/// Fetches `url` into a new file `name` in a directory, replacing any other. Returns the open file, because its name
-/// may lead to another one by then. The disk must have room for `copies` files of its size.
+/// Fetches `url` into a new file `name` in a directory, replacing any other. Returns the open file, because `name` may
+/// lead to another file by the time the caller uses it. The disk must have room for `copies` files of its size.
 pub(crate) fn fetch(
     work: &Work,
     url: &str,
@@ -86,7 +87,7 @@ pub(crate) fn fetch(
         loop {
             let result = retry(work.network.retry_limit, &attempted, &outage, async || {
                 match download.go_on(copies).await {
-                    // Progress: the retry clock restarts.
+                    // The download made progress, so the retry clock restarts.
                     Err(Fault::Transient(cause)) if download.length >= reached + LEAST => {
                         reached = download.length;
                         tracing::warn!("cannot {attempted} yet: {cause}; going on at {} bytes", download.length);
@@ -110,7 +111,7 @@ pub(crate) fn fetch(
 impl Download<'_> {
     /// Sends one request, for the bytes after those received so far.
     async fn go_on(&mut self, copies: u64) -> std::result::Result<(), Fault> {
-        // If it is not resumable, start over: the rest may belong to another file.
+        // If the download is not resumable, start over: the rest may belong to another file.
         if !self.is_resumable {
             if self.length > 0 {
                 tracing::warn!(
@@ -126,7 +127,8 @@ impl Download<'_> {
         let mut request = client.get(self.url);
         if self.length > 0 {
             request = request.header(RANGE, format!("bytes={}-", self.length));
-            // If-Match never matches a weak ETag (RFC 9110, 13.1.1): the ETag of the response is compared below.
+            // A weak ETag never matches in If-Match (RFC 9110, 13.1.1), so it is compared with the response's ETag
+            // below.
             if let Some(etag) = self.etag.as_ref().filter(|etag| !is_weak(etag)) {
                 request = request.header(IF_MATCH, etag);
             }

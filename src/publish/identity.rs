@@ -1,5 +1,5 @@
-//! Identity of the source that an image root or changes were made from. If another source takes the name of the first,
-//! the same command must not continue with them.
+//! Identity of the source from which an image root or changes were made. If another source has taken its path or URL
+//! since, the same command must not continue with that image root or those changes.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -43,9 +43,9 @@ pub(crate) struct Identity {
     size: u64,
     /// Time of modification, for a file on this machine.
     modified: Option<String>,
-    /// Digest of both ends of a file; inode number and birth time of a directory.
+    /// For a file, a digest of its first and last bytes; for a directory, its inode number and birth time.
     content: String,
-    /// Time at which the identity was recorded: that of the record's file.
+    /// Time at which the identity was recorded, from the time of modification of the record's file.
     #[serde(skip)]
     recorded: Option<String>,
 }
@@ -98,7 +98,7 @@ impl Identity {
         place(there.as_fd()) == place(root.as_fd()) || !is_ours(of_directory(&there))
     }
 
-    /// Warns about a file whose time differs although it is the same image, because it was written or copied since.
+    /// Warns that a file has another time although it is the same image: it was written again or copied since.
     pub(crate) fn tell_other_time(&self, now: &Self) {
         if self.sums.is_none()
             && let (Some(before), Some(modified)) = (&self.modified, &now.modified)
@@ -112,7 +112,7 @@ impl Identity {
         }
     }
 
-    /// Describes how `now`, which is not the same, differs.
+    /// Describes how `now` differs from this identity, given that they are not the same image.
     fn difference(&self, now: &Self) -> String {
         match (&self.sums, &now.sums) {
             (Some(before), Some(sums)) => format!("its checksum was {before}, and is now {sums}"),
@@ -234,7 +234,8 @@ impl<'a> Record<'a> {
     }
 }
 
-/// Seal for records of the job of `settings` on a volume; `None` if nobody else can reach it, or without a secret.
+/// Seal for records of the job of `settings` on a volume; `None` if nobody else can reach the volume, or if the job has
+/// no secret.
 fn seal_of(volume: &Tree, settings: &Settings) -> Result<Option<Seal>> {
     let is_sealed = Seal::has_secret(settings) && !is_own(volume, settings, 0o077)?;
     is_sealed.then(|| Seal::of(settings, volume, false)).transpose()

@@ -56,7 +56,7 @@ impl<'a> JournalDirectory<'a> {
         Ok(self.seal.get_or_init(|| made))
     }
 
-    /// Text of a file; `None` if it cannot be read, with a warning unless it is missing.
+    /// Text of a file; `None` if the file cannot be read. Warns then, unless the file is missing.
     fn text(&self, name: &str) -> Option<String> {
         let text = self.files.parent().read(name, LIMIT);
         let text = text.and_then(|text| String::from_utf8(text).map_err(std::io::Error::other));
@@ -171,7 +171,8 @@ pub(crate) struct Journal {
     job: Option<String>,
     /// Progress of the sidecar.
     pub(crate) phase: Phase,
-    /// ID of the request that creates the image's record, which has it in its metadata; `None` before the request.
+    /// ID of the request that creates the image's record; the record has this ID in its metadata. `None` before the
+    /// request.
     pub(crate) request: Option<Id>,
     /// ID of the new image.
     pub(crate) image: Option<Id>,
@@ -262,7 +263,7 @@ impl Upload {
         let Ok(mut upload) = serde_json::from_str::<Self>(first) else { return Ok(None) };
         let kind = upload.kind_of_part();
         for line in lines {
-            // Ignore a truncated last line and lines that somebody else added: those parts are sent again.
+            // Ignore a truncated last line and lines that somebody else added. Their parts are sent again.
             let part = seal.open(&kind, line).and_then(|line| line.split_once(' '));
             let Some((number, etag)) = part else { continue };
             if let Some(number) = number.parse().ok().filter(|number| *number < MOST_PARTS) {
@@ -289,7 +290,7 @@ impl Upload {
         let line = self.line(directory.seal()?, number, etag);
         let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::NOFOLLOW;
         let file = directory.files.parent().open_regular(UPLOAD, flags);
-        // Somebody may have removed the file; write it anew.
+        // Somebody may have removed the file. If so, write a new one.
         file.and_then(|mut file| file.write_all(line.as_bytes())).or_else(|_| self.write(directory))
     }
 

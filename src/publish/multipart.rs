@@ -95,8 +95,8 @@ impl Sender<'_> {
         Ok(())
     }
 
-    /// Aborts the recorded upload. If it is in another store, uses the keys of this one there: keys apply to all
-    /// buckets of a server.
+    /// Aborts the recorded upload. If the upload is in another store, uses the keys of this store there: keys apply to
+    /// all buckets of a server.
     pub(crate) fn abort(&self) -> Result<()> {
         let Some(upload) = Upload::read(self.directory)? else { return Ok(()) };
         let attempted = format!("abort the unfinished upload of {}", upload.url);
@@ -109,8 +109,8 @@ impl Sender<'_> {
         Upload::clear(self.directory)
     }
 
-    /// Continues the upload `unfinished`, or starts a new one. Every error of the store is transient: it may have
-    /// dropped the old upload, and accept a new one.
+    /// Continues the upload `unfinished`, or starts a new one. Treats every error of the store as transient: the store
+    /// may have dropped the old upload, and may accept a new one.
     async fn try_send(&self, object: &Large<'_>, unfinished: Option<Upload>) -> std::result::Result<(), Fault> {
         let told = |error: object_store::Error| Fault::Transient(cause(&error));
         let part = part_of(object.size);

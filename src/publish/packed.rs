@@ -57,7 +57,7 @@ enum Record {
 }
 
 /// Extended attribute of an archive that says what it was packed from. Unlike the record, it stays with an archive that
-/// is moved. It includes the inode number, so that it does not count for a copy.
+/// is moved. Its value includes the inode number, so that a copy of the attribute on another file does not count.
 const MARK: &str = "trusted.ims-sshd.packed";
 
 /// Records in `directory` that `packed`, which is `archive`, was packed from `image_root`, whose [`State`] was `was`
@@ -161,7 +161,8 @@ pub(crate) fn refuse_to_replace(directory: &Tree, archive: &Archive, image_root:
     refused("the file exists, and was not packed from this image root")
 }
 
-/// Refuses an `archive` that would replace the file that the image root was made from, with `advice` on another one.
+/// Refuses an `archive` that would replace the file from which the image root was made. `advice` says how to choose
+/// another archive.
 pub(crate) fn refuse_source(directory: &Tree, archive: &Archive, settings: &Settings, advice: &str) -> Result<()> {
     let Some(source) = identity::Record::on(directory, settings)?.read() else { return Ok(()) };
     let source = if source.is_fetched() { directory.shown().join(ARCHIVE) } else { source.source().into() };

@@ -111,7 +111,8 @@ pub(crate) fn make(
             return Ok((None, None));
         }
     }
-    // The image root was unpacked by an earlier run of `prepare` or, if it could not be published, of `customize`.
+    // An image root without an overlay was unpacked by an earlier run of `prepare` or, if it could not be published, of
+    // `customize`.
     if let Some(known) = known.as_ref().filter(|_| !has_overlay && open != Some(Open::Overlay)) {
         clear_marks()?;
         tracing::info!(
@@ -163,7 +164,7 @@ pub(crate) fn make(
                 let tree = unpack(work, &archive, &volume, UNPACKING)?;
                 check(&archive, &tree)?;
                 Inventory::of(work, &tree)?.save(&volume, INVENTORY)?;
-                // These come last, but before anybody else can reach the tree.
+                // Take these steps last, but before anybody else can reach the tree.
                 let is_fetched = !matches!(source, Source::Here(_));
                 basis::keep(work, settings, is_fetched, &archive, &volume, &tree)?;
                 clear_marks()?;

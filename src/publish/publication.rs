@@ -82,7 +82,7 @@ impl Publication<'_> {
         let recorded = match &result {
             Err(_) if journal.is_told || is_published => journal.write(self.directory),
             Err(_) if self.roll_back(&store, journal) => self.begin_again(journal),
-            // Something is left, so keep the journal: the next run rolls it back.
+            // Not everything could be rolled back, so keep the journal: the next run tries again.
             Err(_) => journal.write(self.directory),
             // Even if this cannot be recorded, the image stays published.
             Ok(_) => self.end(journal, Phase::Published),
@@ -109,8 +109,8 @@ impl Publication<'_> {
         self.directory.clear()
     }
 
-    /// Removes the image, which was rolled back, from the journal. If the environment has ended, the journal still says
-    /// so: the next run of the sidecar publishes its image.
+    /// Removes the image, which was rolled back, from the journal. If the environment has finished, the journal still
+    /// says so, and the next run of the sidecar publishes the environment's image.
     fn begin_again(&self, journal: &mut Journal) -> Result<()> {
         journal.forget_image();
         if journal.phase < Phase::Packing {
@@ -142,8 +142,8 @@ impl Publication<'_> {
         let is_complete = if self.ims.is_there() {
             self.settings.job.id.is_none() && self.is_linked(&id, journal)?
         } else {
-            // In a directory, an image is renamed from its ID to its name when it is complete, so one below its ID is
-            // not.
+            // In a directory, an image is renamed from its ID to its name when it is complete, so an image that still
+            // has its ID as its name is not complete.
             let manifest = format!("{id}/{}", MANIFEST.0);
             let attempted = format!("inspect {}", store.url_of(&manifest));
             !self.is_named(store) && self.wait(&attempted, store.is_there(&manifest))?
@@ -246,8 +246,8 @@ impl Publication<'_> {
             Ok(job) => return Ok(job),
             Err(refused) => refused,
         };
-        // IMS refuses any status change of a finished job, even to the same status. The answer to an earlier attempt
-        // may have been lost.
+        // An earlier attempt may have succeeded although its answer was lost. IMS refuses any status change of a
+        // finished job, even to the same status, so ask for the job.
         let unknown = match self.ims.job() {
             Ok(Some(job)) if job.status == Status::Success => return Ok(Some(job)),
             // The server may still carry out a request whose wait a signal cut short.
@@ -555,7 +555,7 @@ impl Publication<'_> {
         self.work.roll_back();
         let image = match (&journal.image, &journal.request) {
             (Some(id), _) => Ok(Some(id.clone())),
-            // The request may have been sent without its answer having been recorded.
+            // IMS may have created the record although its ID was never received.
             (None, Some(request)) => self.ims.find_image(request).map(|record| Some(record?.id)),
             (None, None) => Ok(None),
         };

@@ -203,7 +203,7 @@ impl Directory {
         }
     }
 
-    /// Removes an object, or its partial file unless `is_whole`, if it exists.
+    /// Removes an object, or its partial file unless `is_whole`. Does nothing if there is no such file.
     pub(crate) fn remove(&self, id: &str, key: &str, is_whole: bool) -> io::Result<()> {
         match self.find(id)? {
             Found::Ours(held) if is_whole => held.tree.remove(key).map(|_| ()),
@@ -267,7 +267,7 @@ impl Directory {
             return Ok(true);
         }
         let renamed = match self.root.rename_to(&held.name, &self.root, name) {
-            // The name is an empty directory, which a plain rename can replace.
+            // The name is that of an empty directory, which a plain rename can replace.
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists && self.is_left_empty(name)? => {
                 self.root.rename(&held.name, name)
             }

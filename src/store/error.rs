@@ -9,7 +9,7 @@ use crate::log::redaction::without_known;
 use crate::store::requests::ANSWERED;
 use crate::transfer::{MOST_QUOTED, in_full};
 
-/// An error of our own, as one of the store crate.
+/// Turns an error of our own into one of the store crate's type.
 pub(crate) fn failure(key: &str, cause: impl std::error::Error + Send + Sync + 'static) -> object_store::Error {
     let source: Box<dyn std::error::Error + Send + Sync> = Box::new(cause);
     let is_missing = source.downcast_ref().is_some_and(|e: &io::Error| e.kind() == io::ErrorKind::NotFound);
@@ -28,7 +28,7 @@ pub(crate) fn cause(error: &object_store::Error) -> String {
 
 /// Extracts the cause from the text of a failed request: `Error performing METHOD URL in TIME, SETTINGS - WHAT`.
 fn told(text: &str) -> String {
-    // Mask secrets before the text is shortened, which could leave a part of one.
+    // Mask secrets before the text is shortened: a shortened secret would not be recognized.
     let text = &*without_known(text);
     let parts = text.strip_prefix("Error performing ").and_then(|rest| rest.split_once(" - "));
     let Some((request, what)) = parts else { return text.to_owned() };

@@ -1,5 +1,5 @@
-//! A store of images, by URL: `s3://bucket[/prefix]` or a directory. A bucket may also be a directory, which the
-//! service of one machine has in place of a server.
+//! A store of images, by URL: `s3://bucket[/prefix]` or a directory. The bucket may itself be a directory, which the
+//! service of one machine uses instead of an S3 server.
 
 pub(crate) mod bucket;
 pub(crate) mod directory;
@@ -90,7 +90,7 @@ pub(crate) enum Owner {
 /// time.
 const PROBE: &str = ".ims-sshd.probe";
 
-/// Maximum time for which a person waits for the retries of a store; twice that if the store is silent.
+/// Maximum time for which a person waits for the retries of a store; if the store does not answer, twice that.
 const SOON: Duration = Duration::from_secs(10);
 
 /// Region for which requests are signed if none is set; stores other than Amazon's ignore it.
@@ -155,8 +155,8 @@ impl Store {
             let place = directory.ancestors().find(|place| place.exists()).unwrap_or(&directory);
             // A file without a name leaves nothing behind if this process is killed.
             let tried = match Tree::open(place).and_then(|tree| tree.create_nameless()) {
-                // A file system without such files gives the file a name for a moment; another job has just used that
-                // name.
+                // On a file system without O_TMPFILE, the file gets a name for a moment, and another job has just used
+                // that name.
                 Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
                 other => other.map(|_| ()),
             };

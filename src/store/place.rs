@@ -44,7 +44,7 @@ pub(crate) fn read(reader: &mut Reader) -> Place {
         }
         redaction::keep(secret);
     }
-    // The token belongs to the AWS keys.
+    // The token belongs to the AWS keys, so ignore it if other keys are used.
     let token = credential(reader, "AWS_SESSION_TOKEN").filter(|_| ours.is_none() || aws.is_none());
     if let Some(token) = &token {
         redaction::keep(token);
@@ -89,7 +89,7 @@ fn pair(reader: &mut Reader, (first, second): (&str, &str)) -> Option<(String, S
     match (credential(reader, first), credential(reader, second)) {
         (Some(a), Some(b)) => Some((a, b)),
         (None, None) => None,
-        // Both variables are set or both are not, and one was refused, which is reported already.
+        // Both variables are set, and one was refused, which is reported already.
         _ if reader.text(first).is_some() == reader.text(second).is_some() => None,
         _ => {
             reader.complain(format!("only one of {first} and {second} is set: expected both"));

@@ -46,7 +46,7 @@ pub(crate) struct Requests {
 /// Outage of a store, shared by all of its clients.
 #[derive(Debug, Default)]
 pub(crate) struct Outage {
-    /// Time at which the store was given up; `None` once it answers again. In between, a rollback has little time.
+    /// Time at which the store was given up; `None` once it answers again. Until then, a rollback has little time.
     silent_since: Mutex<Option<Instant>>,
     /// Decides when the outage is logged.
     log: transfer::Outage,
@@ -95,7 +95,7 @@ impl Requests {
         let Network { mut stall_limit, mut retry_limit, mut is_shortened, .. } = self.network;
         let (mut shortest, mut until) = (SHORTEST, None);
         if let Some(since) = *self.outage.silent_since() {
-            // The retry limit was used up before, and a rollback must not use it up again.
+            // The retry limit was used up before, and a rollback must not use it up once more.
             let short = SILENT.min(retry_limit / 4);
             (stall_limit, retry_limit, is_shortened) = (stall_limit.min(SILENT), short, true);
             (shortest, until) = (short.max(SHORTEST), Some(since + short));

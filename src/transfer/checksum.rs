@@ -35,8 +35,8 @@ impl Expected {
     }
 
     /// Compares the expected checksums with those of `file`, which messages call `shown`, and returns the verified
-    /// file. If another user can change `file`, returns an unnamed copy in `volume`. Pass no volume only if no other
-    /// user can.
+    /// file. If another user can change `file`, returns an unnamed copy in `volume`. `volume` may be `None` only if no
+    /// other user can.
     pub(crate) fn check(&self, work: &Work, file: File, shown: &str, volume: Option<&Tree>) -> Result<File> {
         let mut sums = Sums::of(self);
         let copy = if can_be_changed(&file).attempt(|| format!("open {shown}"))? { volume } else { None };
@@ -60,7 +60,7 @@ pub(crate) struct Sums {
 }
 
 impl Sums {
-    /// Computes the checksums that are expected.
+    /// Starts the checksums that are expected.
     pub(crate) fn of(expected: &Expected) -> Self {
         Self {
             md5: expected.md5.as_ref().map(|_| Md5::new()),
@@ -68,7 +68,7 @@ impl Sums {
         }
     }
 
-    /// Computes the MD5 too, because the server may announce one.
+    /// Starts the MD5 too, because the server may announce one.
     pub(crate) fn with_md5(expected: &Expected) -> Self {
         Self { md5: Some(Md5::new()), ..Self::of(expected) }
     }
@@ -121,8 +121,9 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
     })
 }
 
-/// Bytes of a file that are hashed at a time, and those of each of several parts: they stay in a processor's cache.
+/// Number of bytes of a file that are hashed at a time, small enough to stay in a processor's cache.
 const PIECE: usize = 256 << 10;
+/// Number of bytes of a part that are hashed at a time, together with those of other parts.
 const PIECE_OF_PART: usize = 64 << 10;
 
 /// Checksums of a file.
@@ -150,8 +151,9 @@ pub(crate) struct Parts {
 /// A SHA-256.
 pub(crate) type Sha256 = [u8; digest::SHA256_OUTPUT_LEN];
 
-/// Checksums of a file; those of its parts too, if their length is given. One thread computes the MD5, which takes the
-/// longest, and another one everything else. Each reads for itself: the second one finds it in the page cache.
+/// Checksums of a file and, if `parts` is given, of its parts. One thread computes the MD5, which takes the longest,
+/// and another thread everything else. Each thread reads the file itself: whichever comes second finds the data in the
+/// page cache.
 pub(crate) fn sums_of(work: &Work, file: &File, what: &str, parts: Option<Parts>) -> Result<OfFile> {
     let is_stopped = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -179,10 +181,10 @@ pub(crate) fn sha256_of_file(work: &Work, file: &File, what: &str) -> Result<Str
     Ok(hex(sum.finish().as_ref()))
 }
 
-/// Computes the checksums of a file but its MD5.
+/// Computes all checksums of a file except its MD5.
 struct Others<'a> {
     file: &'a File,
-    /// Set when nobody waits for them any more.
+    /// Set when nobody waits for the checksums any more.
     is_stopped: &'a AtomicBool,
     buffer: Vec<u8>,
 }
@@ -195,7 +197,7 @@ impl Others<'_> {
         let (mut whole, mut sums) = (digest::Context::new(&digest::SHA256), Vec::new());
         let (mut md5_of_md5s, mut count, mut start) = (Md5::new(), 0, 0);
         while start < size {
-            // As many parts as have their MD5 computed at once, or the last ones.
+            // Take as many parts as can have their MD5s computed at once, or the remaining ones.
             let end = start.saturating_add(length.saturating_mul(LANES as u64));
             let is_full = end <= size;
             let mut part = start;
@@ -242,7 +244,7 @@ impl Others<'_> {
         Ok(())
     }
 
-    /// MD5s of as many parts of `length` bytes, the first of which begins at `start`.
+    /// MD5s of [`LANES`] consecutive parts of `length` bytes each, the first of which begins at `start`.
     fn md5s(&mut self, start: u64, length: u64) -> io::Result<[[u8; 16]; LANES]> {
         let (mut sums, mut at) = (Md5s::new(), 0);
         let mut buffers: [_; LANES] = std::array::from_fn(|_| vec![0; PIECE_OF_PART]);
@@ -330,12 +332,13 @@ pub(crate) fn is_weak(etag: &str) -> bool {
     etag.starts_with("W/")
 }
 
-/// True for an ETag that looks like an MD5, without quotes.
+/// True if an ETag, without quotes, looks like an MD5.
 pub(crate) fn looks_like_md5(etag: &str) -> bool {
     etag.len() == 32 && etag.bytes().all(|b| b.is_ascii_hexdigit())
 }
 
-/// Returns whether an ETag, without quotes, is an MD5 (or the MD5 of as many parts) and differs from `expected`.
+/// Returns whether an ETag (without quotes) and `expected` are different MD5s of the same kind: both of a whole object,
+/// or both of the MD5s of the same number of parts.
 pub(crate) fn is_other_md5(etag: &str, expected: &str) -> bool {
     let split = |etag| str::split_once(etag, '-').map_or((etag, None), |(md5, parts)| (md5, Some(parts)));
     let ((md5, parts), (expected, expected_parts)) = (split(etag), split(expected));
@@ -351,8 +354,8 @@ pub(crate) fn etag_is_md5(headers: &HeaderMap) -> bool {
 /// Returns whether the ETag may be made of MD5s of the content: no header says otherwise.
 pub(crate) fn etag_can_be_md5(headers: &HeaderMap) -> bool {
     let mut names = headers.keys().map(HeaderName::as_str);
-    // These mark objects that are encrypted with keys of a client or a key service (SSE-C, SSE-KMS), and Swift's large
-    // objects, which consist of several.
+    // These headers mark objects that are encrypted with keys of a client or a key service (SSE-C, SSE-KMS), and
+    // Swift's large objects, which consist of several objects.
     let other = ["x-amz-server-side-encryption", "x-static-large-object", "x-object-manifest"];
     !names.any(|name| other.iter().any(|other| name.starts_with(other)))
 }
@@ -368,7 +371,7 @@ mod tests {
         let limit = Duration::from_mins(1);
         let network = Network { ca: None, stall_limit: limit, retry_limit: limit, is_shortened: false };
         let work = Work::begin(&network).unwrap();
-        // No part, some, as many as are hashed at once, and more; the last one shorter, or not.
+        // No part, fewer parts than are hashed at once, as many, and more; the last part is shorter or not.
         for (size, length) in [(0, 100), (1, 100), (300, 100), (400, 100), (1950, 100), (1_500_000, 150_001)] {
             let content: Vec<u8> = (0..size).map(|at: u32| (at / 3 * 7 + at / 251).to_le_bytes()[0]).collect();
             let mut file = tempfile::tempfile().unwrap();

@@ -219,7 +219,8 @@ impl<'a> Confined<'a> {
         Self { directory, access: Access::Read, stdin, readable: Vec::new(), capabilities: &[], limits }
     }
 
-    /// Starts `command`. The kernel does not kill the program with this one; it ends when its output is closed.
+    /// Starts `command`. If this process is killed, the kernel does not kill the program, which then ends because its
+    /// output is closed.
     pub(crate) fn spawn(&self, command: &mut Command) -> Result<Child> {
         let attempted = format!("run {}", command.get_program().display());
         self.prepare(clear_environment(command))?;
@@ -323,7 +324,8 @@ impl<'a> Confined<'a> {
         let restricted = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID;
         let writable = self.access == Access::Write;
         let target = writable.then(|| Detached::copy_of_fd(self.directory, false, restricted)).transpose()?;
-        // unshare(2) carries the working directory into the new namespace, but not descriptors; so go there first.
+        // unshare(2) carries the working directory into the new namespace, but no descriptors; so make the target the
+        // working directory first.
         nix::sched::unshare(CloneFlags::CLONE_FS)?;
         rustix::process::fchdir(self.directory)?;
         nix::sched::unshare(CloneFlags::CLONE_NEWNS)?;

@@ -1,8 +1,8 @@
-//! MD5 of four texts of one length at once (RFC 1321).
+//! MD5s of four texts of the same length, computed at once (RFC 1321).
 //!
-//! Each step of MD5 waits for the one before, and leaves most of a processor idle. The same step of four texts is one
-//! operation on a vector: four MD5s together take 1.6 times as long as one. The crate `md-5` computes one after the
-//! other.
+//! A step of MD5 needs the result of the previous step, which leaves most of a processor idle. Vector operations carry
+//! out the same step for four texts at once: four MD5s together take 1.6 times as long as one. The crate `md-5` would
+//! compute them one after the other.
 
 /// Number of texts.
 pub(crate) const LANES: usize = 4;
@@ -42,7 +42,7 @@ impl Md5s {
         Self { state: first.map(|word| [word; LANES]), length: 0 }
     }
 
-    /// Adds as many whole blocks as all of `texts` have, and returns what is left of each.
+    /// Adds the whole blocks that all of `texts` have, and returns the rest of each text.
     fn blocks<'a>(&mut self, texts: [&'a [u8]; LANES]) -> [&'a [u8]; LANES] {
         let (blocks, rests): (Vec<_>, Vec<_>) = texts.iter().map(|text| text.as_chunks::<BLOCK>()).unzip();
         let [first, second, third, fourth] = std::array::from_fn(|lane| blocks[lane].iter());
@@ -52,14 +52,14 @@ impl Md5s {
         std::array::from_fn(|lane| rests[lane])
     }
 
-    /// Adds bytes to each text: as many to each, and a multiple of 64.
+    /// Adds bytes to each text, the same number to each and a multiple of 64.
     pub(crate) fn update(&mut self, texts: [&[u8]; LANES]) {
         debug_assert!(texts.iter().all(|text| text.len() == texts[0].len() && text.len().is_multiple_of(BLOCK)));
         self.length += texts[0].len() as u64;
         self.blocks(texts);
     }
 
-    /// Adds the last bytes of each text, as many to each, and returns the MD5s.
+    /// Adds the last bytes of each text, the same number to each, and returns the MD5s.
     pub(crate) fn finish(mut self, texts: [&[u8]; LANES]) -> [[u8; 16]; LANES] {
         let bits = self.length.wrapping_add(texts[0].len() as u64).wrapping_mul(8);
         let ends = self.blocks(texts).map(|rest| {
@@ -80,7 +80,8 @@ impl Md5s {
     }
 }
 
-/// One step. Its numbers are parameters of the type: a rotation by a constant is what can be done in a vector.
+/// One step. The round and the step are const parameters, since only a rotation by a constant becomes a vector
+/// operation.
 #[inline]
 fn step<const ROUND: usize, const STEP: usize>(state: &mut [Words; 4], block: &[Words; 16]) {
     let [a, b, c, d] = *state;

@@ -175,7 +175,8 @@ impl Work {
         self.make(&self.sender, Redirects::Nowhere)
     }
 
-    /// The client for the server that listens on `socket`, the same one each time.
+    /// The client for the server that listens on `socket`. All calls must pass the same socket, since there is only one
+    /// such client.
     pub(crate) fn local(&self, socket: &Path) -> Result<&reqwest::Client> {
         self.make_for(&self.local, Redirects::Nowhere, |client| client.unix_socket(socket))
     }
@@ -635,7 +636,7 @@ pub(crate) async fn whole(response: Response, limit: usize) -> std::result::Resu
     }
 }
 
-/// Reads at most `limit` bytes of a response; the flag is true if the response ended there.
+/// Reads at most `limit` bytes of a response; the flag is true if these are the whole response.
 async fn beginning(mut response: Response, limit: usize) -> std::result::Result<(Vec<u8>, bool), Fault> {
     let mut text = Vec::new();
     while let Some(piece) = response.chunk().await? {
