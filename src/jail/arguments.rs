@@ -24,7 +24,7 @@ pub enum Arguments {
     Enter(PathBuf, Vec<OsString>),
     /// `inside`, with the words of an errand: carry out the request of `session` or `enter`, inside the jail.
     Inside(Vec<OsString>),
-    /// `try JAIL`: enter the jail and leave it.
+    /// `try JAIL`: enter the jail and exit, as a test.
     Try(PathBuf),
     /// `seal JAIL`: make the jail's mount of the image root read-only once the jail's processes have ended, and print
     /// the result.
@@ -76,7 +76,7 @@ impl Arguments {
         shell_words::join(words)
     }
 
-    /// Parses the command line where the program itself is the login shell.
+    /// Parses the command line with which sshd starts the program as login shell.
     fn from_forced_command(line: &str) -> Option<Self> {
         match shell_words::split(line).ok()?.as_slice() {
             [exec, _, session, jail] if exec == "exec" && session == "session" => Some(Self::Session(jail.into())),

@@ -1,5 +1,5 @@
 //! Bind mounts: directories and files of the container that a job wants to see in the jail, as `SOURCE[:TARGET[:ro]]`.
-//! A colon in a path is written `\:`, and a backslash before a colon or another backslash `\\`.
+//! A colon in a path is written `\:`; a backslash before a colon or another backslash is written `\\`.
 //!
 //! The source comes from the administrator and is trusted; the target is in the image and is not.
 
@@ -70,7 +70,8 @@ impl Bind {
         Ok(Self { source: real, target: relative, read_only })
     }
 
-    /// Copies the mount of the source with everything mounted below it: a mount may cover something on purpose.
+    /// Copies the mount of the source with everything mounted below it: a mount below it may cover something on
+    /// purpose.
     pub(crate) fn copy(&self) -> Result<Detached> {
         let mut attributes = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID;
         attributes.set(MountAttrFlags::MOUNT_ATTR_RDONLY, self.read_only);
@@ -137,7 +138,7 @@ pub(crate) fn taken(target: &Path) -> Option<String> {
     if target.as_os_str().as_encoded_bytes().iter().any(u8::is_ascii_control) {
         return Some("expected a path without control characters".into());
     }
-    // A target that contains one of these is allowed: all of /etc may be covered, with resolv.conf in it.
+    // A target above one of these paths is allowed: a bind mount may cover all of /etc, including resolv.conf.
     let taken = TAKEN_TARGETS.iter().find(|taken| target.starts_with(taken));
     taken.map(|taken| format!("/{taken} is the jail's own"))
 }

@@ -28,7 +28,7 @@ use crate::sys::tree::Tree;
 pub(crate) struct Entry {
     /// Name of the entry's file.
     pub name: String,
-    /// True if it is enabled.
+    /// True if the entry is enabled.
     pub(crate) enabled: bool,
     /// Path of the interpreter.
     pub(crate) interpreter: PathBuf,
@@ -162,7 +162,7 @@ impl Drop for Registration {
 
 /// Makes programs for `architecture` run in every jail of this user namespace, through an existing entry or one of our
 /// own, named after `owner` (letters and digits). A jail that must confine sets `own`, so that its QEMU is a copy: a
-/// session could otherwise change mode and owner of the container's or the node's file through /proc/PID/exe.
+/// session could otherwise change mode and owner of the container's or the node's QEMU through /proc/PID/exe.
 ///
 /// After registering an entry, the calling thread has a mount namespace of its own.
 pub(crate) fn provide(architecture: Architecture, owner: &str, own: bool) -> Result<Interpreter> {
@@ -170,7 +170,8 @@ pub(crate) fn provide(architecture: Architecture, owner: &str, own: bool) -> Res
     let interpreter = interpreter(architecture);
     let works = || !own && architecture.runs();
     if !interpreter.exists() && works() {
-        // Do not open the table: the first mount of a user namespace's own table, still empty, hides the node's.
+        // Do not open the table: its first mount in a user namespace would create an empty table, which hides the
+        // node's.
         return Ok(Interpreter::Unseen);
     }
     let table = match Table::open() {
@@ -186,7 +187,7 @@ pub(crate) fn provide(architecture: Architecture, owner: &str, own: bool) -> Res
         }
     };
     let name = format!("{PREFIX}{}-{owner}", architecture.name());
-    // Remove an entry that a killed environment of the same owner has left.
+    // Remove an entry that a killed environment of the same owner has left behind.
     table.remove(&name).attempt(attempted)?;
     if !table.is_on().attempt(attempted)? {
         return Err(Error::new(attempted()).because("binfmt_misc is switched off"))
@@ -206,7 +207,8 @@ pub(crate) fn provide(architecture: Architecture, owner: &str, own: bool) -> Res
 }
 
 /// Registers a read-only copy of `interpreter` under the interpreter's own path, which `ps` shows. The kernel resolves
-/// the path once, in this thread's mount namespace, where the copy covers the directory meanwhile.
+/// the path once, in this thread's mount namespace, where the copy covers the interpreter's directory during the
+/// registration.
 fn register_copy(table: &Table, name: &str, architecture: Architecture, interpreter: &Path) -> Result<()> {
     let (Some(directory), Some(file)) = (interpreter.parent(), interpreter.file_name()) else {
         return Err(Error::new("copy the interpreter").because("it has no directory"));

@@ -38,13 +38,13 @@ pub(crate) fn build(plan: &Plan) -> Result<Programs> {
         return Ok(Programs { helper: helper.into(), others: Vec::new() });
     }
     hostname::give(plan.hostname.as_deref(), plan.label.as_deref())?;
-    // Directories get exactly the modes in the tables.
+    // Clear the umask, so that directories get exactly the modes in the tables.
     rustix::process::umask(Mode::empty());
 
     // Copy the container's mounts and create new file systems, attached nowhere yet, while the container's mounts are
-    // in sight: the kernel allows a new procfs in a user namespace only where one is visible. Make the image root a
-    // mount of its own, which pivot_root(2) and nodev need. Clear nosuid, which an overlay has outside, because sudo
-    // must work inside.
+    // visible: in a user namespace the kernel allows a new procfs only where another procfs is visible. Make the image
+    // root a mount of its own, which pivot_root(2) and nodev need. Clear nosuid, which an overlay has in the container,
+    // because sudo must work in the jail.
     let root = Detached::copy_of_fd(&place, false, ROOT_ATTRIBUTES)
         .and_then(Detached::honouring_setuid)
         .attempt(|| format!("copy the mount of the image root {shown}"))
@@ -73,7 +73,8 @@ pub(crate) fn build(plan: &Plan) -> Result<Programs> {
                 if let Some(text) = &resolv_conf {
                     put_resolv_conf(&jail, text)?;
                 }
-                // Create the image's entries after the jail's own, which stay: an entry of the image can be anything.
+                // Create the image's entries after the jail's own, which they cannot replace: an entry of the image can
+                // be anything.
                 let run = jail.locate("run/-").attempt(|| "fill /run of the jail")?.0;
                 slash_run::make(run, &of_boot);
                 let root = jail.locate("proc/1/root").attempt(|| "open /proc of the jail")?;
@@ -87,7 +88,7 @@ pub(crate) fn build(plan: &Plan) -> Result<Programs> {
     }
     show_programs(&jail, copies)?;
 
-    // Attach the bind mounts last, because a source may contain anything: no name in it is looked up afterwards.
+    // Attach the bind mounts last, so that no name in a source is looked up afterwards: a source may contain anything.
     for (bind, copy) in binds {
         bind.attach(copy, &jail.root)?;
     }

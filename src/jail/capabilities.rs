@@ -37,7 +37,7 @@ pub(crate) fn keep_build_set() -> rustix::io::Result<()> {
 }
 
 fn keep_for_good(kept: CapabilitySet) -> rustix::io::Result<()> {
-    // By number, because the kernel may have capabilities without a name here.
+    // Iterate over numbers, because the kernel may have capabilities that this program has no name for.
     for capability in (0..u64::BITS).map(|number| CapabilitySet::from_bits_retain(1 << number)) {
         if CapabilitySet::contains(&kept, capability) {
             continue;
@@ -54,7 +54,8 @@ fn keep_for_good(kept: CapabilitySet) -> rustix::io::Result<()> {
     set(kept)
 }
 
-/// Reduces this process to `kept`. Only for a process that starts no program: a program would get the bounding set.
+/// Reduces this process to `kept`. Only for a process that starts no program: a started program would get all
+/// capabilities of the bounding set.
 pub(crate) fn keep_only(kept: &[(Capability, &str)]) -> rustix::io::Result<()> {
     set(mask(kept))
 }

@@ -27,7 +27,8 @@ pub struct Joined {
 /// namespace. Processes inside cannot see this process.
 pub fn join(record: &Record) -> Result<Joined> {
     let hide = || nix::sys::prctl::set_dumpable(false).attempt(|| "hide this process from the jail (PR_SET_DUMPABLE)");
-    // Until exec, the child has this program's memory and descriptors, which nobody inside may read (CVE-2024-21626).
+    // Until its exec, the child in the jail has this program's memory and descriptors, which nobody inside may read
+    // (CVE-2024-21626).
     hide()?;
     let attempted = || format!("reach the jail's init (process {})", record.init.pid);
     let init = Handle::open(record.init).map_err(|e| Error::new(attempted()).because(e).advise(gone(record)))?;

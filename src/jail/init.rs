@@ -41,8 +41,8 @@ use crate::verdict::{Verdict, is_mark};
 /// nearest subreaper.
 pub fn run(plan: &Plan, supervisor: OwnedFd) -> Result<()> {
     let link = Link::from_fd(supervisor);
-    // Before this process is visible in the jail: nobody inside may read its memory or descriptors (CVE-2024-21626,
-    // CVE-2019-5736).
+    // Hide this process before it is visible in the jail: nobody inside may read its memory or descriptors
+    // (CVE-2024-21626, CVE-2019-5736).
     nix::sys::prctl::set_dumpable(false).attempt(|| "hide the jail's init from the jail (PR_SET_DUMPABLE)")?;
     let made = make_namespaces(plan)
         .attempt(|| "make the jail's namespaces")
@@ -74,14 +74,15 @@ fn make_namespaces(plan: &Plan) -> io::Result<()> {
 /// Moves this process into new namespaces of the kinds `flags`, with a user namespace in which all users and groups
 /// keep their numbers. For a process with one thread.
 pub(crate) fn unshare_with_users(flags: CloneFlags) -> io::Result<()> {
-    // By descriptor: /proc may show an outer PID namespace, in which this process has another number.
+    // Name this process by descriptor: /proc may show an outer PID namespace, in which this process has another number.
     unshare_with_users_of(&Tree::open(Path::new("/proc/self/."))?, flags)
 }
 
 /// Like [`unshare_with_users`], for a process whose /proc cannot be written to: `this` is its directory in another
 /// /proc.
 pub(crate) fn unshare_with_users_of(this: &Tree, flags: CloneFlags) -> io::Result<()> {
-    // A child does it: only a process outside may write a map of more than one user (user_namespaces(7)).
+    // A child writes the maps: only a process outside the new user namespace may write a map of more than one user
+    // (user_namespaces(7)).
     let (here, outside) = Packets::pair()?;
     match fork()? {
         Fork::Child => {
@@ -133,7 +134,8 @@ fn map_identity(process: &Tree) -> io::Result<()> {
 /// Builds the jail around this process, which then becomes the jail's own copy of this program to [`serve`]. That exec
 /// drops the container's descriptors, the log, and the container's program, which /proc/1/exe would lead to.
 fn make(plan: &Plan, link: &Link) -> Result<Infallible> {
-    // A link in this directory leads to the namespace that this process is in when the link is opened, after the build.
+    // Open the directory now, by its path in the container. Its links are opened after the build, and then lead to the
+    // jail's namespaces.
     let own = Tree::open(Path::new("/proc/self/ns")).attempt(|| "open the directory of this process's namespaces")?;
     let null = File::options().read(true).write(true).open("/dev/null").attempt(|| "open /dev/null")?;
     // Start a session, because the scheduler's autogroup belongs to the session: writing to /proc/1/autogroup would
@@ -193,7 +195,7 @@ fn prepare(tier: Tier) -> Result<Inside> {
 }
 
 /// Name that /proc/1/comm has on the booted image. Ansible's `service_mgr`, Chef and Puppet choose the service manager
-/// by it, and should choose as on the node.
+/// by this name, and should choose the same one as on the node.
 fn comm(image_root: &Tree) -> &'static CStr {
     let is_there = |path: &str| matches!(image_root.look(path), Ok(Some(_)));
     let init = ["sbin/init", "usr/sbin/init"].into_iter().find(|path| is_there(path));
@@ -202,15 +204,14 @@ fn comm(image_root: &Tree) -> &'static CStr {
         Some("systemd") => c"systemd",
         // runit-init replaces itself with runit.
         Some("runit-init" | "runit") => c"runit",
-        // SUSE's initrd starts systemd without the link.
+        // SUSE's initrd starts systemd even if there is no link at /sbin/init.
         None if is_there("usr/lib/systemd/systemd") => c"systemd",
         // Other inits have no telling name on a node either: Ansible then checks for their files.
         _ => c"init",
     }
 }
 
-/// Poll interval for marks: the longest delay of one that raises no event, as on a network file system that another
-/// node writes to.
+/// Poll interval for marks. A mark raises no event if, for example, another node creates it on a network file system.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 fn watch_over(link: &Link, inside: Inside) -> u8 {
@@ -248,7 +249,7 @@ fn watch_over(link: &Link, inside: Inside) -> u8 {
             Err(_) => return 1,
         }
         if !sources[0].revents().is_empty() {
-            // The supervisor closes the environment, or has died. A mark made while the jail's processes are being
+            // The supervisor is closing the environment, or has died. A mark made while the jail's processes are being
             // ended is seen only here, because /tmp may be a mount of the jail's own.
             let _ = tell_marks();
             return 1;
@@ -282,7 +283,7 @@ impl Watch {
         watch
     }
 
-    /// Watches the directory that is now at /tmp, if it is not the watched one.
+    /// Watches the directory that is now at /tmp, if that one is not watched already.
     fn renew(&mut self) {
         let Some(events) = &self.events else { return };
         let now = rustix::fs::stat("/tmp").ok().map(|s| (s.st_dev, s.st_ino));

@@ -18,7 +18,7 @@ pub enum Message {
     /// The init serves, and the jail can be entered. The message carries the init's inotify: closing an inotify takes
     /// about 10 ms, so the supervisor keeps a duplicate, and the init's exit does not wait for it.
     Ready,
-    /// The image's /tmp has a mark, of the user with that number in the image.
+    /// The image's /tmp has a mark. Its owner is the user with this ID in the image.
     Marked(Verdict, u32),
     /// The jail could not be built, or its init failed. The text is a whole sentence.
     Failed(String),
@@ -65,7 +65,7 @@ pub struct Link {
 }
 
 impl Link {
-    /// Both ends, close-on-exec.
+    /// Both ends of a new socket, close-on-exec.
     pub fn pair() -> io::Result<(Self, Self)> {
         let (a, b) = Packets::pair()?;
         Ok((Self { packets: a }, Self { packets: b }))

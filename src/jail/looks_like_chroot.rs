@@ -21,7 +21,8 @@ pub(super) fn show_root_of_init(run: &Tree, (proc, link): (&Tree, &str)) -> Resu
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
             other => other?,
         };
-        // A link can be mounted on a link, and is then followed. The mount stays when the name is removed.
+        // A link mounted on another link takes its place: programs follow the mounted link. The mount stays when the
+        // name of its source is removed.
         rustix::fs::symlinkat("/proc", run, NAME)?;
         Detached::copy_of_fd(run.handle(NAME)?, false, MountAttrFlags::empty())?.attach(target)?;
         run.remove(NAME).map(|_| ())

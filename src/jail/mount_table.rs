@@ -51,8 +51,8 @@ const NOEXEC: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOEXEC;
 const RDONLY: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_RDONLY;
 const NOTHING: MountAttrFlags = MountAttrFlags::empty();
 
-/// Attributes of everything in /proc but the processes: these files are the machine's, and root could change their
-/// modes for everybody.
+/// Attributes of everything in /proc but the processes: these files belong to the whole machine, and root in the jail
+/// could change their modes for everybody.
 pub(crate) const KERNEL_FILE_ATTRIBUTES: MountAttrFlags = RDONLY.union(NOSUID).union(NODEV).union(NOEXEC);
 
 /// Attributes of the image root: device nodes in the image cannot be opened.
@@ -89,7 +89,7 @@ const fn proc(attributes: MountAttrFlags) -> Mount {
 /// init's `oom_score_adj` could have the init killed first. /proc/PID/net shows the container's network: root writes to
 /// some of its files without a capability (`recent_mt_proc_write` of net/netfilter/xt_recent.c), and changes modes and
 /// owners of all of them, for everybody in that network (`proc_notify_change` of fs/proc/generic.c). Each new process
-/// brings such a directory, so no mount can cover them all.
+/// has such a directory, so no mount can cover them all.
 pub(crate) const JAILED: &[Mount] = &[
     mount(
         "dev",
@@ -132,8 +132,8 @@ pub(crate) const DKMS: &[Mount] = &[
     RUN,
 ];
 
-/// Mounts of a build: those of a jail, but /dev/pts is an instance of its own, since root in the build owns the
-/// terminals of root on the machine, and /sys is empty.
+/// Mounts of a build: those of a jail, with two exceptions. /sys is empty. /dev/pts is a new instance, since root in
+/// the build would own the terminals of root on the machine.
 pub(crate) fn of_build(proc: Proc) -> impl Iterator<Item = Mount> {
     const TERMINALS: Source = Source::New("devpts", &[("newinstance", ""), ("ptmxmode", "0666"), ("mode", "0620")]);
     const NO_SYS: Source = Source::New("tmpfs", &[("size", "4k"), ("mode", "0555")]);
@@ -151,8 +151,8 @@ pub enum Proc {
     /// A procfs of the jail's own, which shows only the jail's processes.
     #[default]
     New,
-    /// The container's, with its masks: it shows the processes outside. Used for a user namespace, where the kernel
-    /// refuses a new procfs that would reveal what is masked (`mount_too_revealing`).
+    /// The container's procfs, with its masks; it shows the processes outside. Used for a user namespace, where the
+    /// kernel refuses a new procfs that would reveal what is masked (`mount_too_revealing`).
     Container,
 }
 

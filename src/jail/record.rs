@@ -1,14 +1,14 @@
 //! The record of a jail: the file from which `ims-jail-shell` learns how to enter the jail.
 //!
-//! It has lines of a name and a value. The supervisor writes it below /run, where only the build environment's root can
-//! write:
+//! Each line has a name and a value. The supervisor writes the file below /run, where only the build environment's root
+//! can write:
 //!
 //! ```text
 //! tier NAME          the jail's tier
 //! init PID START     process ID of the init, and its start in clock ticks after boot
 //! keeper PID START   the process that keeps the descriptors for entering the jail
-//! descriptor FD      one of them, by its number in the keeper; repeated in this order: the tier's namespaces, or
-//!                    in the chroot tier the image root
+//! descriptor FD      one of these descriptors, by its number in the keeper; repeated in this order: the tier's
+//!                    namespaces, or in the chroot tier the image root
 //! helper FD          the jail's copy of ims-jail-shell, by its number in the keeper
 //! dkms BOOL          true if sessions keep the container's capabilities
 //! in-place BOOL      true if changes stay however the environment ends

@@ -3,7 +3,7 @@
 
 use crate::sys::seccomp::Instruction;
 
-/// Answer to a call.
+/// The filter's answer to a system call.
 #[derive(Debug, Clone, Copy)]
 enum Rule {
     /// Always fails with this error.
@@ -81,12 +81,12 @@ const ALLOWED_NETLINK: &[u32] = &[
 const TYPE_BITS: u32 = 0xf;
 const SOCK_PACKET: u32 = 10;
 
-/// Level and options that give a pidfd (asm-generic/socket.h).
+/// Level and options of sockets that give a process a pidfd (asm-generic/socket.h).
 const AT_SOCKET: Test = In(1, ALL_BITS, &[libc::SOL_SOCKET.cast_unsigned()]);
 const SO_PASSPIDFD: u32 = 76;
 const SO_PEERPIDFD: u32 = 77;
 
-/// asm-generic/ioctls.h.
+/// Requests of ioctl(2), from asm-generic/ioctls.h.
 const TIOCSTI: u32 = 0x5412;
 const TIOCLINUX: u32 = 0x541c;
 
@@ -115,7 +115,7 @@ const CALLS: &[Call] = &[
         "the creator of a user namespace has every capability in it, and reaches the container's own cgroup",
     ),
     call("clone", numbers(56, 120, 220, 120), NEW_USER, "the same"),
-    // C libraries then fall back to clone.
+    // After ENOSYS, C libraries fall back to clone.
     call(
         "clone3",
         everywhere(435),
@@ -261,10 +261,11 @@ const CONVENTIONS: [Convention; 2] =
 const CONVENTIONS: [Convention; 2] =
     [Convention { architecture: 0xc000_00b7, column: 2 }, Convention { architecture: 0x4000_0028, column: 3 }];
 
-/// Offsets in struct seccomp_data: the call's number, the convention, and the lower half of the first argument
-/// (little-endian).
+/// Offset of the call's number in struct seccomp_data.
 const NUMBER: u32 = 0;
+/// Offset of the convention in struct seccomp_data.
 const ARCHITECTURE: u32 = 4;
+/// Offset of the lower half of the first argument in struct seccomp_data (little-endian).
 const ARGUMENTS: u32 = 16;
 
 /// Bit in the numbers of x32, a third convention of x86_64.
@@ -304,7 +305,7 @@ const fn unless_any_bit(bits: u32, skip: u8) -> Instruction {
     instruction(libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K, bits, 0, skip)
 }
 
-/// Placeholder for a jump to the end of the current part, until its length is known.
+/// Placeholder for a jump to the end of the current part, until the part's length is known.
 const END: u8 = u8::MAX;
 
 /// A filter while it is being assembled. [`PROGRAM`] is assembled at compile time, so no session waits for it.
@@ -381,8 +382,8 @@ impl Program {
         self.end_part(start);
     }
 
-    /// Refuses the call `number` if its argument `argument`, a user or group, is -1. No user has that number: the
-    /// kernel would keep the file's owner, which is root for a file that was just created.
+    /// Refuses the call `number` if its argument `argument`, a user or group, is -1. -1 is no valid ID, and the kernel
+    /// would keep the file's owner, which is root for a file that was just created.
     fn answer_owner(&mut self, number: libc::c_long, argument: u32) {
         const NOBODY: &[u32] = &[u32::MAX];
         const USER: Rule = If(&[In(1, ALL_BITS, NOBODY)], libc::EINVAL);

@@ -4,7 +4,7 @@
 //! A session can send descriptors to a process outside, for example through an abstract Unix socket (unix(7)), since
 //! the network is the container's. Such descriptors outlive the jail, and all belong to the jail's own mount of the
 //! image root. The kernel makes that mount read-only only if no file on it is open for writing (mount_setattr(2),
-//! EBUSY); afterwards nobody can open one through it.
+//! EBUSY); afterwards nobody can open a file for writing through that mount.
 
 use std::io;
 

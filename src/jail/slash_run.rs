@@ -16,7 +16,7 @@ use crate::sys::tree::Tree;
 /// An entry below /run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Entry {
-    /// Relative to /run.
+    /// Path relative to /run.
     path: PathBuf,
     kind: Kind,
     mode: u32,
@@ -52,7 +52,7 @@ const LEFT_OUT: [&str; 2] = ["systemd/system", ".containerenv"];
 /// Prefix of the jail's own names.
 const OURS: &[u8] = b".ims-sshd";
 
-/// Entries of the jail's /run in the order of their creation. Of two entries with one name, the first counts.
+/// Entries of the jail's /run in the order of their creation. If two entries have the same name, the first counts.
 pub(crate) fn of_boot(image_root: &Tree) -> Vec<Entry> {
     let mut entries = own_entries(image_root).unwrap_or_default();
     entries.extend(of_tmpfiles(image_root));
@@ -75,7 +75,7 @@ pub(crate) fn make(run: &Tree, entries: &[Entry]) {
 }
 
 impl Entry {
-    /// True if its name is reserved for the jail.
+    /// True if the entry's name is reserved for the jail.
     fn is_ours(&self) -> bool {
         self.path.as_os_str().as_bytes().starts_with(OURS)
     }
@@ -141,15 +141,16 @@ fn own_entries(image_root: &Tree) -> io::Result<Vec<Entry>> {
     Ok(entries)
 }
 
-/// Directories and links below /run from the image's tmpfiles.d. Of two files with one name, the first directory's
-/// counts.
+/// Directories and links below /run from the image's tmpfiles.d. If two files have the same name, the one in the first
+/// directory counts.
 fn of_tmpfiles(image_root: &Tree) -> Vec<Entry> {
     let (mut files, mut bytes) = (BTreeMap::new(), 0);
     for place in ["etc/tmpfiles.d", "usr/local/lib/tmpfiles.d", "usr/lib/tmpfiles.d"] {
         let Ok(directory) = image_root.directory(place) else { continue };
         for name in directory.first_names(MOST_FILES).unwrap_or_default() {
             if name.as_bytes().ends_with(b".conf") && !files.contains_key(&name) && bytes < MOST_RULES {
-                // A link to /dev/null disables the files of the same name in later directories.
+                // A file that cannot be read counts as empty: a link to /dev/null disables files of the same name in
+                // later directories.
                 let rules = image_root.read(Path::new(place).join(&name), LARGEST_RULES).unwrap_or_default();
                 bytes += rules.len();
                 files.insert(name, rules);
@@ -164,7 +165,8 @@ fn of_tmpfiles(image_root: &Tree) -> Vec<Entry> {
     lines.filter_map(|line| of_rule(&line, &passwd, &group)).take(MOST_ENTRIES).collect()
 }
 
-/// Entry below /run of a line of tmpfiles.d: `TYPE PATH MODE USER GROUP AGE ARGUMENT`, with `-` for a default.
+/// Entry below /run that a line of tmpfiles.d describes: `TYPE PATH MODE USER GROUP AGE ARGUMENT`, with `-` for a
+/// default.
 fn of_rule(line: &str, passwd: &str, group: &str) -> Option<Entry> {
     // Skips lines with quoted words or specifiers (%m): no directory that programs need has such a line.
     if line.contains(['"', '\'', '\\', '%']) {

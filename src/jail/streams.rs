@@ -85,7 +85,7 @@ impl Streams {
         let replaced = [0, 1, 2].map(|number| reopened(streams[number], &found[number]));
         let mut this = Self { ways, replaced, copiers: Vec::new(), stop: None };
         if ways.contains(&Way::Copied) {
-            // Output of two streams to one file stays in order only through a single pipe.
+            // If two streams go to the same file, only a single pipe keeps their output in order.
             let file = |number: usize| (found[number].1.st_dev, found[number].1.st_ino);
             let is_shared = ways[1] == Way::Copied && ways[2] == Way::Copied && file(1) == file(2);
             this.start(streams, is_shared).attempt(|| "start copying a stream that is a file")?;
@@ -186,7 +186,7 @@ const TIME_TO_FINISH: Duration = Duration::from_secs(1);
 /// Signals with which a user or a supervisor ends this program.
 pub(crate) const ENDING: [Signal; 4] = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM];
 
-/// Decides in which form a stream enters.
+/// Decides in which form a stream enters the jail.
 fn look(stream: BorrowedFd<'_>, name: &str) -> Result<(Way, Stat)> {
     let attempted = || format!("examine standard {name}");
     let refuse = |what: &str| {
@@ -230,7 +230,7 @@ fn reopened(stream: BorrowedFd<'_>, (way, found): &(Way, Stat)) -> Option<OwnedF
     }
     let flags = rustix::fs::fcntl_getfl(stream).ok()?;
     let access = (flags & OFlags::RWMODE) | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    // Fails if nobody reads the pipe any more, and then nothing can be lost.
+    // Opening fails if nobody reads the pipe any more; then no output can be lost.
     let new = rustix::fs::open(format!("/proc/self/fd/{}", stream.as_raw_fd()), access, Mode::empty()).ok()?;
     rustix::fs::fcntl_setfl(&new, flags).ok()?;
     Some(new)
@@ -294,7 +294,7 @@ fn copy_in(stream: BorrowedFd<'_>, read: &OwnedFd, write: OwnedFd, stopped: &Own
     while wait_for(stopped, None)? {}
     let unread = u64::try_from(left).unwrap_or(0) + rustix::io::ioctl_fionread(read)?;
     if let (1.., Ok(unread)) = (unread, i64::try_from(unread)) {
-        // Seeking fails on devices.
+        // Ignore an error: a device cannot seek.
         let _ = rustix::fs::seek(stream, SeekFrom::Current(-unread));
     }
     Ok(())

@@ -81,7 +81,7 @@ impl Tier {
         }
     }
 
-    /// Features that a session lacks compared with the tier above.
+    /// Features that a session lacks compared with the next better tier.
     pub(crate) fn lacks(self) -> Option<&'static str> {
         match self {
             Self::Namespace => None,

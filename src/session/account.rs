@@ -87,8 +87,8 @@ impl Account {
 /// Most supplementary groups. The kernel allows 65536, but no root needs that many.
 const MOST_GROUPS: usize = 1024;
 
-/// Supplementary groups of the user `name`. Comments are not skipped: getgrouplist, unlike getpwuid, knows none, so on
-/// the booted image too, root is in a group whose line is commented out.
+/// Supplementary groups of the user `name`. Lines that begin with `#` are not skipped. getgrouplist, unlike getpwuid,
+/// does not treat them as comments, so on the booted image too, root is in a group whose line is commented out.
 fn groups_of(name: &[u8], group: &[u8]) -> Vec<u32> {
     let lines = group.split(|&b| b == b'\n').map(|line| line.splitn(4, |&b| b == b':').collect::<Vec<_>>());
     lines

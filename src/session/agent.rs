@@ -42,7 +42,7 @@ impl Outside {
         // Bind to a name without a slash: whatever a session puts in /run, the kernel creates the socket in this
         // directory or not at all.
         rustix::process::fchdir(&run)?;
-        // Only for root, like sshd's own socket.
+        // Give access to root only, as for sshd's own socket.
         let umask = rustix::process::umask(Mode::from_raw_mode(0o177));
         let listener = UnixListener::bind(&name);
         rustix::process::umask(umask);
@@ -174,7 +174,7 @@ impl Connection {
     }
 }
 
-/// `None` if the call would block or was interrupted.
+/// Turns an error into `None` if the call would have blocked or was interrupted.
 fn unless_not_ready(result: io::Result<usize>) -> io::Result<Option<usize>> {
     match result {
         Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(None),

@@ -63,7 +63,7 @@ fn joined_lines(text: &[u8]) -> Vec<Vec<u8>> {
     lines
 }
 
-/// The value, without its quotes if it begins with one.
+/// The value, without its quotes if it begins with a quote.
 fn unquoted(value: &[u8]) -> Vec<u8> {
     match value {
         [b'"' | b'\'', rest @ ..] => {

@@ -46,8 +46,8 @@ pub(crate) struct Beside {
 }
 
 /// Starts the `inner` stage in the jail that was [`join`](crate::jail::enter::join)ed, with these `streams`, in
-/// `directory` or else in the current directory, which is inside. Serves `beside` meanwhile. When the inner stage has
-/// ended, calls `ended`, and then ends in the same way, with its exit code or by the same signal.
+/// `directory` or else in the current directory, which is in the jail. Serves `beside` until the inner stage ends. When
+/// the inner stage has ended, calls `ended`, and then ends in the same way, with its exit code or by the same signal.
 pub(crate) fn run(
     record: &Record,
     joined: &Joined,
@@ -220,7 +220,7 @@ impl Terminal {
                 let _ = killpg(child, Signal::SIGCONT);
             }
         } else if self.is_ours() && matches!(signal, Signal::SIGTTIN | Signal::SIGTTOU) {
-            // A shell outside put a running job in the foreground, which raises no event.
+            // A shell outside put this running job in the foreground; no event has reported that.
             self.go_on(child);
         } else {
             // Somebody pressed Ctrl-Z. The shell outside must see its whole job stop: this process and its parent.

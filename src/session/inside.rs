@@ -1,6 +1,7 @@
 //! `ims-jail-shell inside`, the inner stage: the jail's copy of this program, started in the jail by
 //! [`crate::session::front`]. The inner stage first closes every descriptor but the three streams, and only then reads
-//! the image: passwd, group, /etc/environment, home, shell and greeting. So no path in the image can lead it outside.
+//! the image: passwd, group, /etc/environment, home, shell and greeting. So no path in the image can lead the inner
+//! stage out of the jail.
 
 use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, IsTerminal, Read, Write};
@@ -32,7 +33,7 @@ use crate::sys::umask;
 pub struct Errand {
     /// Request to carry out.
     pub(crate) request: Request,
-    /// True if the working directory, outside the root, has sftp-server (chroot tier).
+    /// True if sftp-server is in the working directory, which is then outside the root (chroot tier).
     pub(crate) beside: bool,
     /// IMS job, for the greeting.
     pub(crate) job: Option<String>,
@@ -43,8 +44,8 @@ pub struct Errand {
 }
 
 impl Errand {
-    /// The inner stage with this errand as its command line, for [`Exec::replace_this_process_by`]. EINVAL for a string
-    /// with a NUL byte.
+    /// Program, command line and environment of an inner stage with this errand, for [`Exec::replace_this_process_by`].
+    /// EINVAL for a string with a NUL byte.
     pub(crate) fn program(&self, environment: &[(OsString, OsString)]) -> nix::Result<Exec> {
         let words = Arguments::Inside(self.to_words()).to_argv();
         let environment = environment.iter().map(|(name, value)| (name.as_os_str(), value.as_os_str()));
@@ -101,7 +102,7 @@ pub fn run(errand: &Errand) -> Result<u8> {
     if transfer {
         check_what_sftp_server_opens(&image_root)?;
     }
-    // The container's sftp-server needs no variable from the image, and one could keep it from starting.
+    // The container's sftp-server needs no variable from the image, and such a variable could keep it from starting.
     let of_image = if transfer { Vec::new() } else { etc_environment::read(&image_root) };
     let mut environment = session_environment(std::env::vars_os().collect(), &account, of_image);
     let is_entered = matches!(request, Request::Program(words) if words.is_empty());
@@ -119,7 +120,7 @@ pub fn run(errand: &Errand) -> Result<u8> {
     if !errand.beside {
         go_home(&image_root, &account.home);
     }
-    // This program ignores SIGPIPE, and `yes | head` would not end if it inherited that.
+    // This program ignores SIGPIPE. If `yes` in `yes | head` inherited that, it would not end.
     default_disposition(Signal::SIGPIPE).attempt(|| "restore SIGPIPE")?;
     umask::restore_callers();
     let programs = programs.iter().map(|program| Ok((program, program.prepared(&environment)?)));
@@ -129,7 +130,7 @@ pub fn run(errand: &Errand) -> Result<u8> {
     Ok(report(program, error, interpreter(&image_root, program).as_deref()))
 }
 
-/// Reason why sftp-server cannot work in this image, if one is visible.
+/// Reason why sftp-server cannot work in this image, if a reason can be found.
 pub(crate) fn why_no_transfer(image_root: &Tree) -> Option<String> {
     if let Err(error) = check_what_sftp_server_opens(image_root) {
         return Some(error.to_string());
@@ -164,7 +165,7 @@ fn programs(request: &Request, account: &Account) -> Vec<Program> {
         let arguments = match request {
             Request::Command(command) => vec![name.to_owned(), "-c".into(), command.clone()],
             _ => {
-                // An argv[0] that begins with a dash makes it a login shell.
+                // An argv[0] that begins with a dash makes the shell a login shell.
                 let mut dashed = OsString::from("-");
                 dashed.push(name);
                 vec![dashed]
@@ -184,7 +185,8 @@ fn programs(request: &Request, account: &Account) -> Vec<Program> {
     programs
 }
 
-/// Candidates on the login path for a name; only the path itself for a path.
+/// Programs that the first word may mean: for a name, candidates in the directories of the login path; for a path, only
+/// the path itself.
 fn on_path(words: &[OsString]) -> Vec<Program> {
     let name = Path::new(&words[0]);
     let directories = if name.components().count() > 1 { "" } else { LOGIN_PATH };
@@ -273,7 +275,7 @@ fn check_what_sftp_server_opens(image_root: &Tree) -> Result<()> {
     Ok(())
 }
 
-/// Opens /dev/null as sftp-server does, but no other device of that name that the image may have.
+/// Opens /dev/null as sftp-server does, but refuses any other device that the image may have at that path.
 fn open_null(image_root: &Tree) -> std::io::Result<()> {
     let found = rustix::fs::fstat(image_root.open_at("dev/null", OFlags::PATH, Mode::empty())?)?;
     if FileKind::of(&found) == FileKind::CharacterDevice && found.st_rdev != rustix::fs::makedev(1, 3) {
@@ -286,7 +288,7 @@ fn open_null(image_root: &Tree) -> std::io::Result<()> {
 /// Replaces this process with the first of `programs` that can be started; returns why the last one could not.
 ///
 /// The path is first resolved below the root without magic links (/proc/self/exe). The kernel resolves it again, and a
-/// session may change it in between, but nothing outside is left that it could lead to.
+/// session may change it in between, but the path can no longer lead to anything outside.
 fn run_first<'a>(programs: &[(&'a Program, Exec)], image_root: &Tree) -> (&'a Path, Errno) {
     let mut failed = (Path::new(""), Errno::ENOENT);
     for (program, prepared) in programs {
@@ -343,13 +345,13 @@ fn interpreter(image_root: &Tree, program: &Path) -> Option<String> {
 }
 
 fn become_root(account: &Account) {
-    // A group that cannot be set is no reason to refuse the session, from which the image can be repaired.
+    // Ignore a group that cannot be set: somebody may need the session to repair the image.
     let groups: Vec<Gid> = account.groups.iter().map(|g| Gid::from_raw(*g)).collect();
     let _ = nix::unistd::setgroups(&groups);
     let _ = nix::unistd::setgid(Gid::from_raw(account.group));
 }
 
-/// Changes to root's home directory by descriptor, resolved below the root without magic links; to the root if the
+/// Changes to root's home directory by descriptor, resolved below the root without magic links; changes to `/` if the
 /// image has no such directory.
 fn go_home(image_root: &Tree, home: &Path) {
     let went = image_root.directory(home).and_then(|home| Ok(rustix::process::fchdir(home)?));
@@ -358,12 +360,12 @@ fn go_home(image_root: &Tree, home: &Path) {
     }
 }
 
-/// Shells that take their prompt from $PS1 and expand variables in it. Others show the host name themselves, or have
-/// another syntax.
+/// Shells that take their prompt from $PS1 and expand variables in it. Other shells show the host name by default, or
+/// have another syntax.
 const POSIX_SHELLS: [&str; 6] = ["sh", "bash", "dash", "ash", "ksh", "mksh"];
 
-/// A prompt that names the image, for shells whose default is `#` or their version. The profiles of the image and its
-/// root override it.
+/// A prompt that names the image, for shells whose default prompt is `#` or their version. Profiles in the image, for
+/// all users or for root, override it.
 fn prompt(image: &str, shell: &Path) -> Option<(OsString, OsString)> {
     let is_posix = shell.file_name().is_some_and(|name| POSIX_SHELLS.iter().any(|posix| name == *posix));
     is_posix.then(|| ("PS1".into(), format!("root@{image}:$PWD# ").into()))

@@ -25,7 +25,7 @@ use crate::sys::tree::Tree;
 
 /// Enters the jail of the record at `jail` and carries out `request` there. This process ends as the request does.
 pub fn run(jail: &Path, request: Request) -> Result<Infallible> {
-    // Start the listener first: it must not inherit the descriptors that are opened here.
+    // Start the listener first: it must not inherit the descriptors that are opened below.
     let typed = typed_signals(&request);
     let mut streams = Streams::of_this_process()?;
     let record = &Record::read(jail)?;
@@ -89,7 +89,7 @@ const TIME_TO_FOLLOW: Duration = Duration::from_millis(200);
 const JAIL_ENDED: &str = "the jail has ended: the environment is closing, or its init was killed; if it is not closing, log in again in \
     a moment";
 
-/// Message for a command of `enter`, or one that runs unattended.
+/// Message to a session of `enter` whose ims-sshd was killed.
 const KILLED: &str =
     "ims-sshd was killed, and everything in the image ended with it; 'ims-sshd status' shows what is left";
 

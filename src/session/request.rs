@@ -38,7 +38,7 @@ fn sftp_options(command: &str) -> Option<Vec<OsString>> {
     }
     let mut words = command.split_ascii_whitespace();
     let server = words.next()?;
-    // Compare as text: a path with a trailing `/` or `/.` would compare equal, but names no program.
+    // Compare as text: `Path` ignores a trailing `/` or `/.`, but a path that ends so names no program.
     let known = server == "internal-sftp" || server.starts_with('/') && server.ends_with("/sftp-server");
     known.then(|| words.map(OsString::from).collect())
 }

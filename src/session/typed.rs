@@ -22,7 +22,7 @@ use crate::sys::signals::Signals;
 /// Signals of Ctrl-C and Ctrl-\.
 const TYPED: [Signal; 2] = [Signal::SIGINT, Signal::SIGQUIT];
 
-/// Time for the listener to report what it has heard.
+/// Time for the listener to report the signals that it has received.
 const TIME_TO_REPORT: Duration = Duration::from_secs(1);
 
 /// The listener, and this process's parent, to which typed signals are passed on.
@@ -50,7 +50,7 @@ impl Typed {
 
     /// Moves the listener into the process group of a command.
     pub(crate) fn join(&self, group: Pid) {
-        // Fails if the command has ended.
+        // Ignore an error: the command may have ended.
         let _ = setpgid(self.listener, group);
     }
 

@@ -59,7 +59,8 @@ pub fn variable(text: &str) -> std::result::Result<(String, String), String> {
     if OWN.iter().chain(DROPPED).any(|other| name == *other) {
         return Err(format!("{name} is set at login, from the image"));
     }
-    // sshd's configuration, which sets the variable for sessions of `customize`, has one line for each variable.
+    // sshd's configuration, which sets the variable for sessions of `customize`, has one line for each variable, which
+    // a newline would break.
     if value.contains(|c: char| c.is_control()) {
         return Err(format!("expected a value of {name} without control characters"));
     }
