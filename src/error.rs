@@ -81,7 +81,7 @@ impl Error {
         if self.is_interruption() { self.advise(advice()) } else { self }
     }
 
-    /// The cause and the advice, for an error that says in other words what failed.
+    /// The cause and the advice, for another error that says itself what failed.
     pub(crate) fn reason(&self) -> String {
         let parts = [self.cause.as_ref().or(Some(&self.attempted)), self.advice.as_ref()];
         parts.into_iter().flatten().map(String::as_str).collect::<Vec<_>>().join("; ")

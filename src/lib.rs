@@ -1,4 +1,4 @@
-//! Opens an image root to people and to Ansible over SSH, jailed inside it, and closes it in order.
+//! Opens an image root to people and to Ansible over SSH, jailed inside it, and closes it cleanly.
 //!
 //! The directories are floors. A file imports only from floors below its own; `tests/architecture.rs` checks the order:
 //!
@@ -12,7 +12,7 @@
 //! - [`environment`]: the life of a build environment, from `ready` to `exiting`.
 //! - [`jailer`]: the supervisor's side of a jail.
 //! - [`sshd`]: OpenSSH's server: options, configuration, process.
-//! - [`session`]: what a client requested, and its way into the image root.
+//! - [`session`]: a client's request, and how its session gets into the image root.
 //! - [`image`]: recognizing, unpacking, inspecting and packing images.
 //! - [`store`]: image stores; [`ims`]: the Image Management Service.
 //! - [`volume`]: the image root's parent directory, which the containers of a pod share.

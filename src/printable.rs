@@ -16,7 +16,7 @@ impl<T: AsRef<str>> fmt::Display for Printable<T> {
     }
 }
 
-/// Limit of entries of a list in a message.
+/// Maximum number of entries of a list that a message shows.
 const MOST_LISTED: usize = 20;
 
 /// Joins a list for a message, truncated: an image may have any number of names.

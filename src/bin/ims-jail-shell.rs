@@ -31,7 +31,7 @@ fn start() -> u8 {
         _ => None,
     };
     panic::tell_by(move |sentence| {
-        // The init's streams may be closed, and only the supervisor writes to the log.
+        // Report to the supervisor, which alone writes to the log: the init's own streams may be closed.
         let tell = |attempted| {
             let failed = Message::Failed(format!("cannot {attempted} the jail: {sentence}"));
             socket().is_ok_and(|socket| Link::from_fd(socket).send(&failed).is_ok())

@@ -7,7 +7,7 @@ use crate::job::variables::{Case, Reader};
 pub enum Action {
     /// An image is changed.
     Customize,
-    /// An image was built from a recipe; a shell is wanted only to look at a failed build.
+    /// An image was built from a recipe; a shell is wanted only to inspect a failed build.
     Create,
 }
 

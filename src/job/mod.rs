@@ -1,4 +1,4 @@
-//! A job: its description, and the variables that give it.
+//! A job: its description, and the variables that describe it.
 
 pub mod action;
 pub mod variables;
@@ -10,7 +10,7 @@ use crate::job::action::Action;
 use crate::job::variables::{Case, Reader, TRUTH};
 use crate::sys::architecture::Architecture;
 
-/// Default of the image root's parent.
+/// Default path of the image root's parent.
 pub const DEFAULT_PARENT: &str = "/mnt/image";
 
 /// The variables that every program of a job reads.

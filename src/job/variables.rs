@@ -405,7 +405,7 @@ pub const VARIABLES: &[Variable] = &[
 ];
 
 impl Variable {
-    /// Its row of the table in docs/REFERENCE.md.
+    /// The variable's row of the table in docs/REFERENCE.md.
     pub fn row(&self) -> String {
         format!("| `{}` | {} | {} |", self.name, self.format, self.default)
     }
@@ -443,7 +443,7 @@ impl Reader {
         }
     }
 
-    /// Returns the values that were read, or all complaints as one error. Each missing value has its complaint.
+    /// Returns the values that were read, or all complaints as one error. `read` may be `None` only after a complaint.
     pub(crate) fn finish<T>(self, read: Option<T>) -> Result<T> {
         let refusal = || Error::bad_input(self.complaints.join("; also, "));
         read.filter(|_| self.complaints.is_empty()).ok_or_else(refusal)

@@ -42,7 +42,7 @@ pub fn start(format: Option<Format>) -> Result<()> {
         "error" | "critical" => Ok(LevelFilter::ERROR),
         _ => Err(Error::bad_input(format!("LOG_LEVEL is '{level}': expected DEBUG, INFO, WARNING or ERROR"))),
     };
-    // If the level is refused, only JSON needs a log for that error: a collector expects JSON in every line.
+    // If the level is refused, start the log only for JSON: a collector expects the error in JSON, too.
     if filter.is_ok() || format == Format::Json {
         let level = *filter.as_ref().unwrap_or(&LevelFilter::INFO);
         let subscriber = subscriber(format, level, std::io::stderr().is_terminal(), std::io::stderr);
@@ -56,8 +56,8 @@ fn subscriber<W>(format: Format, filter: LevelFilter, ansi: bool, writer: W) -> 
 where
     W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
 {
-    // A closed standard error is no reason to exit, so errors of the log are ignored: tracing would report them there,
-    // and panic.
+    // A closed standard error is no reason to exit, so ignore errors of the log: tracing would report them on standard
+    // error, and panic.
     let log = tracing_subscriber::fmt().log_internal_errors(false);
     let log = log.with_max_level(filter).with_target(false).with_ansi(ansi).with_writer(writer);
     match format {

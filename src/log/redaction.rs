@@ -44,10 +44,10 @@ const SECRET_PARTS: [&str; 7] = ["pw", "rootpw", "bindpw", "psk", "otp", "auth",
 const HARMLESS: [&str; 10] =
     ["pwd", "oldpwd", "compass", "bypass", "trespass", "surpass", "encompass", "overpass", "underpass", "multipass"];
 
-/// First parts of names that describe a secret, such as where it is stored; `HARMLESS_ENDS` has last parts of such
-/// names.
+/// First parts of names whose values only say something about a secret, such as whether it is required.
 const HARMLESS_STARTS: [&str; 10] =
     ["no", "ask", "without", "max", "min", "num", "number", "permit", "require", "prompt"];
+/// Last parts of names whose values only say something about a secret, such as the file in which it is stored.
 const HARMLESS_ENDS: [&str; 27] = [
     "file",
     "files",
@@ -87,7 +87,7 @@ const OPTIONS: [(&[&str], &[&str]); 19] = [
     (&["mariadb", "mariadb-dump", "mariadb-admin", "mariadb-import", "mariadb-check"], &["-p"]),
     (&["mongo", "mongosh", "mongodump", "mongorestore", "cqlsh", "rabbitmqadmin", "influx"], &["-p"]),
     (&["sshpass", "useradd", "usermod", "groupmod", "7z", "7za", "7zr", "xfreerdp", "kadmin"], &["-p"]),
-    // docker, podman, helm, oc, az; and a line of netrc.
+    // `login` of docker, podman, helm, oc and az; and a line of netrc.
     (&["login"], &["-p", "password"]),
     (&["curl"], &["-u", "-U", "-b", "--user", "--proxy-user", "--oauth2-bearer"]),
     (&["http", "https", "redis-cli"], &["-a"]),
@@ -382,7 +382,7 @@ impl Line<'_> {
         found
     }
 
-    /// End of the quotes around this position, or of the text.
+    /// End of the quotes around this position, or of the text if there are none.
     fn limit(&self, at: usize) -> usize {
         self.quoted.iter().find(|quoted| quoted.start <= at && at <= quoted.end).map_or(self.text.len(), |q| q.end)
     }
@@ -500,7 +500,7 @@ fn words(text: &str) -> Vec<Word<'_>> {
         let start = run.as_ptr() as usize - text.as_ptr() as usize;
         let ending = run.chars().next_back().filter(|c| c.is_whitespace() || ";|&()".contains(*c));
         let word = &run[..run.len() - ending.map_or(0, char::len_utf8)];
-        // A line continued with a backslash.
+        // True if a backslash continues the line.
         let goes_on = ending == Some('\n') && is_escaped(text, start + word.len());
         if !(word.is_empty() || goes_on && word == "\\") {
             let bare = word.trim_matches(['"', '\'', '`', '\\', '{', '}', '$']);

@@ -92,7 +92,8 @@ pub(crate) fn keywords(config: &Path, options: &Options) -> Result<BTreeSet<Stri
     Ok(found)
 }
 
-/// Criteria of a `Match` block that depend on where a client comes from, or on which address it came to.
+/// Criteria of a `Match` block that depend on the client's address, or on the address and port that the client
+/// connected to.
 const BY_ADDRESS: [&str; 5] = ["address", "host", "localaddress", "localport", "rdomain"];
 
 /// A `Match` block of the configuration that does not apply to all addresses alike, and its place.
@@ -139,8 +140,8 @@ fn each_line(config: &Path, options: &Options, found: &mut dyn FnMut(&str, Line)
     Ok(())
 }
 
-/// Reads at most [`LARGEST`] bytes of a regular file. sshd has just read the whole file at this path, but another may
-/// have taken its place since: a FIFO must not block, nor a large file fill memory.
+/// Reads at most [`LARGEST`] bytes of a regular file. sshd has just read the whole file at this path, but another file
+/// may have taken its place since: a FIFO must not block, nor a large file fill memory.
 fn read_regular(path: &Path) -> io::Result<String> {
     let file = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
     if !file.metadata()?.is_file() {

@@ -17,8 +17,8 @@ pub fn including(config: &[u8], fragment: &Path) -> Vec<u8> {
     [line.as_bytes(), &without_include(config)].concat()
 }
 
-/// Removes every line that includes a fragment of ours, from whichever environment. Does not require UTF-8, since sshd
-/// does not either.
+/// Removes every line that includes a fragment of this program, whichever environment wrote the line. Does not require
+/// UTF-8, since sshd does not either.
 pub(crate) fn without_include(config: &[u8]) -> Vec<u8> {
     let is_ours = |line: &[u8]| line.starts_with(b"Include /") && line.trim_ascii_end().ends_with(MARK.as_bytes());
     config.split_inclusive(|&b| b == b'\n').filter(|line| !is_ours(line)).flatten().copied().collect()
@@ -29,7 +29,7 @@ pub(crate) fn without_include(config: &[u8]) -> Vec<u8> {
 /// ten Ansible forks, sshd's defaults make hosts unreachable.
 const RAISED_LIMITS: [(&str, &str); 2] = [("maxsessions", "MaxSessions 1000\n"), ("maxstartups", "MaxStartups 200\n")];
 
-/// Marks our line, at its end.
+/// Marker at the end of our line.
 const MARK: &str = "# ims-sshd";
 
 /// Text of the fragment. `variables` of the job override `set_env`, the variables that the configuration sets without
@@ -129,7 +129,7 @@ mod tests {
         prop_oneof![
             ("[ \t]?(Port 22|Match User root|Include|include /etc/ssh/\\*\\.conf|# ims-sshd|[ -~\u{e9}]{0,12})", end())
                 .prop_map(text),
-            // Lines of others that carry our marker.
+            // Lines that are not ours, but have our marker.
             ("(PermitTTY no|#?[ ]?Include|IncludeX /x|[ -~\u{e9}]{0,6}) # ims-sshd", end()).prop_map(text),
             ("/[a-z0-9/._-]{0,12}", end())
                 .prop_map(|(path, end)| (format!("Include {path} {MARK}{end}").into_bytes(), true)),

@@ -49,8 +49,8 @@ impl Daemon {
                 error.because(said)
             }
         };
-        // Existing children are not the new listener: connections of an earlier listener outlive it and are adopted by
-        // this process.
+        // Remember the sshd children that exist before the start, which are not the new listener: connections of an
+        // earlier listener outlive it, and this process adopts them.
         let before = Self::children();
         let mut command = Command::new(sshd::program()?);
         // Sessions get this umask from sshd, which adds 022.
@@ -131,7 +131,7 @@ impl Daemon {
         Entry::all().into_iter().filter(|e| e.name.starts_with("sshd") && is_open(e)).collect()
     }
 
-    /// The last lines of sshd's log, joined into one; empty if it does not log to a file.
+    /// The last lines of sshd's log, joined into one; empty if sshd does not log to a file.
     pub(crate) fn last_words(options: &Options) -> String {
         let log = options.log.as_deref();
         log.map_or(String::new(), |log| {
@@ -193,7 +193,7 @@ pub(crate) struct Running {
     pub(crate) sessions: Vec<Entry>,
     /// Ended sessions that sshd has not reaped yet, so that their clients do not know of the end yet.
     pub(crate) unreaped: usize,
-    /// When a session last ended whose connection still exists, as precisely as the polls tell.
+    /// Last end of a session whose connection still exists, as precisely as polling shows.
     pub(crate) last_end: Option<Instant>,
 }
 
@@ -235,8 +235,8 @@ impl Clients {
     fn sshds_with_children(&mut self) -> Vec<Entry> {
         let mut found = Vec::new();
         let mut seen = HashSet::new();
-        // A walk may miss a connection whose listener ends meanwhile; this process has adopted it then, and the next
-        // walk finds it.
+        // A walk may miss a connection whose listener ends during the walk. This process has then adopted the
+        // connection, and the next walk finds it.
         for _ in 0..10 {
             let mut parents = vec![getpid()];
             let before = seen.len();

@@ -33,8 +33,8 @@ impl LoginShell {
         let attempted = || format!("make {} the shell that sshd starts for root", self.program.display());
         let before = std::fs::read(PASSWD).attempt(attempted)?;
         let Some(text) = with_shell(&before, &self.program) else { return Ok(()) };
-        // World-readable, since other accounts read it too, such as the one that runs AuthorizedKeysCommand. The copy's
-        // directory keeps everybody else out.
+        // Make the copy world-readable, since other accounts read it too, such as the one that runs
+        // AuthorizedKeysCommand. They see it at /etc/passwd; the copy's own directory is closed to them.
         std::fs::write(&self.passwd, text).attempt(attempted)?;
         rustix::fs::chmod(&self.passwd, Mode::from_raw_mode(0o644)).attempt(attempted)?;
         nix::sched::unshare(CloneFlags::CLONE_NEWNS).attempt(attempted)?;

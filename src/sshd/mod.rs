@@ -21,8 +21,8 @@ use crate::jail::capabilities::lacks;
 /// Paths of sshd in distributions. sshd insists on being started by an absolute path.
 const SSHD_PLACES: [&str; 3] = ["/usr/sbin/sshd", "/usr/local/sbin/sshd", "/sbin/sshd"];
 
-/// Timeout for sshd to answer or go into the background, normally milliseconds. sshd may block for ever, on a FIFO in
-/// its configuration or a name server that does not answer.
+/// Timeout for sshd to answer or go into the background, which normally takes milliseconds. sshd may block for ever, on
+/// a FIFO in its configuration or a name server that does not answer.
 const TIME_LIMIT: Duration = Duration::from_secs(20);
 
 fn late(attempted: String) -> Error {

@@ -21,8 +21,9 @@ pub struct Options {
 /// Default of `-f`.
 pub(crate) const DEFAULT_CONFIG: &str = "/etc/ssh/sshd_config";
 
-/// Letters of options with an argument; `WITHOUT` has those of options without one (sshd(8)).
+/// Letters of sshd's options with an argument (sshd(8)).
 const WITH_ARGUMENT: &str = "bCcEfghkopu";
+/// Letters of sshd's options without an argument.
 const WITHOUT: &str = "46eq";
 
 impl Options {

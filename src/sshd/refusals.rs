@@ -1,11 +1,11 @@
 //! Refused logins, copied from sshd's log into ours: people read the pod's log, while sshd's is a file in the
 //! container.
 //!
-//! sshd writes several lines for a connection, and the last one ends it. That last line is logged, with the reason
-//! given before. Connections without a login attempt (probes, port scanners) are not logged. sshd may also end an
-//! accepted login before its session begins; the client does not see that reason either. No session is reported for
-//! such a login, and either its connection is gone without a line that names the client, or sshd gave a reason before
-//! that line.
+//! sshd writes several lines for a connection, and the last one ends it. That last line is logged, with the reason from
+//! an earlier line. Connections without a login attempt (probes, port scanners) are not logged. sshd may also end an
+//! accepted login before its session begins; the client does not see that reason either. Such a login is recognized as
+//! follows: no session is reported for it, and either its connection is gone without a line that names the client, or
+//! sshd has logged a reason before that line.
 
 use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr};
@@ -103,7 +103,7 @@ fn parse(line: &str) -> Option<Line<'_>> {
     if let Some((who, why)) = line.strip_prefix("User ").and_then(|rest| rest.rsplit_once(" not allowed because ")) {
         return reason(Some(who.rsplit_once(" from ")?.0), why);
     }
-    // Logged at LogLevel VERBOSE; for passwords, at every level.
+    // sshd logs this line at LogLevel VERBOSE; for passwords, at every level.
     if let Some((method, who)) = line.strip_prefix("Failed ").and_then(|rest| rest.split_once(" for ")) {
         let (who, key) = who.rsplit_once(" ssh2: ").unwrap_or((who, ""));
         let user = who.rsplit_once(" from ")?.0;
@@ -134,7 +134,8 @@ fn parse(line: &str) -> Option<Line<'_>> {
     }
 }
 
-/// Parses a line that is not about the authentication.
+/// Parses a line that is not about authentication: the end of a connection, or perhaps the reason why an accepted login
+/// ended.
 fn of_accepted(line: &str) -> Option<Line<'_>> {
     if NO_REASON.iter().any(|begin| line.starts_with(begin)) {
         return None;
@@ -281,7 +282,7 @@ impl Refusals {
                 let is_its = |login: &&mut Login| (login.client.as_str(), login.port) == (client, port);
                 self.accepted.iter_mut().filter(is_its).for_each(|login| login.is_disconnected = true);
             }
-            // The line does not say to which connection it belongs.
+            // The line does not say to which connection it belongs, so it may concern each of these logins.
             Some(Line::Other(line)) => {
                 let may_end = self.accepted.iter_mut().filter(|login| !login.is_disconnected);
                 may_end.for_each(|login| login.last = Some(line.to_owned()));

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use crate::error::{Attempt, Error, Result};
 use crate::jail::programs::Program;
 
-/// Paths in Debian, in SUSE and Alpine, in Fedora, and of upstream OpenSSH.
+/// Paths of sftp-server: in Debian, in SUSE and Alpine, in Fedora, and in upstream OpenSSH.
 const PLACES: [&str; 4] = [
     "/usr/lib/openssh/sftp-server",
     "/usr/lib/ssh/sftp-server",
@@ -21,7 +21,7 @@ pub fn files() -> Result<Vec<Program>> {
             "install the distribution's OpenSSH sftp server; without it neither sftp nor Ansible can transfer a file",
         )
     })?;
-    // The loader can list what it would load; ldd does the same.
+    // Have the loader list the libraries that it would load, as ldd does.
     let output = Command::new(server)
         .env_clear()
         .env("LD_TRACE_LOADED_OBJECTS", "1")
