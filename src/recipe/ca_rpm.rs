@@ -1,8 +1,8 @@
-//! `ims-sshd ca-rpm`: the package of a site's certificate authority, for images of rpm packages.
+//! `ims-sshd ca-rpm`: creates the package with a site's certificate authority, for images of rpm packages.
 //!
-//! The package has the name, version and path of the package that IMS has always given to recipes, and also the path
-//! for the other family of distributions. Its scripts run whichever tool the image has, or none if the image has none
-//! yet.
+//! The package has the name, version and path of the package that IMS has always given to recipes. It also has the path
+//! for the other family of distributions. Its scripts run whichever tool the image has; if the image has none yet, they
+//! do nothing.
 
 use std::path::{Path, PathBuf};
 
@@ -23,24 +23,24 @@ const RELEASE: &str = "1";
 /// File name of the package.
 pub const FILE: &str = "cray_ca_cert-1.0.1-1.noarch.rpm";
 
-/// Directory of the package in a pod.
+/// Directory, in a pod, that the package is written to.
 pub const DEFAULT_OUTPUT: &str = "/mnt/ca-rpm";
 
-/// The pod's certificate.
+/// File, in a pod, with the certificate of the site's authority.
 pub const DEFAULT_CERTIFICATE: &str = "/etc/cray/ca/certificate_authority.crt";
 
-/// Specification of the package that IMS would have built.
+/// Specification file, in a pod, of the package that IMS would have built.
 pub const DEFAULT_SPECIFICATION: &str = "/mnt/specfile/cray_ca_cert.spec";
 
-/// Places from which distributions take certificates of further authorities: SUSE, and those like RHEL.
+/// Files from which distributions take additional CA certificates: on SUSE, and on RHEL and the like.
 pub(crate) const ANCHORS: [&str; 2] = [
     "/usr/share/pki/trust/anchors/cray_certificate_authority.crt",
     "/etc/pki/ca-trust/source/anchors/cray_certificate_authority.crt",
 ];
 
-/// Runs the tool that makes the image's store of authorities. Without a tool it succeeds: a failure would only be a
-/// warning, and the trigger below runs the script again once there is a tool. Nothing is redirected, because early on
-/// there is no /dev/null.
+/// Runs the tool that updates the image's CA certificates. Succeeds if there is no tool: a failure would only be a
+/// warning, and the package's trigger runs the script again once there is a tool. Redirects nothing, because an image
+/// root has no /dev/null at first.
 const SCRIPT: &str = "\
 for tool in update-ca-certificates update-ca-trust; do
     for place in /usr/sbin /usr/bin; do
@@ -53,10 +53,10 @@ done
 exit 0
 ";
 
-/// Package that contains the tool, in both families.
+/// Package that contains the tool, in both families of distributions.
 const TOOLS: &str = "ca-certificates";
 
-/// Time of everything in the package, unless `SOURCE_DATE_EPOCH` is set: 2020-01-01.
+/// Time of everything in the package if `SOURCE_DATE_EPOCH` is not set: 2020-01-01.
 const EPOCH: u32 = 1_577_836_800;
 
 /// Maximum length of a certificate, in bytes.
@@ -64,7 +64,7 @@ const LONGEST: usize = 4 << 20;
 
 /// Writes the package into the directory `output`.
 pub fn run(settings: &Settings, certificate: Option<&Path>, specification: &Path, output: &Path) -> Result<u8> {
-    // This step sets no status when it begins, but IMS is told if it fails.
+    // This step sets no status when it begins, but reports a failure to IMS.
     outcome::step(settings, None, |_| {
         let certificate = certificate.map_or_else(|| default_certificate(settings), Path::to_owned);
         let content = read_certificate(&certificate)?;
@@ -79,18 +79,18 @@ pub fn run(settings: &Settings, certificate: Option<&Path>, specification: &Path
     })
 }
 
-/// Time of everything in the package.
+/// Time of everything in the package, in seconds since 1970.
 pub(crate) fn epoch(settings: &Settings) -> u32 {
     settings.packing.epoch.and_then(|epoch| u32::try_from(epoch).ok()).unwrap_or(EPOCH)
 }
 
-/// The pod's certificate; if there is none, the one that this program trusts.
+/// Returns the file of the pod's certificate; if it is missing, the file of the certificates that this program trusts.
 fn default_certificate(settings: &Settings) -> PathBuf {
     let named = settings.network.ca.clone().filter(|file| file.exists() && !Path::new(DEFAULT_CERTIFICATE).exists());
     named.unwrap_or_else(|| DEFAULT_CERTIFICATE.into())
 }
 
-/// Reads a certificate; refuses a file without one, which would result in an image without the authority.
+/// Reads a certificate. Refuses a file that contains none: the image would then lack the authority.
 pub(crate) fn read_certificate(file: &Path) -> Result<Vec<u8>> {
     let attempted = || format!("read the certificate {}", file.display());
     let content = std::fs::read(file).attempt(attempted)?;
@@ -105,7 +105,7 @@ pub(crate) fn read_certificate(file: &Path) -> Result<Vec<u8>> {
     }
 }
 
-/// The package as bytes; equal input gives equal bytes.
+/// Builds the package and returns its bytes; equal input gives equal bytes.
 pub(crate) fn build(certificate: &[u8], epoch: u32) -> Result<Vec<u8>> {
     let attempted = || format!("make {FILE}");
     let config = BuildConfig::v4().source_date(epoch).compression(CompressionType::None);
@@ -117,14 +117,14 @@ pub(crate) fn build(certificate: &[u8], epoch: u32) -> Result<Vec<u8>> {
     }
     let script = || Scriptlet::new(SCRIPT);
     builder.post_install_script(script()).post_trans_script(script()).trigger_in(TOOLS, None, script());
-    // Install the scripts' shell before this package, and the tool, too, if it is in the same transaction.
+    // The scripts' shell must be installed before this package; so must the tool, if it is in the same transaction.
     builder.requires(Dependency::script_post("/bin/sh")).order_with_requires(Dependency::any(TOOLS));
     let mut bytes = Vec::new();
     builder.build().and_then(|package| package.write(&mut bytes)).attempt(attempted)?;
     Ok(bytes)
 }
 
-/// Warns if a site's own specification asks for more than this package has.
+/// Warns if a site's own specification file asks for more than this package has.
 fn tell_other_specification(file: &Path) {
     let Ok(text) = std::fs::read_to_string(file) else { return };
     let other = other_lines(&text);
@@ -138,7 +138,7 @@ fn tell_other_specification(file: &Path) {
     }
 }
 
-/// Lines of a specification for which this package has no counterpart.
+/// Returns the lines of a specification file to which nothing in this package corresponds.
 fn other_lines(text: &str) -> Vec<String> {
     let own = [("name:", NAME), ("version:", VERSION), ("release:", RELEASE)];
     let other = |line: &&str| {

@@ -1,4 +1,4 @@
-//! A recipe's description: the parts that the steps around kiwi-ng need.
+//! Reads a recipe's description, as far as the steps around kiwi-ng need it.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -10,65 +10,65 @@ use crate::error::{Attempt, Error, Result};
 use crate::printable::listed;
 use crate::sys::tree::Tree;
 
-/// Names of a description, in the order in which kiwi-ng looks for them (`kiwi/tasks/base.py`). After them come files
-/// that end in [`ENDING`].
+/// File names of a description, in the order in which kiwi-ng tries them (`kiwi/tasks/base.py`). After these it tries
+/// files whose names end in [`ENDING`].
 const NAMES: [&str; 2] = ["config.xml", "image/config.xml"];
-/// Ending of the further names of a description.
+/// Ending of all other file names that a description can have.
 const ENDING: &str = ".kiwi";
 
 /// Maximum length of a description, in bytes.
 const LONGEST: u64 = 16 << 20;
 
-/// A description.
+/// The description of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Description {
-    /// Path below the recipe.
+    /// Path of the description below the recipe.
     pub(crate) file: PathBuf,
     /// The image's name.
     pub(crate) name: String,
-    /// Addresses of further descriptions, whose sections belong to this one.
+    /// Paths or URLs of included descriptions, whose sections belong to this one.
     includes: Vec<String>,
-    /// Profiles that are built if none is asked for.
+    /// Profiles that are built if the user names none.
     pub(crate) imported: BTreeSet<String>,
-    /// All profiles, each with those that it requires.
+    /// All profiles, each with the profiles that it requires.
     pub(crate) profiles: Vec<(String, Vec<String>)>,
-    /// Package managers, with the profiles that each is for.
+    /// Package managers, each with the profiles and architectures for which it is used.
     pub(crate) package_managers: Vec<(Scope, String)>,
-    /// Types of images.
+    /// Types of images, each with its scope.
     pub(crate) types: Vec<(Scope, String)>,
-    /// Packages of the bootstrap phase.
+    /// Packages of the bootstrap phase, each with its scope.
     pub(crate) bootstrap: Vec<(Scope, String)>,
     /// Value of `$releasever`, if the description sets it.
     pub(crate) release: Option<String>,
-    /// Repositories.
+    /// Repositories, each with its scope.
     pub(crate) repositories: Vec<(Scope, Repository)>,
 }
 
-/// Profiles and architectures to which a part of a description applies; an empty list stands for all.
+/// Profiles and architectures to which a part of a description applies; an empty list means all.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Scope {
     profiles: Vec<String>,
     architectures: Vec<String>,
 }
 
-/// A repository.
+/// A repository of packages, as the description defines it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Repository {
     /// `rpm-md`, `apt-deb` and others; empty if the package manager decides.
     pub(crate) kind: String,
     /// Name of the repository, or its path if it has no name.
     pub(crate) alias: String,
-    /// Address.
+    /// URL or path of the repository.
     pub(crate) path: String,
-    /// `mirrorlist` or `metalink` if the address is that of a list of mirrors.
+    /// `mirrorlist` or `metalink` if the path is the URL of a list of mirrors.
     pub(crate) source_type: String,
     /// Release of a Debian repository.
     pub(crate) distribution: String,
     /// Components of a Debian repository.
     pub(crate) components: String,
-    /// The repository's own user and password.
+    /// User and password for this repository, if the description has them.
     pub(crate) login: Option<(String, String)>,
-    /// True if the repository is only configured in the image, and nothing is installed from it.
+    /// True if the repository is only configured in the image, and the build installs nothing from it.
     pub(crate) is_for_image_only: bool,
 }
 
@@ -86,12 +86,12 @@ impl Description {
         let attempted = || format!("read {} of the recipe", file.display());
         let text = read(recipe, &file).attempt(attempted)?;
         let mut found = Self::parse(&text, file.clone()).attempt(attempted)?;
-        // kiwi-ng ignores includes in an included file (`kiwi/xsl/include.xsl`).
+        // Do not follow includes of included files: kiwi-ng ignores them (`kiwi/xsl/include.xsl`).
         for from in std::mem::take(&mut found.includes) {
             let included = || format!("read '{from}', which {} of the recipe includes", file.display());
             let text = match from.split_once(":/").map(|(scheme, rest)| (scheme, rest.trim_start_matches('/'))) {
                 Some(("this", rest)) => read(recipe, &file.with_file_name(rest)).attempt(included)?,
-                // This container may lack a file that the container for builds has.
+                // Go on without the file: the container that builds may have it although this container does not.
                 _ => match Tree::open(Path::new("/")).and_then(|root| read(&root, Path::new(local_path(&from)))) {
                     Ok(text) => text,
                     Err(e) => {
@@ -189,8 +189,8 @@ impl Description {
         ));
     }
 
-    /// Returns the profiles that a build selects: those in `asked`, or those that the description imports if `asked` is
-    /// empty, with all profiles that they require. An unknown profile is an error.
+    /// Returns the profiles that a build selects, including all profiles that these require: those in `asked` or, if
+    /// `asked` is empty, those that the description imports. An unknown profile is an error.
     pub(crate) fn select(&self, asked: &[String], architecture: &'static str) -> Result<Selection> {
         if let Some(unknown) = asked.iter().find(|asked| !self.profiles.iter().any(|(name, _)| name == *asked)) {
             let known: Vec<_> = self.profiles.iter().map(|(name, _)| name).collect();
@@ -221,7 +221,7 @@ impl Scope {
         }
     }
 
-    /// Returns whether a build of `selection` uses a part with this scope.
+    /// Returns whether a build of `selection` uses a part that has this scope.
     pub(crate) fn holds(&self, selection: &Selection) -> bool {
         (self.profiles.is_empty() || self.profiles.iter().any(|profile| selection.profiles.contains(profile)))
             && (self.architectures.is_empty() || self.architectures.iter().any(|name| name == selection.architecture))
@@ -237,12 +237,12 @@ fn read(tree: &Tree, file: &Path) -> io::Result<String> {
     String::from_utf8(tree.read(file, LONGEST)?).map_err(io::Error::other)
 }
 
-/// Path, on this machine, of an included file outside the recipe.
+/// Returns the path, on this machine, of an included file that is outside the recipe.
 fn local_path(from: &str) -> &str {
     from.split_once("://").map_or(from, |(_, path)| path)
 }
 
-/// Path of the description below `recipe`.
+/// Returns the path of the description below `recipe`.
 fn find(recipe: &Tree) -> Result<PathBuf> {
     let attempted = || "find the recipe's description".to_owned();
     for name in NAMES {
@@ -268,7 +268,7 @@ fn find(recipe: &Tree) -> Result<PathBuf> {
     }
 }
 
-/// True if `recipe` has something that can be a description.
+/// Returns whether `recipe` contains a file that can be a description.
 pub(crate) fn is_there(recipe: &Tree) -> bool {
     let is_description = |name: &std::ffi::OsString| name.to_string_lossy().ends_with(ENDING);
     NAMES.iter().any(|name| recipe.look(name).is_ok_and(|found| found.is_some()))
@@ -346,7 +346,7 @@ mod tests {
             refused.contains("cannot read 'this://gone.xml', which config.xml of the recipe includes"),
             "{refused}"
         );
-        // Nothing outside of the recipe is read by the recipe's own scheme.
+        // The scheme `this:` must not read files outside of the recipe.
         write("config.xml", &format!("<image>{}</image>", include("this://../etc/passwd")));
         assert!(read().is_err());
     }

@@ -1,4 +1,4 @@
-//! `ims-sshd fetch-recipe`: fetches a recipe into a directory and fills in its templates; leaves nothing behind if that
+//! `ims-sshd fetch-recipe`: fetches a recipe into a directory and fills in its templates. Leaves nothing behind if it
 //! fails.
 
 use std::collections::BTreeMap;
@@ -28,29 +28,29 @@ use crate::transfer::Work;
 use crate::volume::layout::RECIPE;
 use crate::volume::open_tree;
 
-/// File in which a pod has the values of the recipe's templates.
+/// File, in a pod, with the values for the recipe's templates.
 pub const DEFAULT_VALUES: &str = "/etc/cray/template_dictionary";
 
-/// Directory whose content kiwi-ng copies into the image, with modes, ACLs and capabilities but without owners. kiwi-ng
-/// does the same with directories that have a profile's name (`kiwi/system/setup.py`).
+/// Directory of a recipe whose content kiwi-ng copies into the image, with modes, ACLs and capabilities but without
+/// owners. Directories that have the name of a profile are copied in the same way (`kiwi/system/setup.py`).
 const OVERLAY: &str = "root";
 
 /// Extended attributes that grant rights.
 const RIGHTS: [&str; 3] = ["security.capability", "system.posix_acl_access", "system.posix_acl_default"];
 
-/// Maximum length of the file of values, in bytes.
+/// Maximum length of the file with the values, in bytes.
 const LONGEST_VALUES: usize = 4 << 20;
 
 /// Arguments of the command line.
 #[derive(Debug)]
 pub struct Wanted {
-    /// Directory that becomes the recipe.
+    /// Directory that the recipe is written to.
     pub directory: PathBuf,
     /// Path or URL of the recipe.
     pub source: String,
-    /// File of values; without it, [`DEFAULT_VALUES`] if that exists.
+    /// File with values; if `None`, [`DEFAULT_VALUES`] is used if it exists.
     pub values: Option<PathBuf>,
-    /// Further values, which override those in the file.
+    /// Additional values, which override those in the file.
     pub set: Vec<(String, String)>,
 }
 
@@ -62,12 +62,12 @@ pub fn run(settings: &Settings, wanted: &Wanted) -> Result<u8> {
     })
 }
 
-/// Unpacks `archive`, a recipe whose templates are already filled in, into the image root parent.
+/// Unpacks `archive`, which contains a recipe with filled-in templates, into the image root parent.
 pub(crate) fn unpack_filled_in(settings: &Settings, archive: &Path) -> Result<()> {
     let work = Work::begin(&settings.network)?;
     let recipe = unpack_recipe(&work, &Opened::open(archive)?, &open_tree(&settings.job.parent)?, RECIPE)?;
     check(&recipe)?;
-    // This owner and mode keep other users out, whoever owns the files below.
+    // Keep other users out of the directory, whatever owners and modes the files in it have.
     let user = (Some(rustix::process::geteuid()), Some(rustix::process::getegid()));
     rustix::fs::chownat(&recipe, ".", user.0, user.1, AtFlags::empty())
         .and_then(|()| rustix::fs::chmodat(&recipe, ".", Mode::RWXU, AtFlags::empty()))
@@ -92,7 +92,8 @@ fn fetch(work: &Work, settings: &Settings, source: &Source, wanted: &Wanted) -> 
             .advise("name one in a directory that only you can change, as all above it")?;
     }
     let volume = open_tree(parent)?;
-    // A job's volume is the job's own; elsewhere an existing directory may be somebody's work.
+    // A job's volume contains nothing else, so an existing directory may be replaced. Elsewhere it may be somebody's
+    // work.
     if !is_job && volume.look(name).attempt(|| format!("look for {}", directory.display()))?.is_some() {
         let refused = Error::new(format!("create the directory {}", directory.display())).because("it exists");
         return Err(refused.advise("remove it, or name another one"));
@@ -101,7 +102,8 @@ fn fetch(work: &Work, settings: &Settings, source: &Source, wanted: &Wanted) -> 
     staging.remove();
     let [part, unpacking] = &staging.names;
     let archive = open(work, settings, source, &volume, part)?;
-    // Unpack in a private directory, since the recipe's own directory gets owner and mode of its source.
+    // Unpack in a private directory, since the recipe's own directory gets the owner and mode that it has in its
+    // source.
     let private = volume.make_private(unpacking).attempt(|| format!("create the directory {unpacking}"))?;
     let tree = unpack_recipe(work, &archive, &private, RECIPE)?;
     let nested = nested(&tree)?;
@@ -112,7 +114,7 @@ fn fetch(work: &Work, settings: &Settings, source: &Source, wanted: &Wanted) -> 
     check(&recipe)?;
     fill_in(&recipe, values.as_ref())?;
     let described = Description::read(&recipe)?;
-    // In a pod, IMS's own containers also read the recipe, and may run as another user.
+    // In a pod, containers of IMS also read the recipe, and may run as another user.
     let mode = if is_job { 0o755 } else { 0o700 };
     let overlays: Vec<_> = described.profiles.iter().map(|(name, _)| &**name).chain([OVERLAY]).collect();
     own(&recipe, &overlays)
@@ -130,7 +132,7 @@ fn fetch(work: &Work, settings: &Settings, source: &Source, wanted: &Wanted) -> 
     Ok(())
 }
 
-/// Files on the volume that are removed at the end.
+/// Temporary files on the volume, which are removed at the end.
 struct Staging<'a> {
     volume: &'a Tree,
     names: [String; 2],
@@ -150,7 +152,7 @@ impl Drop for Staging<'_> {
     }
 }
 
-/// Values for the templates; `None` if there are none at all.
+/// Returns the values for the templates; `None` if no values were given at all.
 fn values(wanted: &Wanted) -> Result<Option<Values>> {
     let file = wanted.values.clone().or_else(|| Some(DEFAULT_VALUES.into()).filter(|file: &PathBuf| file.exists()));
     let mut values = match &file {
@@ -170,7 +172,7 @@ fn values(wanted: &Wanted) -> Result<Option<Values>> {
     Ok(values)
 }
 
-/// Opens the recipe's archive or directory; downloads it first if it is not here.
+/// Opens the recipe's archive or directory; downloads the recipe first if its source is a URL.
 fn open(work: &Work, settings: &Settings, source: &Source, volume: &Tree, part: &str) -> Result<Opened> {
     let url = match source {
         Source::Here(path) => {
@@ -196,7 +198,7 @@ fn open(work: &Work, settings: &Settings, source: &Source, volume: &Tree, part: 
     Ok(Opened { shown: volume.shown().join(part), content: Content::File(file) })
 }
 
-/// Unpacks or copies the recipe by a confined process.
+/// Unpacks or copies the recipe in a confined process.
 fn unpack_recipe(work: &Work, archive: &Opened, volume: &Tree, name: &str) -> Result<Tree> {
     let attempted = || format!("take {} as a recipe", archive.shown.display());
     match archive
@@ -214,8 +216,8 @@ fn unpack_recipe(work: &Work, archive: &Opened, volume: &Tree, name: &str) -> Re
         .map_err(|e| if e.is_interruption() { e } else { Error::new(attempted()).because(e.reason()) })
 }
 
-/// Makes this user the owner of the whole recipe, whose scripts run as root, and removes rights that others would have.
-/// Files in the `overlays` keep modes and attributes, since the image gets them.
+/// Makes this user the owner of the whole recipe, whose scripts run as root, and removes rights of others. Files in
+/// `overlays` keep their modes and attributes, since the image gets these.
 fn own(recipe: &Tree, overlays: &[&str]) -> std::io::Result<()> {
     let (user, group) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
     recipe.walk(|path, directory, name, found| {
@@ -230,8 +232,8 @@ fn own(recipe: &Tree, overlays: &[&str]) -> std::io::Result<()> {
     })
 }
 
-/// Returns the name of the only entry of `tree` if it is a directory with the description, as in a repository's
-/// archive.
+/// Returns the name of the only entry of `tree` if this entry is a directory that contains the description, as in the
+/// archive of a Git repository.
 fn nested(tree: &Tree) -> Result<Option<String>> {
     if description::is_there(tree) {
         return Ok(None);
@@ -242,8 +244,9 @@ fn nested(tree: &Tree) -> Result<Option<String>> {
     Ok(name.to_str().filter(|_| is_recipe).map(str::to_owned))
 }
 
-/// Refuses devices, pipes and sockets, which no recipe has, and links at the recipe's top that lead out of it, through
-/// which kiwi-ng would read other files. Links further down are content of the image, and may lead anywhere.
+/// Refuses devices, pipes and sockets, which a recipe never needs. Also refuses links at the recipe's top that lead out
+/// of the recipe, since kiwi-ng would read other files through them. Links further down are content of the image, and
+/// may lead anywhere.
 fn check(recipe: &Tree) -> Result<()> {
     let refuse = |path: &Path, why: String| {
         let refused = Error::new(format!("take {} as a part of a recipe", path.display())).because(why);

@@ -1,4 +1,4 @@
-//! `ims-sshd build`: builds an image root by kiwi-ng, and leaves no mount and no process behind, however it ends.
+//! `ims-sshd build`: builds an image root with kiwi-ng. Leaves no mount and no process behind, however it ends.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -30,50 +30,50 @@ use crate::volume::layout::{BUILD, BUILD_FAILED, CREATED_IMAGE_ROOT, KIWI_LOG};
 use crate::volume::open_tree;
 use crate::volume::signal_files::SignalFiles;
 
-/// The program that builds.
+/// Name of kiwi-ng's program.
 const KIWI: &str = "kiwi-ng";
 
-/// Type of image that is built: an image root, and an archive of it that is not used.
+/// Type of image that kiwi-ng builds: an image root, and an archive of it, which is not used.
 const TYPE: &str = "tbz";
 
-/// Package managers, each with the program that must be installed.
+/// Supported package managers, each with the program that must be installed.
 const PACKAGE_MANAGERS: [(&str, &str); 5] =
     [("zypper", "zypper"), ("dnf", "dnf"), ("dnf4", "dnf"), ("dnf5", "dnf5"), ("apt", "apt-get")];
 
-/// Replacement for xz. kiwi-ng always makes an archive of the image root by `tar … | xz -f …`, and this script discards
-/// it, since the archive is not used. Other calls, with a file or to decompress, go to the machine's own xz.
+/// Replacement for xz that discards the archive. kiwi-ng always creates an archive of the image root with `tar … | xz
+/// -f …`, but the archive is not used. Other calls of xz (with a file, or to decompress) go to the machine's own xz.
 const NO_ARCHIVE: &str = "#!/bin/sh\n[ \"$1\" != -f ] || [ ! -p /dev/stdin ] || exec cat > /dev/null\nexec XZ \"$@\"\n";
 
-/// Shell functions for the scripts that kiwi-ng runs outside the image root. These unpack Debian's base-files by `tar`,
-/// which would fail to set mode, owner and time of /proc, since it is read-only in a build.
+/// Shell functions for the scripts that kiwi-ng runs outside the image root. These scripts unpack Debian's base-files
+/// with `tar`, which would fail to set mode, owner and time of /proc, since /proc is read-only in a build.
 const FUNCTIONS: (&str, &str) = ("functions", "tar() { command tar --exclude=./proc \"$@\"; }\n");
 
-/// Minimum free space for a build to begin, in bytes.
+/// Minimum free space, in bytes, that a build needs to begin.
 const LEAST_SPACE: u64 = 256 << 20;
 
-/// First version of kiwi-ng that works without debootstrap. For older ones the build sets `container=lxc`, with which
-/// debootstrap mounts devices instead of making their nodes, which it cannot do here.
+/// First version of kiwi-ng that does not use debootstrap. For older versions the build sets `container=lxc`:
+/// debootstrap then mounts devices instead of creating device nodes, which is not possible here.
 const FIRST_WITHOUT_DEBOOTSTRAP: (u32, u32) = (10, 0);
 
-/// First version of kiwi-ng that accepts the certificate of an authority.
+/// First version of kiwi-ng that can add a CA certificate to the image.
 const TAKES_AUTHORITY: (u32, u32) = (10, 2);
 
-/// Keyrings of distributions on this machine, used for apt if there are no other keys.
+/// Keyrings that this machine has for distributions, used for apt if there are no other keys.
 const KEYRINGS: [&str; 2] =
     ["/usr/share/keyrings/debian-archive-keyring.gpg", "/usr/share/keyrings/ubuntu-archive-keyring.gpg"];
 
-/// Directories in which a pod has keys of repositories: those of the image, and those of the site.
+/// Directories, in a pod, with keys of repositories: those of the image, and those of the site.
 pub const KEY_DIRECTORIES: [&str; 2] = ["/signing-keys", "/etc/cray/signing-keys"];
 
-/// Directories that are hidden from root in the build, in addition to `OAUTH_CONFIG_DIR`: those with credentials in a
-/// pod, and that of the IMS service's socket on one machine.
+/// Directories that are hidden from root in the build, in addition to `OAUTH_CONFIG_DIR`: those with a pod's
+/// credentials, and that of the socket of an IMS service on this machine.
 const HIDDEN: [&str; 5] =
     ["/etc/cray/remote-keys", "/etc/admin-client-auth", "/run/secrets", "/var/run/secrets", "/run/ims"];
 
 /// The only variables of this process that kiwi-ng gets: a site's proxies.
 const PROXIES: [&str; 6] = ["http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"];
 
-/// Files in which the tools for certificate authorities gather an image's authorities.
+/// Files into which the tools for CA certificates collect an image's certificates.
 const BUNDLES: [&str; 4] = [
     "etc/ssl/certs/ca-certificates.crt",
     "var/lib/ca-certificates/ca-bundle.pem",
@@ -81,10 +81,10 @@ const BUNDLES: [&str; 4] = [
     "etc/ssl/ca-bundle.pem",
 ];
 
-/// Files that kiwi-ng's scripts leave at the top of an image root.
+/// Files that kiwi-ng's scripts leave behind at the top of an image root.
 const LEFT: [&str; 2] = [".kconfig", ".profile"];
 
-/// Lines of kiwi-ng that begin a stage, with the stage's name.
+/// Beginnings of the stages of kiwi-ng: a part of the line that it prints, and the name of the stage.
 const STAGES: [(&str, &str); 7] = [
     ("Setup root directory", "preparing the image root"),
     ("Installing bootstrap packages", "installing the first packages"),
@@ -95,13 +95,13 @@ const STAGES: [(&str, &str); 7] = [
     ("Export rpm packages metadata", "listing packages"),
 ];
 
-/// Maximum number of bytes at the end of kiwi-ng's log that are searched for the output of a failed script.
+/// Number of bytes at the end of kiwi-ng's log that are searched for the output of a failed script.
 const LONGEST_TAIL: u64 = 64 << 10;
 
-/// Maximum length of a quoted line of a script, in characters.
+/// Maximum length, in characters, of a script's line that an error quotes.
 const LONGEST_LINE: usize = 200;
 
-/// Maximum length of a quoted error of kiwi-ng, in bytes.
+/// Maximum length, in bytes, of kiwi-ng's error that an error quotes.
 const LONGEST_ERROR: usize = 1 << 10;
 
 /// Arguments of the command line.
@@ -109,21 +109,21 @@ const LONGEST_ERROR: usize = 1 << 10;
 pub struct Wanted {
     /// Directory of the recipe.
     pub recipe: PathBuf,
-    /// Profiles to build.
+    /// Profiles to build; if empty, those that the description imports.
     pub profiles: Vec<String>,
-    /// Package of the site's authority; `None` for the pod's.
+    /// Package of the site's certificate authority; `None` for the pod's package.
     pub ca_rpm: Option<PathBuf>,
-    /// Certificate of the site's authority; `None` for the pod's.
+    /// Certificate of the site's certificate authority; `None` for the pod's certificate.
     pub authority: Option<PathBuf>,
-    /// True if a job may lack an authority: on one machine, a site need not have one.
+    /// True if a job may lack a certificate authority: the site of a single machine need not have one.
     pub is_authority_optional: bool,
-    /// Further keys of repositories.
+    /// Additional keys of repositories.
     pub signing_keys: Vec<PathBuf>,
 }
 
-/// A build that can begin.
+/// A build that was checked and can begin.
 pub(crate) trait Ready {
-    /// Carries out the build in the image root parent.
+    /// Builds the image root in the image root parent.
     fn carry_out(&mut self, work: &Work, volume: &Tree) -> Result<()>;
 }
 
@@ -132,10 +132,10 @@ pub fn run(settings: &Settings, wanted: &Wanted) -> Result<u8> {
     run_by(settings, |work, parent, volume| Build::check(work, settings, wanted, parent.to_owned(), volume))
 }
 
-/// Carries out the build that `check` returns; `check` fails if the build cannot begin.
+/// Calls `check`, and carries out the build that it returns.
 ///
-/// If a job's build fails, `build_failed` is created and the exit code is 0: the containers after this one decide how
-/// to go on. If `check` fails, the job ends with an error.
+/// If a job's build fails, creates `build_failed` and returns exit code 0: the next containers decide how the job
+/// continues. If `check` fails, the build cannot begin, and the job ends with an error.
 pub(crate) fn run_by<R: Ready>(
     settings: &Settings,
     check: impl FnOnce(&Work, &Path, &Tree) -> Result<R>,
@@ -154,7 +154,7 @@ pub(crate) fn run_by<R: Ready>(
                 if let Some(files) = files {
                     files.retract(BUILD_FAILED)?;
                     files.touch(BUILD_FAILED)?;
-                    // The sidecar reports this reason.
+                    // Write the reason into the file, for the sidecar to report.
                     let _ = volume.replace(BUILD_FAILED, format!("{}\n", e.reason()).as_bytes());
                 }
                 if e.is_interruption() { Err(e) } else { Ok(Outcome::Failed(e)) }
@@ -164,8 +164,8 @@ pub(crate) fn run_by<R: Ready>(
     })
 }
 
-/// Creates the image root parent and returns its path without symbolic links. Other users must not reach setuid
-/// programs of the image. A job already has a parent, the job's own volume.
+/// Creates the image root parent, and returns its path without symbolic links. Other users cannot enter it, so that
+/// they do not reach setuid programs of the image. A job already has a parent: the job's own volume.
 fn make_parent(settings: &Settings) -> Result<PathBuf> {
     let parent = &settings.job.parent;
     let attempted = || format!("open the image root parent {}", parent.display());
@@ -184,13 +184,13 @@ fn make_parent(settings: &Settings) -> Result<PathBuf> {
     Ok(real)
 }
 
-/// Refuses a recipe that a user other than root can change, since that user would be root in the build.
+/// Refuses a recipe that a user other than root can change, since that user could run scripts as root in the build.
 fn refuse_changeable(recipe: &Path) -> Result<()> {
     let attempted = || format!("build the recipe {}", recipe.display());
     let advice = "fetch it by 'ims-sshd fetch-recipe', which makes a copy that only root can change";
     named::refuse_changeable(recipe, false).attempt(attempted).advise(advice)?;
     let tree = open_tree(recipe)?;
-    // No other user can enter a directory with this mode, whatever it contains.
+    // With this mode no other user can enter the directory, so its content need not be checked.
     if rustix::fs::fstat(&tree).attempt(attempted)?.st_mode & 0o011 == 0 {
         return Ok(());
     }
@@ -209,7 +209,7 @@ fn refuse_changeable(recipe: &Path) -> Result<()> {
     .advise(advice)
 }
 
-/// Returns the recipe's package manager and its program. Fails if ims-sshd cannot build such a recipe.
+/// Returns the recipe's package manager and its program. Fails if `ims-sshd` cannot build the recipe.
 fn manager(description: &Description, selection: &Selection) -> Result<(String, &'static str)> {
     let attempted = || format!("build '{}'", description.name);
     let of = |parts: &[(crate::recipe::description::Scope, String)]| -> BTreeSet<String> {
@@ -224,7 +224,7 @@ fn manager(description: &Description, selection: &Selection) -> Result<(String, 
             .advise(format!("add <type image=\"{TYPE}\"/> to its preferences")));
     }
     let managers = of(&description.package_managers);
-    // kiwi-ng's default.
+    // This is kiwi-ng's default.
     let manager = managers.first().cloned().unwrap_or_else(|| "dnf4".into());
     let Some((_, program)) = PACKAGE_MANAGERS.iter().find(|(name, _)| *name == manager) else {
         let known: Vec<_> = PACKAGE_MANAGERS.iter().map(|(name, _)| *name).collect();
@@ -234,22 +234,22 @@ fn manager(description: &Description, selection: &Selection) -> Result<(String, 
     Ok((manager, program))
 }
 
-/// Parts of a build that another machine is to carry out.
+/// Everything that another machine needs to carry out a build.
 pub(crate) struct Offered {
     /// The recipe.
     pub(crate) recipe: Tree,
-    /// Programs that the other machine needs.
+    /// Programs that the other machine must have.
     pub(crate) programs: [&'static str; 2],
-    /// Certificate of the site's authority.
+    /// Certificate of the site's certificate authority, in PEM.
     pub(crate) authority: Option<Vec<u8>>,
-    /// Package of the site's authority.
+    /// Package of the site's certificate authority.
     pub(crate) package: Option<Vec<u8>>,
-    /// Files with keys that packages may be signed with.
+    /// Files with the keys with which packages may be signed.
     pub(crate) keys: Vec<PathBuf>,
 }
 
 impl Offered {
-    /// Reads the parts, and refuses a recipe that cannot be built.
+    /// Reads everything that the other machine needs. Fails if the recipe cannot be built.
     pub(crate) fn read(settings: &Settings, wanted: &Wanted) -> Result<Self> {
         let recipe = named::resolve(&wanted.recipe).attempt(|| format!("open {}", wanted.recipe.display()))?;
         let recipe = open_tree(&recipe)?;
@@ -275,19 +275,19 @@ struct Build<'a> {
     version: (u32, u32),
     authority: Authority,
     keys: Vec<PathBuf>,
-    /// True if QEMU has to be registered for the image's programs.
+    /// True if QEMU must be registered to run the image's programs.
     is_emulated: bool,
 }
 
 impl<'a> Build<'a> {
-    /// Checks all that can be checked before the build.
+    /// Checks everything that can be checked before the build begins.
     fn check(work: &Work, settings: &'a Settings, wanted: &'a Wanted, parent: PathBuf, volume: &Tree) -> Result<Self> {
         let attempted = || format!("build the recipe {}", wanted.recipe.display());
         if !rustix::process::geteuid().is_root() {
             return Err(Error::new(attempted()).because("only root can install packages").advise("run it as root"));
         }
         let recipe = named::resolve(&wanted.recipe).attempt(|| format!("open {}", wanted.recipe.display()))?;
-        // A job's recipe is on the job's own volume, which no other user can change.
+        // A job's recipe is on the job's own volume, where no other user can change it.
         if settings.job.id.is_none() {
             refuse_changeable(&recipe)?;
         }
@@ -314,7 +314,7 @@ impl<'a> Build<'a> {
         }
         let image_root = parent.join(CREATED_IMAGE_ROOT);
         if settings.job.id.is_some() {
-            // The volume is the job's own, so these are leftovers of an earlier start of this container.
+            // Remove leftovers of an earlier start of this container: nothing else writes to the job's volume.
             for name in [CREATED_IMAGE_ROOT, BUILD] {
                 let (above, name) = name.rsplit_once('/').unwrap_or((".", name));
                 if let Ok(above) = volume.directory_without_links(above) {
@@ -362,7 +362,7 @@ impl<'a> Build<'a> {
         })
     }
 
-    /// Runs kiwi-ng, and checks what it has built.
+    /// Runs kiwi-ng, and checks the image root that it has built.
     fn build(&self, work: &Work, volume: &Tree) -> Result<()> {
         let attempted = || format!("build '{}'", self.description.name);
         if let Ok(Some(files)) = SignalFiles::open(&self.parent) {
@@ -392,7 +392,7 @@ impl<'a> Build<'a> {
             if ended.is_err() {
                 running.end();
             }
-            // The reader ends once no process can write to the output any more.
+            // The reader ends when no process has the output open for writing any more.
             let error = reader.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             ended.map(|()| error)
         })?;
@@ -461,7 +461,7 @@ impl<'a> Build<'a> {
         }
         let keys = private.directory("keys").attempt(attempted)?;
         for (number, key) in self.keys.iter().enumerate() {
-            // Copy the keys: in a pod they are mounted below /etc, and the build's copy of /etc leaves out mounts.
+            // Copy the keys. A pod has them in mounts below /etc, and mounts are left out of the build's copy of /etc.
             let name = key.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
             let name = format!("{number}-{name}");
             let content = std::fs::read(key).attempt(|| format!("read the signing key {}", key.display()))?;
@@ -514,12 +514,12 @@ impl<'a> Build<'a> {
         })
     }
 
-    /// Gives rpm's database its usual place. On Debian rpm has it below the home directory, and the image's database
-    /// would get the path of the builder's home.
+    /// Sets the usual path of rpm's database. Debian's rpm puts the database below the home directory, so the image's
+    /// database would get the path of the builder's home.
     fn prepare_home(&self, work: &Work, home: &Path) -> Result<()> {
         let attempted = || format!("write {}", home.join(".rpmmacros").display());
         if self.manager == "apt" {
-            // kiwi-ng 9.24 calls gpg, which needs this directory.
+            // kiwi-ng 9.24 calls gpg, which needs this directory to exist.
             return std::fs::create_dir_all(home.join(".gnupg")).attempt(attempted);
         }
         let mut rpm = Command::new("rpm");
@@ -530,7 +530,7 @@ impl<'a> Build<'a> {
         Ok(())
     }
 
-    /// Checks that the image root has the site's authority, and removes leftovers of the build.
+    /// Checks that the image root has the certificate of the site's authority, and removes leftovers of the build.
     fn finish(&self, volume: &Tree, before: &BTreeSet<OsString>) -> Result<()> {
         let root =
             volume.directory_without_links(CREATED_IMAGE_ROOT).attempt(|| "open the image root that was built")?;
@@ -542,7 +542,8 @@ impl<'a> Build<'a> {
         Ok(())
     }
 
-    /// Fails if the image lacks the site's authority: zypper skips a package that it cannot find, and exits with 0.
+    /// Fails if the image lacks the certificate of the site's authority. kiwi-ng may have succeeded without it, since
+    /// zypper skips packages that it cannot find and exits with 0.
     fn check_authority(&self, root: &Tree) -> Result<()> {
         let Some(content) = &self.authority.certificate else { return Ok(()) };
         let is_here = |path: &Path| root.read(path, 4 << 20).is_ok_and(|found| found == *content);
@@ -579,8 +580,8 @@ impl Ready for Build<'_> {
     }
 }
 
-/// Removes kiwi-ng's own files from an image root, and closes the description to other users, since it may contain
-/// passwords of repositories.
+/// Removes kiwi-ng's own files from an image root. Makes the description inaccessible to other users, since it may
+/// contain passwords of repositories.
 pub(crate) fn clean(root: &Tree) -> Result<()> {
     for name in LEFT {
         let is_file = |found: &rustix::fs::Stat| FileKind::of(found) == FileKind::Regular;
@@ -594,7 +595,7 @@ pub(crate) fn clean(root: &Tree) -> Result<()> {
     Ok(())
 }
 
-/// Returns the base64 text of the first certificate, for which bundles are searched.
+/// Returns the base64 text of the first certificate, without white space, to search for it in bundles.
 fn body(pem: &[u8]) -> Vec<u8> {
     let text = String::from_utf8_lossy(pem).into_owned();
     let certificate = text.split_once("-----BEGIN CERTIFICATE-----").map_or("", |(_, rest)| rest);
@@ -606,21 +607,21 @@ fn without_space(text: &[u8]) -> Vec<u8> {
     text.iter().copied().filter(|byte| !byte.is_ascii_whitespace()).collect()
 }
 
-/// Names of kiwi-ng's archives in the image root parent.
+/// Returns the names of kiwi-ng's archives in the image root parent.
 fn archives(volume: &Tree) -> Result<BTreeSet<OsString>> {
     let names = volume.names().attempt(|| format!("read {}", volume.shown().display()))?;
     Ok(names.into_iter().filter(|name| name.to_string_lossy().ends_with(".tar.xz")).collect())
 }
 
-/// The site's authority.
+/// Certificate and package of the site's certificate authority.
 struct Authority {
     certificate: Option<Vec<u8>>,
     package: Option<Vec<u8>>,
 }
 
 impl Authority {
-    /// Reads the certificate and the package that exist. A job in a pod must have both; elsewhere the package is made
-    /// from the certificate.
+    /// Reads the certificate and the package, as far as they exist. A job in a pod must have both; elsewhere the
+    /// package is created from the certificate.
     fn read(settings: &Settings, wanted: &Wanted) -> Result<Self> {
         let place = wanted.authority.clone().unwrap_or_else(|| ca_rpm::DEFAULT_CERTIFICATE.into());
         let file = wanted.ca_rpm.clone().unwrap_or_else(|| Path::new(ca_rpm::DEFAULT_OUTPUT).join(ca_rpm::FILE));
@@ -638,7 +639,8 @@ impl Authority {
     }
 }
 
-/// Returns the keys that packages may be signed with. If there are none and `manager` is apt, returns [`KEYRINGS`].
+/// Returns the files with keys with which packages may be signed: [`KEYRINGS`] if there are no others and `manager` is
+/// apt.
 fn keys(wanted: &Wanted, manager: Option<&str>) -> Result<Vec<PathBuf>> {
     let mut keys = wanted.signing_keys.clone();
     for directory in KEY_DIRECTORIES {
@@ -646,7 +648,7 @@ fn keys(wanted: &Wanted, manager: Option<&str>) -> Result<Vec<PathBuf>> {
         let mut found = Vec::new();
         for entry in entries {
             let path = entry.attempt(|| format!("read {directory}"))?.path();
-            // Kubernetes mounts files as links into directories with such names.
+            // Skip hidden names: Kubernetes mounts files as links into hidden directories.
             let is_hidden = path.file_name().is_none_or(|name| name.to_string_lossy().starts_with('.'));
             if !is_hidden && path.is_file() {
                 found.push(path);
@@ -661,7 +663,7 @@ fn keys(wanted: &Wanted, manager: Option<&str>) -> Result<Vec<PathBuf>> {
     Ok(keys)
 }
 
-/// Directories of a kiwi-ng that is not the system's, and of its Python: a whole virtual environment, or the usual
+/// Returns the directories of a kiwi-ng outside of /usr, and of its Python: a whole virtual environment, or the usual
 /// directories of another prefix.
 fn installation(program: &Path) -> Vec<PathBuf> {
     let prefixes = [program.to_owned(), program.with_file_name("python3")];
@@ -673,19 +675,19 @@ fn installation(program: &Path) -> Vec<PathBuf> {
     parts.filter(|part| part.is_dir() && !part.starts_with("/usr") && part.components().count() > 2).collect()
 }
 
-/// Path of a program.
+/// Returns the path of a program that `PATH` contains.
 fn program_in_path(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path).map(|place| place.join(name)).find(|file| file.is_file())
 }
 
-/// Major and minor version in what `kiwi-ng --version` prints.
+/// Returns the major and minor version from the output of `kiwi-ng --version`.
 fn version_in(said: &str) -> Option<(u32, u32)> {
     let mut numbers = said.trim().rsplit(' ').next()?.split('.');
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
-/// Prints each line of kiwi-ng's output as one line, logs the stages, and returns kiwi-ng's last error.
+/// Prints kiwi-ng's output line by line, logs the stages, and returns kiwi-ng's last error.
 fn tell_output(output: impl Read) -> Option<String> {
     let mut reader = BufReader::new(output);
     let mut error = Errors::default();
@@ -698,7 +700,7 @@ fn tell_output(output: impl Read) -> Option<String> {
             Ok(_) => {}
         }
         let text = String::from_utf8_lossy(&line);
-        // A progress bar writes over itself.
+        // Keep only the last state of a progress bar, which overwrites itself.
         let text = text.trim_end_matches(['\n', '\r']).rsplit('\r').next().unwrap_or_default();
         let text = redaction::without_secrets(text);
         error.hear(&text);
@@ -715,7 +717,7 @@ fn is_info(line: &str) -> bool {
     line.starts_with("[ INFO")
 }
 
-/// Finds the last error in kiwi-ng's lines.
+/// Finds the last error in the lines that kiwi-ng prints.
 #[derive(Default)]
 struct Errors {
     lines: Vec<String>,
@@ -749,7 +751,7 @@ impl Errors {
     }
 }
 
-/// The last `length` bytes of a file.
+/// Returns the last `length` bytes of a file.
 fn end_of(volume: &Tree, name: &str, length: u64) -> std::io::Result<Vec<u8>> {
     let mut file = volume.open_regular(name, OFlags::RDONLY | OFlags::NOFOLLOW)?;
     let size = file.metadata()?.len();
@@ -759,15 +761,15 @@ fn end_of(volume: &Tree, name: &str, length: u64) -> std::io::Result<Vec<u8>> {
     Ok(text)
 }
 
-/// Returns the script in an error of kiwi-ng without a cause: kiwi-ng quotes only what a script wrote to standard
-/// error.
+/// Returns the name of the script if an error of kiwi-ng reports that a script failed, but no cause: kiwi-ng quotes
+/// only standard error, to which the script wrote nothing.
 fn silent_script(error: &str) -> Option<&str> {
     let rest = error.strip_prefix("KiwiScriptFailed: ")?;
     let script = rest.strip_suffix(" failed with").or_else(|| rest.strip_suffix(" failed"))?;
     (!script.contains(' ')).then_some(script)
 }
 
-/// Describes what `script` wrote last to standard output; `log` is the end of kiwi-ng's log.
+/// Describes the last line that `script` wrote to standard output. `log` is the end of kiwi-ng's log.
 fn what_it_said(script: &str, log: &str) -> String {
     let begun = log.rsplit_once("out start-----").map_or("", |(_, rest)| rest);
     let lines = begun.split("out stop-----").next().unwrap_or_default().lines().filter(|line| !line.contains("-----"));

@@ -10,5 +10,5 @@ pub mod repositories;
 pub mod sandbox;
 pub mod template;
 
-/// Directory of a recipe in a pod.
+/// Directory, in a pod, of the recipe.
 pub const DEFAULT_RECIPE: &str = "/mnt/image/recipe";

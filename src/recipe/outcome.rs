@@ -1,4 +1,4 @@
-//! Sets a job's status in IMS, by which others learn about the steps of a create job.
+//! Sets the status of a create job in IMS when its steps begin or fail.
 
 use std::ffi::OsString;
 
@@ -8,7 +8,7 @@ use crate::publish::settings::Settings;
 use crate::transfer::Work;
 
 /// Carries out one step of a create job. Sets the job's status to `begins` before the step, and to `error` if the step
-/// fails: nothing else tells IMS that an init container has failed.
+/// fails: IMS does not otherwise learn that an init container has failed.
 pub(crate) fn step(
     settings: &Settings,
     begins: Option<Status>,
@@ -21,11 +21,11 @@ pub(crate) fn step(
 pub(crate) enum Outcome {
     /// The image root is complete.
     Built,
-    /// The image root is incomplete; the job's next container decides how to go on.
+    /// The image root is incomplete; the job's next container decides how the job continues.
     Failed(Error),
 }
 
-/// Like [`step`], but the job also goes on after [`Outcome::Failed`].
+/// Like [`step`], but a failed build ([`Outcome::Failed`]) does not end the job.
 pub(crate) fn build(
     settings: &Settings,
     begins: Option<Status>,
@@ -42,13 +42,13 @@ pub(crate) fn build(
         }
     })?;
     if let Outcome::Failed(why) = outcome {
-        // Still return 0: an init container with another exit code would end the job.
+        // Return 0 nevertheless: another exit code of an init container would end the job.
         tracing::error!("{why}");
     }
     Ok(0)
 }
 
-/// Reports to IMS that a step refused its arguments or `variables`.
+/// Reports to IMS that a step has refused its arguments or its environment `variables`.
 pub fn report_refusal(variables: Vec<(OsString, OsString)>) {
     let Ok(settings) = Settings::to_report(variables) else { return };
     let reported = Work::begin(&settings.network).and_then(|work| {

@@ -1,7 +1,7 @@
-//! `ims-sshd wait-for-repos`: waits until the repositories that a recipe is built from can be read.
+//! `ims-sshd wait-for-repos`: waits until the repositories that a recipe uses can be read.
 //!
-//! Requests carry no token, since a recipe can name any server. They carry the user and password that the recipe has
-//! for the repository, if any.
+//! Requests carry no token, since a recipe can name any server. They carry the user and password for the repository if
+//! the recipe has them.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -22,16 +22,16 @@ use crate::sys::named;
 use crate::transfer::{Work, in_full, without_query};
 use crate::volume::open_tree;
 
-/// Timeout of one request, as in the program that this one replaces.
+/// Timeout of one request, the same as in upstream's program.
 const REQUEST_LIMIT: Duration = Duration::from_secs(10);
 
-/// First and longest pause between two requests to one repository.
+/// First and longest pause between two requests to a repository.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(10));
 
-/// Time limit for the wait, unless `TIMEOUT` sets another one.
+/// Time limit for the wait if `TIMEOUT` is not set.
 const DEFAULT_LIMIT: Duration = Duration::from_secs(500);
 
-/// Statuses after which GET is tried: a server that answers HEAD with one of them may still support GET.
+/// Statuses of HEAD after which GET is tried: a server that answers HEAD with one of these may still support GET.
 const NO_HEAD: [StatusCode; 5] = [
     StatusCode::BAD_REQUEST,
     StatusCode::FORBIDDEN,
@@ -40,10 +40,10 @@ const NO_HEAD: [StatusCode; 5] = [
     StatusCode::NOT_IMPLEMENTED,
 ];
 
-/// Files that show that a directory of the machine is a repository.
+/// Files that show that a directory of this machine is a repository.
 const OF_REPOSITORY: [&str; 4] = ["repodata/repomd.xml", "dists", "Release", "InRelease"];
 
-/// Sign by which a repository counts as ready.
+/// Evidence that a repository is ready.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Sign {
     /// One of these URLs answers.
@@ -54,14 +54,14 @@ enum Sign {
     Unknown(String),
 }
 
-/// Reads `TIMEOUT`.
+/// Reads the time limit from the variable `TIMEOUT`.
 pub fn limit(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Result<Duration> {
     let mut reader = Reader::of(variables);
     let limit = reader.limit("TIMEOUT").unwrap_or(DEFAULT_LIMIT);
     reader.finish(Some(limit))
 }
 
-/// Waits for the repositories of the recipe in `directory` that a build of `profiles` uses, at most for `limit`.
+/// Waits, for at most `limit`, for those repositories of the recipe in `directory` that a build of `profiles` uses.
 pub fn run(settings: &Settings, directory: &Path, profiles: &[String], limit: Duration) -> Result<u8> {
     outcome::step(settings, Some(Status::WaitingForRepos), |work| {
         let real = named::resolve(directory).attempt(|| format!("open {}", directory.display()))?;
@@ -72,7 +72,7 @@ pub fn run(settings: &Settings, directory: &Path, profiles: &[String], limit: Du
     })
 }
 
-/// A repository that is waited for.
+/// A repository for which this step waits.
 struct Awaited {
     alias: String,
     urls: Vec<String>,
@@ -140,7 +140,7 @@ fn wait(work: &Work, description: &Description, selection: &Selection, recipe: &
 }
 
 impl Awaited {
-    /// Asks until the repository answers or `limit` is over. Fails with the last reason.
+    /// Sends requests until the repository answers or `limit` is over. Fails with the reason of the last failure.
     async fn come(&self, limit: Duration) -> std::result::Result<(), String> {
         let began = Instant::now();
         let (mut pause, mut told) = (PAUSE.0, None);
@@ -168,7 +168,7 @@ impl Awaited {
         for url in &self.urls {
             match self.request(url).await {
                 Ok(()) => return Ok(()),
-                // Report the failure of the first sign, which is the usual one.
+                // If all URLs fail, report the failure of the first one, which is the usual URL.
                 Err(why) if reason.is_empty() => reason = why,
                 Err(_) => {}
             }
@@ -201,7 +201,7 @@ impl Awaited {
     }
 }
 
-/// Returns the sign by which `repository` counts as ready.
+/// Returns the evidence by which `repository` counts as ready.
 fn sign(repository: &Repository, description: &Description, selection: &Selection, recipe: &Path) -> Sign {
     let path = variables_replaced(&repository.path, description, selection);
     if path.is_empty() {
@@ -218,15 +218,15 @@ fn sign(repository: &Repository, description: &Description, selection: &Selectio
             Sign::Unknown(format!("only the package manager knows the variables in {}", without_query(&path)))
         }
         "http" | "https" => Sign::Url(urls(repository, description, selection, &path)),
-        // With `://` as with `:/`, an absolute path follows the scheme.
+        // An absolute path follows the scheme, after `://` as well as after `:/`.
         "dir" | "file" | "iso" => Sign::Path(format!("/{}", rest.trim_start_matches('/')).into()),
         "this" => Sign::Path(recipe.join(rest.trim_start_matches('/'))),
         _ => Sign::Unknown(format!("only kiwi-ng knows where {scheme}: leads")),
     }
 }
 
-/// Returns the directories of the machine from which the build may read packages. A recipe can name any directory, so
-/// directories that are no repository are left out.
+/// Returns the directories of this machine from which the build may read packages. Leaves out directories that are no
+/// repository, since a recipe can name any directory.
 pub(crate) fn of_machine(description: &Description, selection: &Selection, recipe: &Path) -> Vec<PathBuf> {
     let used = description.repositories.iter().filter(|(scope, _)| scope.holds(selection));
     let named = used.filter_map(|(_, repository)| match sign(repository, description, selection, recipe) {
@@ -236,7 +236,7 @@ pub(crate) fn of_machine(description: &Description, selection: &Selection, recip
     named.filter(|path| OF_REPOSITORY.iter().any(|name| path.join(name).exists())).collect()
 }
 
-/// URLs of which one has to answer.
+/// Returns the URLs of which one must answer.
 fn urls(repository: &Repository, description: &Description, selection: &Selection, path: &str) -> Vec<String> {
     if ["mirrorlist", "metalink"].contains(&repository.source_type.as_str()) {
         return vec![path.to_owned()];
@@ -255,7 +255,7 @@ fn urls(repository: &Repository, description: &Description, selection: &Selectio
     if !is_apt {
         return vec![below("repodata/repomd.xml")];
     }
-    // Without a release, or with one that ends in '/', the repository is flat (sources.list(5)).
+    // Without a release, or if the release ends in '/', the repository is flat (sources.list(5)).
     let distribution = repository.distribution.as_str();
     let place = match distribution.strip_suffix('/') {
         Some(flat) => format!("{flat}/").trim_start_matches('/').to_owned(),
@@ -265,7 +265,7 @@ fn urls(repository: &Repository, description: &Description, selection: &Selectio
     ["InRelease", "Release"].map(|name| below(&format!("{place}{name}"))).into()
 }
 
-/// Returns `path` with those package managers' variables replaced whose values are known.
+/// Returns `path` with the package managers' variables replaced, as far as their values are known.
 fn variables_replaced(path: &str, description: &Description, selection: &Selection) -> String {
     let mut path = path.trim().to_owned();
     let release = description.release.as_deref();

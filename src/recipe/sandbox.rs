@@ -1,17 +1,17 @@
-//! Runs kiwi-ng in namespaces of its own. A child process of this program makes the namespaces, and the child's own
-//! child is their first process. Both ends of the communication between these processes are in this file.
+//! Runs kiwi-ng in its own namespaces. A child process of this program creates the namespaces, and a child of that
+//! child is their first process. This file has both ends of the communication between these processes.
 //!
 //! ```text
 //! ims-sshd build ── makes ──► child: user, mount, PID, IPC, UTS namespaces ── fork ──► init, process 1 ── kiwi-ng
 //! ```
 //!
-//! A recipe's scripts run as root alongside kiwi-ng. Root in the user namespace is user 0 outside, too, and so owns the
-//! machine's files. Therefore the build has its own root directory ([`View`]) with only those parts of the machine that
-//! it needs. A second user namespace locks the mounts in it (mount_namespaces(7)).
+//! A recipe's scripts run as root alongside kiwi-ng. Root in the user namespace is also user 0 outside of it, and so
+//! owns the machine's files. Therefore the build has its own root directory ([`View`]), which contains only those parts
+//! of the machine that it needs. A second user namespace locks the mounts in this root directory (mount_namespaces(7)).
 //!
-//! Whatever ends one of the processes, the kernel ends all that come after it: by the parent's death signal, and
-//! because a PID namespace dies with its first process. The mounts disappear with the last process of their namespace.
-//! So no cleanup depends on a program that might be killed itself.
+//! If one of the processes ends for any reason, the kernel ends all processes after it in the diagram: by the parent's
+//! death signal, and because a PID namespace dies with its first process. The mounts disappear with the last process of
+//! their namespace. So no cleanup depends on a program that might itself be killed.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -45,24 +45,24 @@ use crate::sys::seccomp;
 use crate::sys::signals::{Signals, unblock_signals};
 use crate::sys::tree::Tree;
 
-/// First argument of the child.
+/// First argument of the child's command line.
 const CHILD: &str = "build-as-child";
 
-/// Name of the processes.
+/// Name of this program in the list of processes.
 const NAME: &str = "ims-sshd";
 
 /// This program's own file.
 const OWN_PROGRAM: &str = "/proc/self/exe";
 
-/// Directories of the machine that the build sees as they are, read-only.
+/// Directories of the machine that the build sees unchanged and read-only.
 const SHOWN: [&str; 7] = ["/bin", "/lib", "/lib32", "/lib64", "/libx32", "/sbin", "/usr"];
 
-/// Directories of which the build has a writable copy in memory. The copy contains only files that every user of the
-/// machine may read, so that no credentials get into it.
+/// Directories of which the build gets a writable copy in memory. Only files that every user of the machine may read
+/// are copied, so no credentials get into the build.
 const COPIED: [&str; 4] = ["/etc", "/usr/local/share/ca-certificates", "/usr/share/pki", "/var/lib/ca-certificates"];
 
-/// Further directories of the build, initially empty, and their modes. Package managers write to those below `var`: two
-/// builds do not share a lock or a cache, and the machine's own packages stay as they are.
+/// Other directories of the build, which are initially empty, and their modes. Package managers write to those below
+/// `var`, so two builds share no lock and no cache, and the machine's own packages stay unchanged.
 const EMPTY: [(&str, u32); 15] = [
     ("dev", 0o755),
     ("mnt", 0o755),
@@ -81,34 +81,34 @@ const EMPTY: [(&str, u32); 15] = [
     ("var/tmp", 0o1777),
 ];
 
-/// Directory for downloaded packages, inside the one for the build's own files; on the volume, since they need much
-/// space.
+/// Directory for downloaded packages, inside the directory for the build's own files. It is on the volume, since
+/// packages need much space.
 pub(crate) const CACHE: &str = "cache";
 
 /// Directory of kiwi-ng's cache, which kiwi-ng also binds into the image root.
 const KIWI_CACHE: &str = "/var/cache/kiwi";
 
-/// Files of /etc that may be links to a directory that the build does not see; their content is copied.
+/// Files in /etc that may be links to directories that the build does not see. Their content is copied.
 const LINKED_FILES: [&str; 3] = ["hosts", "hostname", "resolv.conf"];
 
-/// Directories from which this machine's tools read further certificate authorities, each with its tool.
+/// Directories from which this machine's tools read additional CA certificates, each with its tool.
 const AUTHORITIES: [(&str, &str); 3] = [
     ("/usr/local/share/ca-certificates", "update-ca-certificates"),
     ("/usr/share/pki/trust/anchors", "update-ca-certificates"),
     ("/etc/pki/ca-trust/source/anchors", "update-ca-trust"),
 ];
 
-/// Search path of the tools in [`AUTHORITIES`], since this process has no environment variables.
+/// Value of `PATH` for the tools in [`AUTHORITIES`], since this process has no environment variables.
 const SYSTEM_PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Directory of further certificate authorities in an image root of Debian packages.
+/// Directory of additional CA certificates in an image root of Debian packages.
 pub(crate) const DEBIAN_ANCHORS: &str = "usr/local/share/ca-certificates";
 
-/// Directory of programs that only the build has, first in its search path.
+/// Directory of replacement programs for the build, first in the build's `PATH`.
 pub(crate) const PROGRAMS: &str = "bin";
 
-/// Replacements for the programs by which kiwi-ng mounts and unmounts. In a user namespace, binding a directory fails
-/// if locked mounts are below it. Binding it recursively succeeds, but the result can only be unmounted as a whole.
+/// Replacements for mount and umount, which kiwi-ng calls. In a user namespace, binding a directory fails if locked
+/// mounts are below it. Binding it recursively succeeds, but the result can only be unmounted as a whole.
 const MOUNT_PROGRAMS: [(&str, &str); 2] = [
     (
         "mount",
@@ -129,50 +129,50 @@ said=$(umount \"$@\" 2>&1) || umount -l \"$@\" || { echo \"$said\" >&2; exit 32;
     ),
 ];
 
-/// Attributes of writable mounts: device nodes in them cannot be opened.
+/// Attributes of writable mounts. Device nodes in such mounts cannot be opened.
 const WRITABLE: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NODEV;
-/// Attributes of read-only mounts: device nodes in them cannot be opened.
+/// Attributes of read-only mounts. Device nodes in such mounts cannot be opened.
 const READ_ONLY: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NODEV.union(MountAttrFlags::MOUNT_ATTR_RDONLY);
 
 /// Maximum size of the child's report, in bytes.
 const LONGEST_REPORT: u64 = 64 << 10;
 
-/// Orders for the child.
+/// Everything that the child needs to know about a build.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Order {
     /// kiwi-ng and its arguments.
     pub(crate) command: Vec<String>,
-    /// All environment variables of kiwi-ng.
+    /// The environment variables of kiwi-ng; it gets no others.
     pub(crate) variables: Vec<(String, String)>,
     /// Directory for the build's own files.
     pub(crate) private: PathBuf,
-    /// Image root parent, which the build writes to.
+    /// Image root parent, to which the build writes.
     pub(crate) parent: PathBuf,
-    /// Directories that the build reads: the recipe, repositories, kiwi-ng. Their paths contain no symbolic links.
+    /// Directories that the build can read: the recipe, repositories, kiwi-ng. Their paths contain no symbolic links.
     pub(crate) shown: Vec<PathBuf>,
-    /// Directories with credentials, which the build does not see.
+    /// Directories with credentials, which are hidden from the build.
     pub(crate) hidden: Vec<PathBuf>,
-    /// Certificate of the site's authority, for the package manager's own downloads.
+    /// Certificate of the site's certificate authority, for downloads of the package manager.
     pub(crate) authority: Option<PathBuf>,
-    /// Architecture whose programs QEMU runs in this build only.
+    /// Architecture whose programs QEMU runs, in this build only; `None` if no emulation is needed.
     pub(crate) emulated: Option<String>,
-    /// Image root of Debian packages to which the authority is added after kiwi-ng has ended, since kiwi-ng cannot add
-    /// it.
+    /// Image root of Debian packages, if the certificate must be added to it after kiwi-ng has ended because kiwi-ng
+    /// itself cannot add it.
     pub(crate) trusts_later: Option<PathBuf>,
 }
 
-/// How the child ended.
+/// How kiwi-ng, run by the child, ended.
 #[derive(Debug, Serialize, Deserialize, PartialEq, Eq)]
 pub(crate) enum Ended {
     /// kiwi-ng ended with this exit code.
     Code(i32),
     /// A signal killed kiwi-ng.
     Signal(i32),
-    /// The namespaces could not be made.
+    /// The namespaces or mounts of the build could not be set up.
     Failed(String),
 }
 
-/// A build that runs.
+/// A running build.
 #[derive(Debug)]
 pub(crate) struct Running {
     child: Child,
@@ -192,27 +192,28 @@ impl Running {
         let mut child = Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()));
         child.arg0(NAME).args([CHILD, &told.as_raw_fd().to_string(), &report.as_raw_fd().to_string()]);
         child.stdin(Stdio::null()).stdout(input.try_clone().attempt(attempted)?).stderr(input).env_clear();
-        // A process group of its own: Ctrl-C then reaches only this program, which ends the build in order.
+        // A process group of its own: Ctrl-C then reaches only this program, which ends the build cleanly.
         child.process_group(0);
         let child = end_with_us(unblock_signals(&mut child)).spawn().attempt(attempted)?;
         Ok(Self { child, report, output: OwnedFd::from(output).into() })
     }
 
-    /// Returns the child, for callers that wait for it.
+    /// Returns the child, for a caller that waits for it.
     pub(crate) fn child(&mut self) -> &mut Child {
         &mut self.child
     }
 
-    /// Returns how the child ended; `None` if it was killed.
+    /// Returns how kiwi-ng ended; `None` if the child was killed before it could report.
     pub(crate) fn report(&self) -> Option<Ended> {
         let mut text = vec![0; usize::try_from(LONGEST_REPORT).unwrap_or(0)];
         let length = self.report.read_at(&mut text, 0).ok()?;
         serde_json::from_slice(&text[..length]).ok()
     }
 
-    /// Kills all processes of the build, and returns once none is left.
+    /// Kills all processes of the build, and returns when none is left.
     pub(crate) fn end(&mut self) {
-        // Kill the first process of the PID namespace: the kernel kills all others before it reports that death.
+        // Kill the first process of the PID namespace. The kernel kills all other processes of the namespace before it
+        // reports that one's death.
         for init in children(Pid::from_raw(self.child.id().cast_signed())) {
             let _ = nix::sys::signal::kill(init, Signal::SIGKILL);
         }
@@ -229,22 +230,22 @@ impl Drop for Running {
     }
 }
 
-/// Copies this program into memory. Otherwise, processes of the build could change mode and owner of the machine's file
-/// through /proc/1/exe.
+/// Copies this program into memory, to run the child from the copy. Otherwise processes of the build could change mode
+/// and owner of the machine's file through /proc/1/exe.
 fn own_copy() -> io::Result<File> {
     use rustix::fs::{MemfdFlags, SealFlags};
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    // Kernels before 6.3 reject `EXEC`, and later ones may require it (vm.memfd_noexec).
+    // Try with `EXEC` first: later kernels may require it (vm.memfd_noexec), and kernels before 6.3 reject it.
     let made =
         rustix::fs::memfd_create(NAME, flags | MemfdFlags::EXEC).or_else(|_| rustix::fs::memfd_create(NAME, flags))?;
     let mut copy = File::from(made);
     io::copy(&mut File::open(OWN_PROGRAM)?, &mut copy)?;
     rustix::fs::fcntl_add_seals(&copy, SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE)?;
-    // A file that is open for writing cannot be run (ETXTBSY).
+    // Return a read-only descriptor: a file that is open for writing cannot be executed (ETXTBSY).
     File::open(format!("/proc/self/fd/{}", copy.as_raw_fd()))
 }
 
-/// Runs the child if this process was started as one. Returns its exit code.
+/// Runs the child, if this process was started as the child, and returns its exit code; otherwise returns `None`.
 pub fn run_as_child() -> Option<u8> {
     let mut words = std::env::args_os().skip(1);
     if words.next()? != CHILD {
@@ -262,7 +263,7 @@ pub fn run_as_child() -> Option<u8> {
         .read_to_end(&mut text)
         .map_err(io::Error::other)
         .and_then(|_| serde_json::from_slice(&text).map_err(io::Error::other));
-    // Inherited descriptors are the parent's: kiwi-ng gets none of them.
+    // Close inherited descriptors on exec, so that kiwi-ng gets none of the parent's.
     let closed = crate::sys::process::close_on_exec_from(3);
     let ended = match order.and_then(|order: Order| closed.map(|()| order)) {
         Ok(order) => make(&order, &report).unwrap_or_else(|e| Some(Ended::Failed(e.to_string()))),
@@ -279,7 +280,7 @@ fn tell(report: &File, ended: &Ended) {
     let _ = serde_json::to_vec(ended).map(|text| report.write_all_at(&text, 0));
 }
 
-/// Makes the namespaces, and waits until their first process has ended; that process reports how kiwi-ng ended.
+/// Creates the namespaces, and waits until their first process ends. That process reports how kiwi-ng ended.
 fn make(order: &Order, report: &File) -> Result<Option<Ended>> {
     let namespaces = CloneFlags::CLONE_NEWUSER
         | CloneFlags::CLONE_NEWNS
@@ -291,7 +292,8 @@ fn make(order: &Order, report: &File) -> Result<Option<Ended>> {
         "allow user namespaces on the node (user.max_user_namespaces, seccomp, AppArmor); see docs/RECIPES.md",
     )?;
     mounts::make_all_private().attempt(|| "make the build's mounts private")?;
-    // The init polls one end of this pipe: if the other end is closed, this process has ended.
+    // Lets the first process detect the end of this process: it polls one end of the pipe, and only this process holds
+    // the other.
     let (alive, held) = io::pipe().attempt(attempted)?;
     match fork().attempt(|| "start the build's first process")? {
         Fork::Child => {
@@ -312,20 +314,20 @@ fn make(order: &Order, report: &File) -> Result<Option<Ended>> {
     }
 }
 
-/// Mounts what the build needs, runs kiwi-ng, and reaps what it leaves.
+/// Mounts what the build needs, runs kiwi-ng, and reaps the processes that kiwi-ng leaves behind.
 fn first_process(order: &Order, alive: &OwnedFd) -> Result<Ended> {
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
         .attempt(|| "have the build end with its parent")?;
-    // The parent may have ended before the signal was set. getppid(2) does not show that: the parent is in another
-    // namespace.
+    // The parent may have ended before the death signal was set. getppid(2) cannot show that, since the parent is in
+    // another PID namespace.
     let mut source = [PollFd::new(alive, PollFlags::empty())];
     if poll::wait(&mut source, std::time::Duration::ZERO).attempt(|| "look for the parent")? > 0 {
         return Ok(Ended::Signal(libc::SIGKILL));
     }
     let emulated = order.emulated.as_deref().and_then(Architecture::from_name);
-    // The interpreter stays registered until this value is dropped.
+    // Keep the interpreter registered until this value is dropped.
     let _interpreter = emulated.map(|architecture| binfmt::provide(architecture, "build", true)).transpose()?;
-    // Opened now, since the build's own /proc cannot be written to.
+    // Open /proc now, since the build's own /proc is read-only.
     let in_proc = Tree::open(Path::new("/proc/self/.")).attempt(|| "open /proc")?;
     View::enter(order)?;
     take_input().attempt(|| "open /dev/null of the build")?;
@@ -361,17 +363,17 @@ fn first_process(order: &Order, alive: &OwnedFd) -> Result<Ended> {
     }
 }
 
-/// Root directory of a build, in memory, while it is being made.
+/// Root directory of a build, in memory, while it is being set up.
 struct View {
     root: Tree,
 }
 
 impl View {
-    /// Makes the root directory and moves this process into it. Afterwards no path leads to the machine's other
-    /// directories.
+    /// Sets up the root directory and moves this process into it. After that, no path leads to other directories of the
+    /// machine.
     fn enter(order: &Order) -> Result<()> {
         let attributes = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID;
-        // Until the switch to the new root, paths still lead to the machine's files.
+        // Attach the root without switching to it: until the switch, paths still lead to the machine's files.
         let root = Detached::filesystem("tmpfs", &[("mode", "0755")], attributes)
             .and_then(mounts::cover_root)
             .attempt(|| "mount a root directory for the build")?;
@@ -389,7 +391,7 @@ impl View {
         for place in COPIED.map(Path::new).into_iter().filter(|place| place.is_dir()) {
             view.copy(place, &hidden).attempt(|| format!("copy {} for the build", place.display()))?;
         }
-        // Parents before their subdirectories, which a parent that is mounted later would cover.
+        // Mount parents before their subdirectories: a parent that is mounted later would cover the subdirectory.
         let mut shown: Vec<_> = order.shown.iter().map(|place| (place.clone(), place, READ_ONLY)).collect();
         let cache = order.private.join(CACHE);
         shown.push((KIWI_CACHE.into(), &cache, WRITABLE));
@@ -405,7 +407,7 @@ impl View {
         mounts::switch_root(&root).attempt(|| "switch to the root directory of the build")
     }
 
-    /// Shows a part of the machine; copies the link if there is a symbolic link in its place.
+    /// Makes a part of the machine visible to the build. If it is a symbolic link, copies the link.
     fn show_part(&self, place: &Path) -> io::Result<()> {
         match std::fs::read_link(place) {
             Ok(target) => Ok(rustix::fs::symlinkat(target, &self.root, relative(place))?),
@@ -440,7 +442,7 @@ impl View {
         self.attach(copy, place)
     }
 
-    /// Covers a directory with credentials if the build can see it.
+    /// Covers a directory with credentials, if the build can see it.
     fn hide(&self, place: &Path) -> io::Result<()> {
         if self.root.look(relative(place)).ok().flatten().is_none() {
             return Ok(());
@@ -454,8 +456,8 @@ fn relative(path: &Path) -> &Path {
     path.strip_prefix("/").unwrap_or(path)
 }
 
-/// Copies those files of a directory that every user of the machine may read. Leaves out mounts in it: a pod mounts
-/// credentials as files that everybody may read.
+/// Copies the files of a directory that every user of the machine may read. Leaves out mounts in the directory, since a
+/// pod mounts credentials as files that everybody may read.
 fn copy_readable(from: &Path, to: &Path, hidden: &[PathBuf]) -> io::Result<()> {
     let device = std::fs::symlink_metadata(from)?.dev();
     for entry in std::fs::read_dir(from)? {
@@ -475,7 +477,8 @@ fn copy_readable(from: &Path, to: &Path, hidden: &[PathBuf]) -> io::Result<()> {
     Ok(())
 }
 
-/// Replaces this process's standard input: it is a file of the machine, whose mode and owner the build could change.
+/// Opens /dev/null as standard input. The inherited standard input may be a file of the machine, whose mode and owner
+/// the build could change.
 fn take_input() -> io::Result<()> {
     rustix::stdio::dup2_stdin(File::open("/dev/null")?).map_err(Into::into)
 }
@@ -490,14 +493,15 @@ fn write_mount_programs(private: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Removes rights that a build does not need from this process and its future children. `in_proc` is this process's
-/// directory in a writable /proc.
+/// Removes rights that a build does not need from this process and its future children. `in_proc` is the directory of
+/// this process in a writable /proc.
 fn confine(in_proc: &Tree) -> Result<()> {
-    // Root in the build must not remove or change mounts: in a further user namespace with fewer rights, they are
+    // Root in the build must not remove or change mounts. In another user namespace with fewer rights, the mounts are
     // locked.
     unshare_with_users_of(in_proc, CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS)
         .attempt(|| "make the namespaces of kiwi-ng")?;
-    // Landlock keeps the build from abstract sockets, which belong to the container's network, which it shares.
+    // Landlock keeps the build from connecting to abstract sockets: the build shares the container's network, to which
+    // they belong.
     if let Some(scopes) = Ruleset::of_scopes().attempt(|| "make the build's Landlock rules")? {
         scopes.restrict_this_thread().attempt(|| "apply the build's Landlock rules")?;
     }
@@ -505,7 +509,7 @@ fn confine(in_proc: &Tree) -> Result<()> {
     seccomp::filter(refused_calls::program()).attempt(|| "install the seccomp filter")
 }
 
-/// Adds the site's authority to an image root of Debian packages.
+/// Adds the certificate of the site's authority to an image root of Debian packages.
 fn trust_in_image(root: &Path, authority: &Path) -> Result<()> {
     let attempted = || "add the site's authority to the image root";
     let tree = Tree::open(root).attempt(attempted)?;
@@ -514,12 +518,12 @@ fn trust_in_image(root: &Path, authority: &Path) -> Result<()> {
     tree.replace(Path::new(DEBIAN_ANCHORS).join("cray_certificate_authority.crt"), &content).attempt(attempted)?;
     let mut tool = Command::new("chroot");
     tool.arg(root).arg("update-ca-certificates").stdin(Stdio::null()).env_clear().env("PATH", SYSTEM_PATH);
-    // If the image lacks the tool, a later check warns about it.
+    // Ignore a missing tool: a later check warns about it.
     let _ = unblock_signals(&mut tool).output();
     Ok(())
 }
 
-/// Warns, among the lines of kiwi-ng, that the package manager may refuse the site's servers.
+/// Prints a warning into kiwi-ng's output: the package manager may refuse the site's servers.
 fn tell_untrusted(tool: &str, why: &str) {
     let _ = writeln!(
         io::stderr(),
@@ -527,13 +531,13 @@ fn tell_untrusted(tool: &str, why: &str) {
     );
 }
 
-/// Adds the site's authority to those that the machine's programs trust, in the build only.
+/// Makes programs in the build trust the site's authority, in addition to those that the machine's programs trust.
 fn trust(authority: &Path) -> Result<()> {
     let there = AUTHORITIES.iter().find(|(place, _)| Path::new(place).is_dir());
     let Some((place, tool)) = there else { return Ok(()) };
     let attempted = || format!("add {} to the authorities of the build", authority.display());
     std::fs::copy(authority, Path::new(place).join("ims-sshd-site.crt")).attempt(attempted)?;
-    // Capture the output, which is of no use to the reader of a build's log.
+    // Capture the output, which would not help a reader of the build's log.
     let ran = unblock_signals(Command::new(tool).stdin(Stdio::null()).env("PATH", SYSTEM_PATH)).output();
     match ran {
         Ok(output) if output.status.success() => {}

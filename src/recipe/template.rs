@@ -1,8 +1,8 @@
-//! Templates in a recipe: files that `.ims_recipe_template.yaml` names, in Jinja's language, filled in with the values
-//! of the job.
+//! Fills in a recipe's templates with the values of the job. The templates are files in Jinja's language that
+//! `.ims_recipe_template.yaml` lists.
 //!
-//! A template is untrusted input in a process that has the job's credentials. It has no function that reads a file or
-//! starts a program, loads no other template, and its loops are bounded.
+//! A template is untrusted input in a process that has the job's credentials. Therefore templates have no function that
+//! reads a file or starts a program, cannot load other templates, and have bounded loops.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Seek, Write};
@@ -17,7 +17,7 @@ use crate::printable::listed;
 use crate::sys::file_kind::FileKind;
 use crate::sys::tree::Tree;
 
-/// File of a recipe that lists its templates.
+/// File of a recipe that lists the templates.
 const LIST: &str = ".ims_recipe_template.yaml";
 
 /// Maximum length of [`LIST`], in bytes.
@@ -25,7 +25,7 @@ const LONGEST_LIST: u64 = 1 << 20;
 /// Maximum length of a template, in bytes.
 const LONGEST_TEMPLATE: u64 = 16 << 20;
 
-/// Number of instructions after which a template counts as endless.
+/// Number of instructions after which a template counts as an endless loop.
 const FUEL: u64 = 5_000_000;
 
 /// Values for templates, by name.
@@ -37,7 +37,7 @@ struct Listed {
     template_files: Vec<String>,
 }
 
-/// Parses the values that IMS hands over, a JSON object of strings; an empty file has none.
+/// Parses the values that IMS passes, a JSON object of strings. An empty file counts as an object without values.
 pub(crate) fn parse_values(text: &[u8], shown: &str) -> Result<Values> {
     if text.trim_ascii().is_empty() {
         return Ok(Values::new());
@@ -58,7 +58,7 @@ fn kind_of(error: &serde_json::Error) -> &'static str {
     }
 }
 
-/// Fills in the templates of `recipe`, which nobody else can write to. `values` is `None` if the job has none.
+/// Fills in the templates of `recipe`, to which nobody else can write. `values` is `None` if the job has no values.
 pub(crate) fn fill_in(recipe: &Tree, values: Option<&Values>) -> Result<()> {
     let list_read = || format!("read {LIST} of the recipe");
     let values_given = values.filter(|values| !values.is_empty());
@@ -92,7 +92,8 @@ pub(crate) fn fill_in(recipe: &Tree, values: Option<&Values>) -> Result<()> {
     Ok(())
 }
 
-/// Fills in the template `name`, unless its file is in `filled` (device and inode), possibly under another name.
+/// Fills in the template `name`, unless `filled` already contains the device and inode of its file (under another
+/// name).
 fn fill_in_file(recipe: &Tree, name: &str, values: &Values, filled: &mut BTreeSet<(u64, u64)>) -> Result<()> {
     let attempted = || format!("fill in the template {name}");
     let path = Path::new(name);
@@ -115,11 +116,12 @@ fn fill_in_file(recipe: &Tree, name: &str, values: &Values, filled: &mut BTreeSe
         let why = format!("it is {}, and must be a file", FileKind::of(&found));
         return Err(Error::new(attempted()).because(why).advise(format!("{LIST} names it")));
     }
-    // If a file were filled in twice, its values would be taken for template text.
+    // Fill in each file only once: in a second pass, values that the first one inserted would be taken for template
+    // text.
     if !filled.insert((found.st_dev, found.st_ino)) {
         return Ok(());
     }
-    // Written in place, so that mode and owner stay.
+    // Write into the existing file, so that its mode and owner stay.
     let mut file = recipe.open_regular(path, OFlags::RDWR | OFlags::NOFOLLOW).attempt(attempted)?;
     let mut text = String::new();
     (&mut file).take(LONGEST_TEMPLATE + 1).read_to_string(&mut text).attempt(attempted)?;
@@ -132,13 +134,13 @@ fn fill_in_file(recipe: &Tree, name: &str, values: &Values, filled: &mut BTreeSe
     file.write_all(text.as_bytes()).attempt(attempted)
 }
 
-/// Fills in `text`; `name` is for messages. Unlike with Jinja2 as IMS uses it, printing an unknown value is an error; a
-/// condition may use an unknown one.
+/// Fills in `text`; messages name `name`. In contrast to IMS's use of Jinja2, printing an unknown value is an error. A
+/// condition may still use an unknown value.
 pub(crate) fn render(name: &str, text: &str, values: &Values) -> Result<String> {
     let mut environment = Environment::new();
     environment.set_undefined_behavior(UndefinedBehavior::SemiStrict);
-    // By default, escaping depends on the file's name: in config.xml, '&' in a value would become '&amp;'. Values are
-    // already in the file's syntax.
+    // Switch escaping off. By default it depends on the file's name: in config.xml, '&' in a value would become
+    // '&amp;', but values are already in the file's syntax.
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     environment.set_fuel(Some(FUEL));
