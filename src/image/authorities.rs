@@ -67,7 +67,7 @@ mod tests {
         symlink("..2026", pod.path().join("..data")).unwrap();
         symlink("..data/certificate_authority.crt", pod.path().join("certificate_authority.crt")).unwrap();
         let (dir, tree) = image();
-        // A link that upstream's sidecar has left.
+        // A link that upstream's sidecar has left behind.
         let there = dir.path().join("etc/cray/ca");
         std::fs::create_dir_all(&there).unwrap();
         symlink("..data/certificate_authority.crt", there.join("certificate_authority.crt")).unwrap();

@@ -356,7 +356,7 @@ fn in_boot(image_root: &Tree, name: &str, modules: &[Modules]) -> Kernel {
     let target = target.map(|target| target.to_string_lossy().into_owned()).unwrap_or_default();
     let (above, last) = target.rsplit_once('/').unwrap_or(("", &target));
     let above = above.rsplit('/').next().unwrap_or_default();
-    // `vmlinuz` is usually a link to the kernel with a version, in /boot or in the directory of its modules.
+    // `vmlinuz` is usually a link to a kernel whose name has a version, or to the kernel in a directory of modules.
     let own = flavour_of(name).filter(|flavour| !flavour.is_empty());
     let flavour = own.or_else(|| flavour_of(last).filter(|flavour| !flavour.is_empty()));
     let version = flavour

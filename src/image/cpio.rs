@@ -106,7 +106,8 @@ pub(crate) fn unpack(input: impl Read, root: &Tree, mut look: impl FnMut() -> io
                 let mut file = File::from(rustix::fs::openat(&parent, &name, flags, Mode::RUSR | Mode::WUSR)?);
                 // In this format, the last entry of a file with several names has the content.
                 let sum = archive.copy(u64::from(header.size), &mut file, &mut look)?;
-                // Among the entries of a file with several names, only the one with the content has its checksum.
+                // Check only an entry with content: among the entries of a file with several names, no other has the
+                // checksum.
                 if header.size > 0 && header.sum.is_some_and(|expected| expected != sum) {
                     return Err(invalid(&format!("the content of '{}' does not match its checksum", path.display())));
                 }

@@ -70,7 +70,8 @@ pub(crate) struct Excluded {
 
 /// A directory that is still to be searched.
 struct Ahead {
-    /// Patterns whose first names match the path, by index, each with the number of names matched.
+    /// Patterns of which a beginning matches the path: the index of each pattern, and the number of its names that
+    /// match.
     begun: Vec<(usize, usize)>,
     is_excluded: bool,
 }

@@ -45,7 +45,7 @@ pub(crate) struct Holes {
 }
 
 impl Holes {
-    /// Begins a sum for a tree whose sparse logs are `logs`.
+    /// Starts the sum for a tree. Its sparse logs, which are `logs`, do not count.
     pub(crate) fn new(logs: &[(String, Stat)]) -> Self {
         let seen = logs.iter().map(|(_, log)| (log.st_dev, log.st_ino)).collect();
         Self { names: Vec::new(), bytes: 0, seen }

@@ -100,9 +100,9 @@ impl AsFd for Opened {
 pub(crate) enum Kind {
     /// A complete squashfs.
     Squashfs,
-    /// A tar archive, with its decompressor.
+    /// A tar archive, with the program that decompresses it; `None` if it is not compressed.
     Tar(Option<&'static str>),
-    /// A cpio archive of the format `newc`, with its decompressor.
+    /// A cpio archive of the format `newc`, with the program that decompresses it; `None` if it is not compressed.
     Cpio(Option<&'static str>),
 }
 

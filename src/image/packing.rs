@@ -196,7 +196,7 @@ pub(crate) fn check_output(file: &Path, called: &str) -> Result<()> {
 
 /// A packed image.
 pub(crate) struct Packed {
-    /// The file. Its name may be another file's by now.
+    /// The file. The name under which it was written may lead to another file by now.
     pub(crate) file: File,
     /// [`State`](crate::image::state::State) of the image root as it was packed, if the packer has reported it.
     pub(crate) state: Option<String>,
@@ -519,8 +519,8 @@ fn share_of_memory(all: Option<u64>) -> u64 {
     (all.unwrap_or(0) / MEMORY.1).max(MEMORY.0)
 }
 
-/// Verifies that the squashfs has as many sets of extended attributes (file capabilities among them) as the image root
-/// has different ones: a squashfs stores each set once, and counts them.
+/// Verifies that the squashfs has as many sets of extended attributes (file capabilities among them) as there are
+/// distinct sets in the image root: a squashfs stores each set once, and counts the sets.
 fn attributes_are_kept(image_root: &Tree, squashfs: &File, attempted: &str) -> Result<()> {
     let mut sets = HashSet::new();
     // mksquashfs packs new empty files in place of the sparse logs, without their attributes.
@@ -579,7 +579,8 @@ fn attribute_sets(file: &File) -> io::Result<u64> {
 /// Settings of the packed image.
 #[derive(Debug, Clone)]
 pub(crate) struct Packing {
-    /// `IMAGE_COMPRESSION`, one of [`COMPRESSIONS`]; `None` means the source's, or else the default.
+    /// `IMAGE_COMPRESSION`, one of [`COMPRESSIONS`]; `None` means the compression of the source or, without a source,
+    /// the default.
     pub(crate) compression: Option<&'static str>,
     /// `SOURCE_DATE_EPOCH`: the time given to all files of the image, in seconds since 1970.
     pub(crate) epoch: Option<u64>,
@@ -592,7 +593,7 @@ pub(crate) struct Packing {
 /// The program that packs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Packer {
-    /// Our own, which takes over what is unchanged.
+    /// Our own packer, which copies unchanged files from the source.
     Own,
     /// mksquashfs, which compresses everything.
     Mksquashfs,

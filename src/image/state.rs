@@ -1,4 +1,4 @@
-//! State of a tree, which tells whether anything in it was changed.
+//! State of a tree: a digest that differs if anything in the tree was changed.
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;

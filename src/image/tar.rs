@@ -55,8 +55,9 @@ pub(crate) trait Input: Read {
     /// Skips `length` bytes. May go past the end of the file.
     fn skip(&mut self, length: u64) -> io::Result<()>;
 
-    /// Announces that the end mark was read, which ends `at` bytes into the archive. Returns the first later block that
-    /// is not all zeros, with its offset in the archive; `None` if only zeros follow. The file may end in that block.
+    /// Announces that the end mark was read; `at` is the offset at which the mark ends. Returns the first later block
+    /// that is not all zeros, with its offset in the archive; `None` if only zeros follow. The file may end in that
+    /// block.
     fn rest(&mut self, at: u64) -> io::Result<Option<(u64, Vec<u8>)>>;
 }
 
@@ -222,7 +223,8 @@ fn is_empty(block: &[u8; BLOCK]) -> bool {
     block.iter().all(|&b| b == 0)
 }
 
-/// True if the checksum is right; its own field counts as spaces. Old programs add up signed bytes.
+/// True if the checksum of a header is right. In the sum, the field of the checksum itself counts as spaces. Old
+/// programs add up signed bytes, so accept that sum too.
 fn is_header(block: &[u8; BLOCK]) -> bool {
     let bytes = || block.iter().enumerate().map(|(at, &b)| if (148..156).contains(&at) { b' ' } else { b });
     let unsigned: i64 = bytes().map(i64::from).sum();

@@ -278,7 +278,7 @@ struct Then {
     size: i64,
     modified: (i64, u64),
     changed: (i64, u64),
-    /// True if it has no extended attributes.
+    /// True if the file has no extended attributes.
     is_bare: bool,
     path: PathBuf,
 }
@@ -326,7 +326,7 @@ impl Inventory {
         self.head.source.as_deref()
     }
 
-    /// Records that `squashfs`, which is kept beside the image root, was moved with it.
+    /// Records that `squashfs`, which is kept beside the image root, was moved together with the image root.
     pub(crate) fn moved(&mut self, squashfs: &File) -> io::Result<()> {
         self.head.squashfs = Mark::of(squashfs)?;
         Ok(())

@@ -395,7 +395,7 @@ pub(crate) const ONE_DEVICE: (&str, &str) = ("xino", "on");
 /// a file the content of another one.
 pub(crate) const NO_METACOPY: (&str, &str) = ("metacopy", "off");
 
-/// Options that the kernel dropped, which it does silently where a file system lacks what they need.
+/// Overlay options that the kernel dropped: it does so silently if a file system lacks something that an option needs.
 fn lacking(image_root: &Path) -> Vec<&'static str> {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let is_ours = |line: &&str| mounts::mount_points(line.as_bytes()) == [image_root];
@@ -482,8 +482,8 @@ impl Overlay {
             }
         };
         let mut overlay = Self { image_root: image_root.to_owned(), lower, mounted: mounted_below };
-        // The root of an overlay takes owner, mode and times from the upper directory, so give that those of the
-        // source.
+        // The root of an overlay takes owner, mode and times from the upper directory, so give the upper directory
+        // those of the source.
         if first {
             copy_root(&overlay.lower, &upper).attempt(attempted)?;
         }

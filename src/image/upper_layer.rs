@@ -17,8 +17,8 @@ use crate::sys::walk::{Descent, refuse_long};
 /// Prefix of the extended attributes in which overlayfs keeps its state of a file in the upper layer.
 const STATE: &[u8] = b"trusted.overlay.";
 
-/// Prefix under which overlayfs stores an attribute whose name begins like those of its own ([`STATE`]), as when a
-/// session mounts an overlay itself.
+/// Prefix under which overlayfs stores attributes that a session sets with the prefix [`STATE`], as when the session
+/// mounts an overlay itself.
 pub(crate) const ESCAPED: &[u8] = b"trusted.overlay.overlay.";
 
 /// A directory of the upper layer.
@@ -26,7 +26,7 @@ pub(crate) const ESCAPED: &[u8] = b"trusted.overlay.overlay.";
 pub(crate) struct UpperDirectory {
     /// Directory of the source with which this directory is merged; `None` if this one is new or hides the source's.
     pub(crate) source: Option<PathBuf>,
-    /// True if `source` is another path than that of this directory.
+    /// True if `source` differs from the path of this directory.
     pub(crate) is_renamed: bool,
     /// Name of this directory in the stage of an application of changes.
     pub(crate) aside: String,

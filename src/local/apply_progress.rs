@@ -10,9 +10,9 @@ use rustix::fs::{FileType, Stat};
 use crate::error::{Attempt, Error, Result};
 use crate::sys::tree::{Tree, inode_and_birth};
 
-/// Prefix of the stage's name. The stage is a directory inside the one that is changed; it holds renamed directories
-/// until they get their new places, and new files until they are complete. A random number follows the prefix, so that
-/// neither the source nor a session can have the name.
+/// Prefix of the stage's name. The stage is a directory inside the directory that is changed. It holds renamed
+/// directories until they get their new places, and new files until they are complete. A random number follows the
+/// prefix, so that no entry of the source or of a session has the same name.
 const STAGE: &str = ".ims-sshd.applying.";
 
 /// File in the work directory that records the progress of the application.
@@ -133,8 +133,8 @@ impl Progress {
         Ok(Some(stage))
     }
 
-    /// Begins the application of `upper` to `root`, or continues one that has begun. Returns the stage too, unless it
-    /// has been removed already.
+    /// Begins the application of `upper` to `root`, or resumes an interrupted one. Returns the stage too, unless it has
+    /// been removed already.
     pub(crate) fn begin(work: &Tree, upper: &Tree, root: &Tree) -> Result<(Self, Option<Tree>)> {
         let attempted = || format!("apply the changes to {}", root.shown().display());
         let root_is = identity(root).attempt(attempted)?;

@@ -27,7 +27,7 @@ pub(crate) fn end_left_over(image_root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Removes what killed runs of `commands` left: their mount points in `image_root`, and their directories.
+/// Removes what killed runs of `commands` left behind: their mount points in `image_root`, and their directories.
 pub(crate) fn clear_left_over(commands: &[&str], image_root: &Path) -> Result<()> {
     for command in commands {
         if SignalFiles::open(&RunDirectory::place(command, image_root))?.is_none_or(|files| files.is_claimed()) {

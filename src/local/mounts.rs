@@ -1,5 +1,5 @@
-//! A mount namespace and terminals for this run alone: a session in an image must not reach those of the machine's
-//! users.
+//! A mount namespace and terminals for this run alone: a session in an image must not reach the mounts and terminals of
+//! the machine's users.
 
 use std::path::Path;
 

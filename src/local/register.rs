@@ -230,7 +230,7 @@ impl Drop for Entry {
     }
 }
 
-/// Restores the entry of a run that has ended. Returns false if its name is in use by now.
+/// Restores the entry of a finished run. Returns false if another run has taken the name.
 fn restore(entry: &Value) -> bool {
     let Some(path) = entry["name"].as_str().map(|name| place().join(name)) else { return false };
     if std::fs::DirBuilder::new().mode(0o700).create(&path).is_err() {

@@ -148,7 +148,7 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// Returns whether an earlier run has left a packed image of `source` that could not be published.
+    /// Returns whether an earlier run left behind a packed image of `source` that could not be published.
     fn has_packed(&self, source: &Source) -> Result<bool> {
         let files = self.place.files();
         if !files.stands(TRANSFER)? {

@@ -267,10 +267,11 @@ impl Run {
         Ok(entry)
     }
 
-    /// Opens the image and passes its root to `session`, with the users whose marks count in it. `session` decides the
-    /// fate of the changes. Returns its value; or `done`, without a session, if the command or script of an earlier run
-    /// has succeeded and only its changes remained to be applied or published. Unless [`Run::is_in_place`], the caller
-    /// must have called [`own_mounts`](crate::local::mounts::own_mounts).
+    /// Opens the image and passes its root to `session`, with the users whose marks count in the image. `session`
+    /// decides the fate of the changes. Returns the value of `session`. If the command or script of an earlier run has
+    /// succeeded and only its changes remain to be applied or published, does that without a session, and returns
+    /// `done`. Unless [`Run::is_in_place`], the caller must have called
+    /// [`own_mounts`](crate::local::mounts::own_mounts).
     pub(crate) fn carry_out<T: Copy>(
         mut self,
         entry: &Entry,
@@ -546,7 +547,7 @@ fn open_elsewhere(field: &str, path: &Path) -> Option<String> {
     register::run_elsewhere(field, path).map(|run| run["name"].as_str().unwrap_or_default().into())
 }
 
-/// Drops the kept changes, and rolls back what was published of them.
+/// Drops the kept changes, and rolls back an unfinished publication of them.
 pub(super) fn drop_changes(ims: &Ims, settings: &Settings, place: &WorkDirectory) -> Result<()> {
     let directory = JournalDirectory::private(place.files(), settings);
     let publication = Publication { work: ims.work, settings, ims, directory: &directory };
@@ -660,7 +661,7 @@ impl Opened<'_> {
         ended
     }
 
-    /// Rolls back what was published of changes that are put aside.
+    /// Rolls back an unfinished publication of changes that are put aside.
     fn roll_back_aside(&self) -> Result<()> {
         let Some(aside) = SignalFiles::open(&self.files.path().join(ASIDE))? else { return Ok(()) };
         let directory = JournalDirectory::private(&aside, self.settings);

@@ -75,7 +75,8 @@ impl Script {
 
 impl Script {
     /// The command that runs the script in a session over SSH, and the standard input for that command. The script is
-    /// moved to descriptor 3, so that programs that it starts cannot read any of it from their input.
+    /// moved to descriptor 3, so that programs which the script starts cannot read parts of the script from their
+    /// input.
     pub(crate) fn piped(&self) -> Result<(Vec<String>, Vec<u8>)> {
         let first = self.content.split(|byte| *byte == b'\n').next().unwrap_or_default();
         let line = String::from_utf8_lossy(first).into_owned();

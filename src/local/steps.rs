@@ -106,7 +106,7 @@ pub fn prepare(settings: &Settings, source: &Source, open: Open, is_fresh: bool)
         Ok(files) => (Some(files), None),
         Err(error) => (None, Some(error)),
     };
-    // These checks precede any report to IMS, since the job of an open environment, or of another `prepare`, goes on.
+    // These checks precede any report to IMS, since the job of an open environment, or of another `prepare`, continues.
     let claim = match &files {
         Some(files) => {
             files.refuse_open()?;
@@ -244,7 +244,7 @@ impl Place {
         };
         let archive = archive.map_or_else(|| directory.join(settings.archive()), Path::to_owned);
         let (archive_directory, archive_name) = packing::output(&archive, "the archive")?;
-        // The named image root may lie in a parent, whose records tell its source.
+        // The named image root may lie in a parent, whose records name the source of the image root.
         let shown = image_root.shown();
         let above = shown.parent().filter(|_| !is_parent && shown.ends_with(IMAGE_ROOT));
         let source_directory = above.map(open_tree).transpose()?;

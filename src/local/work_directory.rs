@@ -1,6 +1,6 @@
-//! Work directory of a job on this machine, which holds everything that belongs to the image. It is owned by root,
-//! because setuid programs of the image and its /etc/shadow lie below, and other users of the machine must neither
-//! reach nor replace them.
+//! The work directory of a job on this machine, with everything that belongs to the image. It must be owned by root,
+//! because it contains setuid programs of the image and the image's /etc/shadow, which other users of the machine must
+//! neither reach nor replace.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
@@ -55,8 +55,8 @@ pub(crate) struct WorkDirectory {
 }
 
 impl WorkDirectory {
-    /// Creates the directory `name` below `all`, or claims the one that an earlier run left. Fails if another run uses
-    /// it.
+    /// Creates the directory `name` below `all`, or claims the directory that an earlier run left behind. Fails if
+    /// another run uses it.
     pub(crate) fn claim(all: &Path, name: &str) -> Result<Self> {
         let all = own(all)?;
         let place = claim(|| own(&all.join(name))).map(|files| Self { files })?;
@@ -125,7 +125,7 @@ impl WorkDirectory {
         Ok(names.into_iter().filter(|name| ![CLAIM, ASIDE, MOVING].iter().any(|own| name == own)).collect())
     }
 
-    /// Removes what an earlier run left in the directory.
+    /// Removes what an earlier run left behind in the directory.
     pub(crate) fn clear(&self) -> Result<()> {
         let attempted = || format!("clear {}", self.path().display());
         let parent = self.files.parent();

@@ -178,8 +178,8 @@ pub(crate) struct Journal {
     pub(crate) image: Option<Id>,
     /// Link to the manifest, once that is uploaded.
     pub(crate) link: Option<Link>,
-    /// True if this run has set the link, or has found it set and the published image to be the same as its own. A link
-    /// in the journal alone is no proof: with a restored journal, the image may have been published long ago.
+    /// True if this run has set the link, or has found the link set to an image that equals its own. A link in the
+    /// journal alone is no proof: with a restored journal, the image may have been published long ago.
     #[serde(skip)]
     pub(crate) is_own_link: bool,
     /// True if IMS may have recorded the job as a success. Nothing is rolled back then, until IMS says otherwise.

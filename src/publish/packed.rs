@@ -126,8 +126,8 @@ pub(crate) fn pack(
     source: Option<&Source>,
 ) -> Result<(File, Result<()>)> {
     let packing = &settings.packing;
-    // Our own packer reports the state of what it packs. Otherwise, determine the state before packing, so that changes
-    // made meanwhile are noticed later.
+    // Without excluded paths, our own packer reports the state of what it packs. In other cases, determine the state
+    // before packing, so that changes during the packing are noticed later.
     let is_told = packing.packer == Packer::Own && exclude.is_empty();
     let was = (!is_told).then(|| state(image_root)).transpose();
     let Packed { file, state, sha256 } = packing::pack(work, image_root, archive, packing, exclude, source)?;

@@ -56,7 +56,7 @@ pub(crate) fn marks() -> impl Iterator<Item = &'static str> {
 pub(crate) fn clear_marks(parent: &Path, stays: bool) -> Result<()> {
     let Some(files) = SignalFiles::open(parent)? else { return Ok(()) };
     marks().try_for_each(|name| files.retract(name))?;
-    // Without an image root, anything that was published in part or packed elsewhere belongs to another one.
+    // Without an image root, anything that was published in part or packed elsewhere belongs to another image root.
     if stays { Ok(()) } else { clear_published(&files) }
 }
 

@@ -93,8 +93,7 @@ impl Publication<'_> {
         result
     }
 
-    /// Rolls back what an earlier run that was killed has published in part. The journal keeps what cannot be rolled
-    /// back.
+    /// Rolls back an image that a killed run has published in part. The journal keeps what cannot be rolled back.
     pub(crate) fn give_up(&self, journal: &mut Journal) -> Result<()> {
         if journal.image.is_none() && journal.request.is_none() || journal.is_told {
             return Ok(());
@@ -120,7 +119,7 @@ impl Publication<'_> {
         journal.write(self.directory)
     }
 
-    /// Records that the sidecar has ended; without a sidecar, removes the journal.
+    /// Records that the sidecar has finished; without a sidecar, removes the journal.
     pub(crate) fn end(&self, journal: &mut Journal, phase: Phase) -> Result<()> {
         let link = journal.link.take();
         journal.forget_image();
@@ -183,7 +182,7 @@ impl Publication<'_> {
         let (mut record, is_new) = self.register(journal)?;
         let (id, is_published) = (record.id.clone(), is_published && !is_new);
         if !self.is_place_ours(store, &id, is_new)? {
-            // Forget the image, so that nothing of it is deleted either.
+            // Forget the image, so that the rollback deletes nothing of it.
             journal.forget_image();
             let upload = Error::new(format!("upload to {}", store.url_of(id.as_str())));
             return Err(upload
@@ -333,8 +332,8 @@ impl Publication<'_> {
         Ok((record, true))
     }
 
-    /// Reason why `record` is not that of the image `id` which this job created; `None` if it may be. Outside a job, a
-    /// record with a link that this run has neither set nor compared belongs to an image whose publication has ended.
+    /// Reason why `record` does not belong to the image `id` of this job; `None` if it may. Outside a job, a record
+    /// with a link that this run has neither set nor compared belongs to an image whose publication has ended.
     fn difference(&self, record: &records::Image, id: &Id, journal: &Journal) -> Option<String> {
         let is_known = self.settings.job.id.is_some() || journal.is_own_link;
         self.differs(record, id, journal, journal.link.as_ref().filter(|_| is_known))
@@ -372,7 +371,7 @@ impl Publication<'_> {
     }
 
     /// Files of an image, with their checksums. Large files also have a checksum for each part, unless the store is a
-    /// directory, which does not compare those.
+    /// directory, which does not compare checksums of parts.
     fn pieces(&self, image: Image, store: &Store) -> Result<Vec<Piece>> {
         let (kernel, initrd, parameters) = match image.boot {
             Some(boot) => (Some(boot.kernel), boot.initrd, boot.parameters),

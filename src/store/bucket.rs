@@ -56,7 +56,7 @@ impl Asked<'_> {
     }
 
     /// Uploads part `number`, and returns its ETag. If `sha256` is given, the request is signed with it, and a server
-    /// refuses a part whose content has another one; otherwise the content is not signed.
+    /// refuses a part whose content has another checksum; otherwise the content is not signed.
     pub(crate) async fn put_part(
         &self,
         key: &Path,

@@ -192,7 +192,7 @@ impl Store {
         Ok(())
     }
 
-    /// Starts an upload below `probe` in a bucket, and aborts it, even if the answer with its ID was lost.
+    /// Starts an upload below `probe` in a bucket, and aborts it, even if the answer with the upload's ID was lost.
     async fn try_bucket(&self, probe: &str) -> object_store::Result<()> {
         let Objects::S3 { bucket, .. } = &self.objects else { return Ok(()) };
         let path = self.path(&format!("{probe}/begun"));
@@ -358,7 +358,7 @@ impl Store {
         }
     }
 
-    /// Returns whether the ETag of an object can be made of MD5s of its content. The ETag of a file is not.
+    /// Returns whether the ETag of an object can be made of MD5s of its content. Always false in a directory.
     pub(crate) async fn can_have_md5(&self, key: &str) -> object_store::Result<bool> {
         let Objects::S3 { bucket, requests, region, .. } = &self.objects else { return Ok(false) };
         Asked { bucket, requests, region }.can_have_md5(&self.path(key)).await

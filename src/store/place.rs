@@ -75,7 +75,7 @@ pub(crate) fn read(reader: &mut Reader) -> Place {
     }
 }
 
-/// Beginning of an endpoint that, in place of a server, is a directory with a subdirectory for each bucket.
+/// Beginning of an endpoint that is not a server but a directory, with a subdirectory for each bucket.
 pub(crate) const DIRECTORY: &str = "file://";
 
 /// URL of a server, or of a directory.

@@ -270,7 +270,8 @@ impl<'a> Confined<'a> {
         Ok(())
     }
 
-    /// Message if the volume has less free space than the reserve; an archive may unpack to more than any disk holds.
+    /// Message if the volume has less free space than the reserve. The volume is watched because an archive may unpack
+    /// to more than any disk holds.
     pub(crate) fn full_volume(&self) -> Option<String> {
         let path = self.limits.volume.as_ref()?;
         let disk = rustix::fs::statvfs(path).ok()?;
