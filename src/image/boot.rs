@@ -37,7 +37,7 @@ pub(crate) struct BootFile {
 pub(crate) struct BootFiles {
     /// The kernel.
     pub(crate) kernel: BootFile,
-    /// The initrd; `None` if [`NONE`] was given, or if none was found on one machine.
+    /// The initrd; `None` if [`NONE`] was given or, in a run on one machine, if the image has none.
     pub(crate) initrd: Option<BootFile>,
     /// The kernel parameters, if the image has them.
     pub(crate) parameters: Option<BootFile>,
@@ -49,8 +49,8 @@ pub const AUTO: &str = "auto";
 /// Name that asks for no initrd: the node boots without one, or with one from elsewhere, as with Warewulf.
 const NONE: &str = "none";
 
-/// Names of kernels, alone or followed by `-` and a version or flavour (`vmlinuz-lts`). Any firmware boots a kernel of
-/// the first name.
+/// Names of kernels, alone or followed by `-` and a version or flavour (`vmlinuz-lts`), in order of preference. Any
+/// firmware boots a kernel of the first name.
 const KERNELS: [&str; 5] = ["vmlinuz", "Image", "zImage", "bzImage", "vmlinux"];
 
 /// Suffixes of files that lie beside a kernel and must not be taken for a kernel to boot: its checksum, the previous

@@ -105,7 +105,7 @@ pub(crate) fn find(image_root: &Tree, patterns: &[Pattern]) -> io::Result<Exclud
         is_any_kept |= !is_matched && path == Path::new(name);
         let is_excluded = is_matched || above.is_excluded;
         // Below an excluded path, continue only with patterns that have matched nothing so far: a match there shows
-        // that they are not useless.
+        // that such a pattern is not useless.
         further.retain(|(number, _)| !is_excluded || !has_matched[*number]);
         Ok((!further.is_empty()).then_some(Ahead { begun: further, is_excluded }))
     })?;

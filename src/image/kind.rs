@@ -147,7 +147,7 @@ pub(crate) fn kind_of_file(file: &File, shown: &str, padding: u64) -> Result<Kin
         return if size < used {
             refuse(format!("it is cut off: the file has {size} bytes, its squashfs {used}"))
         } else if size - used > padding || !is_zero(file, used, size).attempt(attempted)? {
-            // Only zeros are allowed there, since a squashfs is padded to the blocks of a device or tape.
+            // Only zeros may follow a squashfs, which is padded to the blocks of a device or tape.
             refuse(format!("something follows it: the file has {size} bytes, its squashfs {used}"))
         } else {
             Ok(Kind::Squashfs)
@@ -166,7 +166,7 @@ pub(crate) fn kind_of_file(file: &File, shown: &str, padding: u64) -> Result<Kin
         Some(Archive::Tar) => {}
         None => return refuse(format!("it is {}", unknown(&start))),
     }
-    // This checks only the end of the file. An end mark before it is found later, when the members are checked.
+    // This checks only the end of the file. An earlier end mark is found when the members are checked.
     let mut end = [1; 2 * TAR_BLOCK];
     let at = size.saturating_sub(end.len() as u64);
     if file.read_exact_at(&mut end, at).is_err() || end.iter().any(|&b| b != 0) {

@@ -401,7 +401,7 @@ mod tests {
                 .contains("cannot find the layer")
         );
         assert!(found(&[("manifest.json", json!([{"Layers": vec!["l"; 1001]}])), ("l", text())]).is_err());
-        // An image root that has a file of that name.
+        // An image root with a file of its own called manifest.json.
         for manifest in [json!({"name": "app"}), json!([1]), json!("text")] {
             assert_eq!(found(&[("manifest.json", manifest), ("etc/passwd", text())]), Ok(None));
         }

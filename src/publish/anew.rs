@@ -168,7 +168,7 @@ impl Old {
         // Use the real path, because the mount table contains no symbolic links.
         let real = volume.shown();
         let ours = [real.join(settings.job.image_root()), real.join(OVERLAY).join(LOWER)];
-        // A place can be mounted more than once.
+        // A place can have several mounts on top of each other, so go through all of them.
         for place in mounts_below(&real)?.iter().rev().filter(|place| ours.contains(place)) {
             mounts::unmount(place).attempt(|| format!("unmount {}", place.display()))?;
         }

@@ -67,7 +67,7 @@ impl Seal {
         format!("{} {text}\n", URL_SAFE_NO_PAD.encode(tag))
     }
 
-    /// Text of a line that was signed as this `kind`; `None` for any other, also for a truncated one.
+    /// Text of a line that was signed as this `kind`; `None` for any other line, including a truncated one.
     pub(crate) fn open<'a>(&self, kind: &str, line: &'a str) -> Option<&'a str> {
         let (tag, text) = line.strip_suffix('\n')?.split_once(' ')?;
         let tag = URL_SAFE_NO_PAD.decode(tag).ok()?;

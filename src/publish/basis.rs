@@ -86,7 +86,7 @@ fn unpacked(settings: &Settings, directory: &Tree, image_root: &Tree) -> Result<
     }
     let seal = seal_of(settings, directory)?;
     let inventory = load(directory, seal.as_ref())?;
-    // The sidecar can read files that others who can write to the volume cannot, so do not open any path that they
+    // The sidecar can read files that other writers to the volume cannot read, so do not open any path that they
     // recorded.
     if inventory.source().is_some() && seal.is_none() && !is_own(directory, settings, 0o022)? {
         return Err(Error::new(attempted())

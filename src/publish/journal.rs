@@ -33,7 +33,7 @@ pub(crate) struct JournalDirectory<'a> {
     settings: &'a Settings,
     /// True if nobody else writes to the directory.
     is_private: bool,
-    /// Created on first use: its key may be kept in a store, which need not exist if nothing is published.
+    /// The seal, created on first use: its key may be kept in a store, which need not exist if nothing is published.
     seal: OnceCell<Seal>,
 }
 

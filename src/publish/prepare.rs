@@ -128,8 +128,8 @@ pub(crate) fn make(
         && open.is_none()
         && !matches!(source, Source::Here(_))
         && volume.look(ARCHIVE).is_ok_and(|f| f.is_some());
-    // The volume of an IMS job is the job's own: an earlier container of the job may have fetched the file that is
-    // there.
+    // Skip this check in an IMS job: the volume is the job's own, and an earlier container of the job may have fetched
+    // the file that is there.
     if settings.job.id.is_none() {
         refuse_to_fetch_over(source, &volume, &record)?;
     }
