@@ -98,7 +98,11 @@ const AUTHORITIES: [(&str, &str); 3] = [
     ("/etc/pki/ca-trust/source/anchors", "update-ca-trust"),
 ];
 
-/// Value of `PATH` for the tools in [`AUTHORITIES`], since this process has no environment variables.
+/// Debian's file of all authorities, and the directory of single ones.
+const DEBIAN_BUNDLE: &str = "/etc/ssl/certs/ca-certificates.crt";
+const DEBIAN_CERTIFICATES: &str = "/etc/ssl/certs";
+
+/// Search path of the tools in [`AUTHORITIES`], since this process has no environment variables.
 const SYSTEM_PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Directory of additional CA certificates in an image root of Debian packages.
@@ -531,14 +535,32 @@ fn tell_untrusted(tool: &str, why: &str) {
     );
 }
 
-/// Makes programs in the build trust the site's authority, in addition to those that the machine's programs trust.
+/// Adds a certificate to Debian's files, if they are there. Debian's tool would make them anew: it is a shell script
+/// that starts four programs for each authority, a second in all.
+fn add_to_debian_bundle(authority: &Path) -> io::Result<bool> {
+    let mut bundle = match File::options().append(true).open(DEBIAN_BUNDLE) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
+        bundle => bundle?,
+    };
+    std::fs::copy(authority, Path::new(DEBIAN_CERTIFICATES).join("ims-sshd-site.pem"))?;
+    bundle.write_all(b"\n")?;
+    io::copy(&mut File::open(authority)?, &mut bundle)?;
+    Ok(true)
+}
+
+/// Adds the site's authority to those that the machine's programs trust, in the build only.
 fn trust(authority: &Path) -> Result<()> {
     let there = AUTHORITIES.iter().find(|(place, _)| Path::new(place).is_dir());
-    let Some((place, tool)) = there else { return Ok(()) };
+    let Some(&(place, mut tool)) = there else { return Ok(()) };
     let attempted = || format!("add {} to the authorities of the build", authority.display());
     std::fs::copy(authority, Path::new(place).join("ims-sshd-site.crt")).attempt(attempted)?;
-    // Capture the output, which would not help a reader of the build's log.
-    let ran = unblock_signals(Command::new(tool).stdin(Stdio::null()).env("PATH", SYSTEM_PATH)).output();
+    let mut command = Command::new(tool);
+    if add_to_debian_bundle(authority).attempt(attempted)? {
+        (command, tool) = (Command::new("openssl"), "openssl");
+        command.args(["rehash", DEBIAN_CERTIFICATES]);
+    }
+    // Capture the output, which is of no use to the reader of a build's log.
+    let ran = unblock_signals(command.stdin(Stdio::null()).env("PATH", SYSTEM_PATH)).output();
     match ran {
         Ok(output) if output.status.success() => {}
         Ok(output) => tell_untrusted(tool, String::from_utf8_lossy(&output.stderr).lines().last().unwrap_or_default()),

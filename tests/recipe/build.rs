@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 use testbed::ims_server::{ImsServer, JOB};
 use testbed::job::*;
 use testbed::repository_server::RepositoryServer;
-use testbed::tls_server::certificates;
+use testbed::tls_server::{Tls, certificates, port_of};
 use testbed::*;
 
 use crate::recipes::*;
@@ -367,11 +367,15 @@ fn two_images_of_debian_packages_are_built_at_once_and_the_machine_stays_as_it_i
     let server = RepositoryServer::start(&cache().join("debian-archive"));
     let before = state_of_machine();
     let values = [format!("MIRROR={}", server.url), "SUITE=bookworm".to_owned()];
-    let volumes = [1, 2].map(|_| Volume::of("debian", &values));
+    let [one, two] = [1, 2].map(|_| Volume::of("debian", &values));
+    // The second one's server has a certificate of the site's authority.
+    let tls = Tls::start(two.dir.path(), port_of(&server.url));
+    let volumes = [one, two.with(&server.url, &format!("https://127.0.0.1:{}", tls.port))];
     let builds: Vec<_> = volumes.iter().map(|volume| volume.build(&[]).spawn().unwrap()).collect();
     for build in builds {
         succeeded(&build.wait_with_output().unwrap());
     }
+    drop(tls);
     assert_eq!(state_of_machine(), before);
     for volume in &volumes {
         assert_eq!(volume.file("etc/hostname"), "debian\n");
