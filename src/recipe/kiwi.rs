@@ -20,7 +20,7 @@ use crate::recipe::ca_rpm::{self, ANCHORS};
 use crate::recipe::description::{Description, Selection};
 use crate::recipe::outcome::{self, Outcome};
 use crate::recipe::repositories;
-use crate::recipe::sandbox::{CACHE, DEBIAN_ANCHORS, Ended, Order, PROGRAMS, Running};
+use crate::recipe::sandbox::{self, CACHE, DEBIAN_ANCHORS, Ended, HOME, Order, PROGRAMS, ROOTS_HOME, Running};
 use crate::sys::architecture::Architecture;
 use crate::sys::file_kind::FileKind;
 use crate::sys::named;
@@ -370,7 +370,7 @@ impl<'a> Build<'a> {
         }
         volume.remove_whole(BUILD.as_ref()).attempt(attempted)?;
         let private = volume.make_private(BUILD).attempt(attempted)?;
-        for name in [CACHE, "home", "keys", PROGRAMS] {
+        for name in [CACHE, HOME, "keys", PROGRAMS] {
             private.make_directories(name).attempt(attempted)?;
         }
         let before = archives(volume)?;
@@ -468,8 +468,7 @@ impl<'a> Build<'a> {
             keys.replace(&name, &content).attempt(attempted)?;
             command.push(format!("--signing-key={}", at(&format!("keys/{name}"))));
         }
-        let home = place.join("home");
-        self.prepare_home(work, &home)?;
+        self.prepare_home(work, &place.join(HOME))?;
         let path = format!("{}:{}", at(PROGRAMS), std::env::var("PATH").unwrap_or_default());
         if let Some(xz) = program_in_path("xz") {
             let name = Path::new(PROGRAMS).join("xz");
@@ -481,7 +480,7 @@ impl<'a> Build<'a> {
         let mut variables = vec![
             ("PATH".to_owned(), path),
             ("LANG".to_owned(), "C.UTF-8".to_owned()),
-            ("HOME".to_owned(), home.display().to_string()),
+            ("HOME".to_owned(), ROOTS_HOME.to_owned()),
         ];
         if self.manager == "apt" {
             let (name, text) = FUNCTIONS;

@@ -61,14 +61,13 @@ const SHOWN: [&str; 7] = ["/bin", "/lib", "/lib32", "/lib64", "/libx32", "/sbin"
 /// are copied, so no credentials get into the build.
 const COPIED: [&str; 4] = ["/etc", "/usr/local/share/ca-certificates", "/usr/share/pki", "/var/lib/ca-certificates"];
 
-/// Other directories of the build, which are initially empty, and their modes. Package managers write to those below
-/// `var`, so two builds share no lock and no cache, and the machine's own packages stay unchanged.
-const EMPTY: [(&str, u32); 15] = [
+/// Further directories of the build, initially empty, and their modes. Package managers write to those below `var`: two
+/// builds do not share a lock or a cache, and the machine's own packages stay as they are.
+const EMPTY: [(&str, u32); 14] = [
     ("dev", 0o755),
     ("mnt", 0o755),
     ("opt", 0o755),
     ("proc", 0o555),
-    ("root", 0o700),
     ("run", 0o755),
     ("sys", 0o555),
     ("tmp", 0o1777),
@@ -84,6 +83,12 @@ const EMPTY: [(&str, u32); 15] = [
 /// Directory for downloaded packages, inside the directory for the build's own files. It is on the volume, since
 /// packages need much space.
 pub(crate) const CACHE: &str = "cache";
+
+/// Home directory outside of the image root, inside the directory for the build's own files.
+pub(crate) const HOME: &str = "home";
+
+/// Path of the home directory. In the image root it is the image's, where a recipe's scripts expect it.
+pub(crate) const ROOTS_HOME: &str = "/root";
 
 /// Directory of kiwi-ng's cache, which kiwi-ng also binds into the image root.
 const KIWI_CACHE: &str = "/var/cache/kiwi";
@@ -397,8 +402,9 @@ impl View {
         }
         // Mount parents before their subdirectories: a parent that is mounted later would cover the subdirectory.
         let mut shown: Vec<_> = order.shown.iter().map(|place| (place.clone(), place, READ_ONLY)).collect();
-        let cache = order.private.join(CACHE);
+        let (cache, home) = (order.private.join(CACHE), order.private.join(HOME));
         shown.push((KIWI_CACHE.into(), &cache, WRITABLE));
+        shown.push((ROOTS_HOME.into(), &home, WRITABLE));
         shown.push((order.parent.clone(), &order.parent, WRITABLE));
         shown.sort_by(|(a, ..), (b, ..)| a.cmp(b));
         for (target, source, attributes) in shown {

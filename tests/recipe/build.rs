@@ -177,10 +177,13 @@ pub fn without_privileges(build: &Command) -> Command {
 
 #[test]
 fn container_without_privileges_builds_in_a_user_namespace() {
-    let volume = Volume::new("zypper").with_script("stat -c '%u' /usr/bin/busybox > /owner; ls /sys > /sys-of-build");
+    let script = "stat -c '%u' /usr/bin/busybox > /owner; ls /sys > /sys-of-build; mkdir -p ~/.ssh";
+    let volume = Volume::new("zypper").with_script(script);
     succeeded(&without_privileges(&volume.build(&[])).output().unwrap());
     volume.is_built();
     assert_eq!((volume.file("owner").as_str(), volume.file("sys-of-build").as_str()), ("0\n", ""));
+    // A script's home directory is root's of the image.
+    assert!(volume.root().join("root/.ssh").is_dir());
 }
 
 #[test]
