@@ -48,7 +48,11 @@ const NO_ARCHIVE: &str = "#!/bin/sh\n[ \"$1\" != -f ] || [ ! -p /dev/stdin ] || 
 /// with `tar`, which would fail to set mode, owner and time of /proc, since /proc is read-only in a build.
 const FUNCTIONS: (&str, &str) = ("functions", "tar() { command tar --exclude=./proc \"$@\"; }\n");
 
-/// Minimum free space, in bytes, that a build needs to begin.
+/// Macro of rpm. It leaves out files of packages in directories that belong to the build while packages are installed,
+/// where rpm could set no mode and make no device node.
+const NOT_OF_THE_IMAGE: &str = "%_netsharedpath /dev:/proc:/sys\n";
+
+/// Minimum free space for a build to begin, in bytes.
 const LEAST_SPACE: u64 = 256 << 20;
 
 /// First version of kiwi-ng that does not use debootstrap. For older versions the build sets `container=lxc`:
@@ -513,8 +517,8 @@ impl<'a> Build<'a> {
         })
     }
 
-    /// Sets the usual path of rpm's database. Debian's rpm puts the database below the home directory, so the image's
-    /// database would get the path of the builder's home.
+    /// Tells rpm what does not belong to the image, and gives its database its usual place. On Debian rpm has it below
+    /// the home directory, and the image's database would get the path of the builder's home.
     fn prepare_home(&self, work: &Work, home: &Path) -> Result<()> {
         let attempted = || format!("write {}", home.join(".rpmmacros").display());
         if self.manager == "apt" {
@@ -523,10 +527,11 @@ impl<'a> Build<'a> {
         }
         let mut rpm = Command::new("rpm");
         let output = work.run("find rpm's database", rpm.args(["--eval", "%_dbpath"]), None, |_| {})?;
+        let mut macros = NOT_OF_THE_IMAGE.to_owned();
         if output.stdout.trim_ascii().ends_with(b"/.rpmdb") {
-            std::fs::write(home.join(".rpmmacros"), "%_dbpath /var/lib/rpm\n").attempt(attempted)?;
+            macros += "%_dbpath /var/lib/rpm\n";
         }
-        Ok(())
+        std::fs::write(home.join(".rpmmacros"), macros).attempt(attempted)
     }
 
     /// Checks that the image root has the certificate of the site's authority, and removes leftovers of the build.
