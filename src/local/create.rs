@@ -16,7 +16,7 @@ use crate::local::source::need_root;
 use crate::local::{steps, work_directory};
 use crate::publish::manifest::say_result;
 use crate::publish::settings::Settings;
-use crate::recipe::{fetch, kiwi, repositories};
+use crate::recipe::{fetch, kiwi, repositories, sandbox};
 use crate::remote::build::{self as offloaded, Node};
 use crate::transfer::interruptible;
 use crate::volume::layout::{BUILD, CREATED_IMAGE_ROOT, RECIPE};
@@ -82,6 +82,9 @@ pub fn run(mut creation: Creation) -> Result<u8> {
             .because("another 'ims-sshd create' of this recipe is at work")
             .advise("wait for its end")
     })?;
+    if creation.node.is_none() {
+        sandbox::check_namespaces()?;
+    }
     // Remove these, which a failed run has left behind so that its failure could be examined.
     let clear =
         |names: &[&str]| names.iter().try_for_each(|name| volume.remove_whole(name.as_ref())).attempt(attempted);
@@ -91,6 +94,8 @@ pub fn run(mut creation: Creation) -> Result<u8> {
     let wanted = fetch::Wanted { directory: recipe.clone(), source: creation.source.clone(), values, set };
     fetch::run(settings, &wanted)?;
     if creation.node.is_none() {
+        // What cannot be built is refused before its repositories are waited for.
+        kiwi::Buildable::read(&open_tree(&recipe)?, &creation.profiles, settings.job.arch())?;
         repositories::run(settings, &recipe, &creation.profiles, creation.limit)?;
     }
     let wanted = kiwi::Wanted {

@@ -213,7 +213,27 @@ fn refuse_changeable(recipe: &Path) -> Result<()> {
     .advise(advice)
 }
 
-/// Returns the recipe's package manager and its program. Fails if `ims-sshd` cannot build the recipe.
+/// A recipe whose description asks for nothing that ims-sshd cannot build.
+pub(crate) struct Buildable {
+    description: Description,
+    selection: Selection,
+    /// Package manager, and its program.
+    manager: String,
+    program: &'static str,
+}
+
+impl Buildable {
+    /// Reads the description of `recipe`.
+    pub(crate) fn read(recipe: &Tree, profiles: &[String], architecture: &'static str) -> Result<Self> {
+        let description = Description::read(recipe)?;
+        let selection = description.select(profiles, architecture)?;
+        let (manager, program) = manager(&description, &selection)?;
+        repositories::refuse_disk_images(&description, &selection)?;
+        Ok(Self { description, selection, manager, program })
+    }
+}
+
+/// Returns the recipe's package manager and its program. Fails if ims-sshd cannot build such a recipe.
 fn manager(description: &Description, selection: &Selection) -> Result<(String, &'static str)> {
     let attempted = || format!("build '{}'", description.name);
     let of = |parts: &[(crate::recipe::description::Scope, String)]| -> BTreeSet<String> {
@@ -257,9 +277,7 @@ impl Offered {
     pub(crate) fn read(settings: &Settings, wanted: &Wanted) -> Result<Self> {
         let recipe = named::resolve(&wanted.recipe).attempt(|| format!("open {}", wanted.recipe.display()))?;
         let recipe = open_tree(&recipe)?;
-        let description = Description::read(&recipe)?;
-        let selection = description.select(&wanted.profiles, settings.job.arch())?;
-        let (_, program) = manager(&description, &selection)?;
+        let Buildable { program, .. } = Buildable::read(&recipe, &wanted.profiles, settings.job.arch())?;
         let Authority { certificate, package } = Authority::read(settings, wanted)?;
         let keys = keys(wanted, None)?;
         Ok(Self { recipe, programs: [KIWI, program], authority: certificate, package, keys })
@@ -290,16 +308,15 @@ impl<'a> Build<'a> {
         if !rustix::process::geteuid().is_root() {
             return Err(Error::new(attempted()).because("only root can install packages").advise("run it as root"));
         }
+        sandbox::check_namespaces()?;
         let recipe = named::resolve(&wanted.recipe).attempt(|| format!("open {}", wanted.recipe.display()))?;
         // A job's recipe is on the job's own volume, where no other user can change it.
         if settings.job.id.is_none() {
             refuse_changeable(&recipe)?;
         }
-        let description = Description::read(&open_tree(&recipe)?)?;
         let architecture = settings.job.architecture.unwrap_or(Architecture::OWN);
-        let selection = description.select(&wanted.profiles, architecture.name())?;
-        let (manager, program) =
-            manager(&description, &selection).map_err(|e| Error::new(attempted()).because(e.reason()))?;
+        let Buildable { description, selection, manager, program } =
+            Buildable::read(&open_tree(&recipe)?, &wanted.profiles, architecture.name())?;
         installed(program)?;
         let mut is_emulated = false;
         if architecture != Architecture::OWN {

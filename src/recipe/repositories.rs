@@ -236,7 +236,20 @@ pub(crate) fn of_machine(description: &Description, selection: &Selection, recip
     named.filter(|path| OF_REPOSITORY.iter().any(|name| path.join(name).exists())).collect()
 }
 
-/// Returns the URLs of which one must answer.
+/// Refuses a repository in a disk image: kiwi-ng 9.24 and newer do not read one, and nobody can mount it in a user
+/// namespace.
+pub(crate) fn refuse_disk_images(description: &Description, selection: &Selection) -> Result<()> {
+    let mut used = description.repositories.iter().filter(|(scope, _)| scope.holds(selection));
+    let Some((_, repository)) = used.find(|(_, repository)| repository.path.trim().starts_with("iso:")) else {
+        return Ok(());
+    };
+    let why = format!("{} is a disk image, which kiwi-ng cannot read", repository.path.trim());
+    Err(Error::new(format!("read the repository {}", without_query(&repository.alias)))
+        .because(why)
+        .advise("mount it before, and name its directory in the recipe as dir://…"))
+}
+
+/// URLs of which one has to answer.
 fn urls(repository: &Repository, description: &Description, selection: &Selection, path: &str) -> Vec<String> {
     if ["mirrorlist", "metalink"].contains(&repository.source_type.as_str()) {
         return vec![path.to_owned()];

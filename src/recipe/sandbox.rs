@@ -31,7 +31,7 @@ use rustix::fs::{AtFlags, Mode};
 use rustix::mount::MountAttrFlags;
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Advise, Attempt, Error, Result};
+use crate::error::{Attempt, Error, Result};
 use crate::image::packer::inheritable;
 use crate::jail::build::mount_for_build;
 use crate::jail::init::{unshare_with_users, unshare_with_users_of};
@@ -48,7 +48,17 @@ use crate::sys::tree::Tree;
 /// First argument of the child's command line.
 const CHILD: &str = "build-as-child";
 
-/// Name of this program in the list of processes.
+/// First argument of a child that only tries whether it may make the namespaces.
+const TRIAL: &str = "try-namespaces-of-a-build";
+
+/// Namespaces of a build.
+const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWUSER
+    .union(CloneFlags::CLONE_NEWNS)
+    .union(CloneFlags::CLONE_NEWPID)
+    .union(CloneFlags::CLONE_NEWIPC)
+    .union(CloneFlags::CLONE_NEWUTS);
+
+/// Name of the processes.
 const NAME: &str = "ims-sshd";
 
 /// This program's own file.
@@ -257,7 +267,13 @@ fn own_copy() -> io::Result<File> {
 /// Runs the child, if this process was started as the child, and returns its exit code; otherwise returns `None`.
 pub fn run_as_child() -> Option<u8> {
     let mut words = std::env::args_os().skip(1);
-    if words.next()? != CHILD {
+    let first = words.next()?;
+    if first == TRIAL {
+        let Err(e) = make_namespaces() else { return Some(0) };
+        eprintln!("{}", e.reason());
+        return Some(1);
+    }
+    if first != CHILD {
         return None;
     }
     let (Some(told), Some(report), None) = (words.next(), words.next(), words.next()) else {
@@ -289,20 +305,44 @@ fn tell(report: &File, ended: &Ended) {
     let _ = serde_json::to_vec(ended).map(|text| report.write_all_at(&text, 0));
 }
 
-/// Creates the namespaces, and waits until their first process ends. That process reports how kiwi-ng ended.
-fn make(order: &Order, report: &File) -> Result<Option<Ended>> {
-    let namespaces = CloneFlags::CLONE_NEWUSER
-        | CloneFlags::CLONE_NEWNS
-        | CloneFlags::CLONE_NEWPID
-        | CloneFlags::CLONE_NEWIPC
-        | CloneFlags::CLONE_NEWUTS;
+/// Refuses a machine or a container in which no build can make its namespaces.
+pub(crate) fn check_namespaces() -> Result<()> {
+    let mut child = Command::new(OWN_PROGRAM);
+    child.arg0(NAME).arg(TRIAL).stdin(Stdio::null()).env_clear();
+    let output = end_with_us(unblock_signals(&mut child)).output().attempt(|| "try the namespaces of a build")?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let why = String::from_utf8_lossy(&output.stderr);
+    let why = why.lines().last().unwrap_or("the process that tried was killed").to_owned();
+    Err(Error::new("make the namespaces of a build").because(why).advise(
+        "allow user namespaces on the node (user.max_user_namespaces, seccomp, AppArmor); see docs/RECIPES.md, Build",
+    ))
+}
+
+/// Moves this process into the namespaces of a build.
+fn make_namespaces() -> Result<()> {
     let attempted = || "make the build's namespaces";
-    unshare_with_users(namespaces).attempt(attempted).advise(
-        "allow user namespaces on the node (user.max_user_namespaces, seccomp, AppArmor); see docs/RECIPES.md",
-    )?;
-    mounts::make_all_private().attempt(|| "make the build's mounts private")?;
-    // Lets the first process detect the end of this process: it polls one end of the pipe, and only this process holds
-    // the other.
+    unshare_with_users(NAMESPACES).map_err(|e| {
+        let failed = Error::new(attempted());
+        // ENOSPC has nothing to do with a disk here (user_namespaces(7)).
+        if e.kind() == io::ErrorKind::StorageFull {
+            return failed.because("the limit of user namespaces is reached, or is 0 (ENOSPC)");
+        }
+        failed.because(e)
+    })?;
+    // In some containers namespaces can be made, and nothing can be mounted in them.
+    let attributes = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID;
+    mounts::make_all_private()
+        .and_then(|()| Detached::filesystem("tmpfs", &[], attributes).map(drop))
+        .attempt(|| "mount in the build's namespaces")
+}
+
+/// Makes the namespaces, and waits until their first process has ended; that process reports how kiwi-ng ended.
+fn make(order: &Order, report: &File) -> Result<Option<Ended>> {
+    make_namespaces()?;
+    let attempted = || "make the build's namespaces";
+    // The init polls one end of this pipe: if the other end is closed, this process has ended.
     let (alive, held) = io::pipe().attempt(attempted)?;
     match fork().attempt(|| "start the build's first process")? {
         Fork::Child => {

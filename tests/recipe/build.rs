@@ -314,6 +314,16 @@ fn recipes_and_machines_that_cannot_build_are_refused_before_kiwi_starts() {
     refused(&volume, &mut volume.build(&[]), "ims-sshd builds the type tbz only; the recipe has: oem");
     let volume = Volume::new("emerge");
     refused(&volume, &mut volume.build(&[]), "its package manager is 'emerge': expected one of zypper, dnf");
+    let volume = Volume::new("zypper").with("dir://", "iso://");
+    refused(&volume, &mut volume.build(&[]), "is a disk image, which kiwi-ng cannot read; mount it before");
+    // In a user namespace that has no others, as on a node that forbids them.
+    let volume = Volume::new("zypper");
+    let build = volume.build(&[]);
+    let mut without = Command::new("unshare");
+    without.args(["--user", "--map-root-user", "sh", "-c", "echo 0 > /proc/sys/user/max_user_namespaces; exec \"$0\" \"$@\""]);
+    without.arg(build.get_program()).args(build.get_args()).env("PATH", path());
+    let reason = "the limit of user namespaces is reached, or is 0 (ENOSPC); allow user namespaces on the node";
+    refused(&volume, &mut without, reason);
     let volume = Volume::new("dnf5");
     refused(&volume, &mut volume.build(&[]), "cannot run dnf5: it is not installed; install the package dnf5");
     let volume = Volume::new("zypper");

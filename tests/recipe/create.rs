@@ -3,6 +3,7 @@
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::time::Instant;
 
 use testbed::job::*;
 use testbed::s3_server::Bucket;
@@ -72,6 +73,16 @@ fn failed_creation_keeps_what_was_built_and_the_next_one_begins_anew() {
     assert!(output.status.success(), "{}", text(&output.stderr));
     // Without a kernel in the image, none is published.
     assert!(dir.path().join("out/compute/manifest.json").exists());
+}
+
+#[test]
+fn what_cannot_be_built_is_refused_before_its_repositories_are_waited_for() {
+    let (dir, recipe) = prepared();
+    let began = Instant::now();
+    let missing = ["--set", "PACKAGE_MANAGER=emerge", "--set", "REPOSITORY=dir:///nowhere"];
+    let said = text(&create(dir.path(), &recipe, "./out", &missing, &[]).stderr);
+    assert!(said.contains("its package manager is 'emerge'"), "{said}");
+    assert!(began.elapsed().as_secs() < 100, "repositories are waited for 500 s: {said}");
 }
 
 /// A creation whose build fails and has opened a shell; with what it has printed.
