@@ -102,7 +102,11 @@ const STAGES: [(&str, &str); 7] = [
 /// Number of bytes at the end of kiwi-ng's log that are searched for the output of a failed script.
 const LONGEST_TAIL: u64 = 64 << 10;
 
-/// Maximum length, in characters, of a script's line that an error quotes.
+/// Words of package managers about a package with a device node, which cannot be made in a user namespace. dnf gives no
+/// reason.
+const DEVICE_NODE: [&str; 3] = ["cpio: mknod failed", "error creating device", "Error unpacking rpm package"];
+
+/// Maximum length of a quoted line of a script, in characters.
 const LONGEST_LINE: usize = 200;
 
 /// Maximum length, in bytes, of kiwi-ng's error that an error quotes.
@@ -424,14 +428,11 @@ impl<'a> Build<'a> {
             Some(Ended::Code(0)) => {}
             Some(Ended::Code(code)) => {
                 let why = error.unwrap_or_else(|| format!("kiwi-ng ended with exit code {code}"));
-                let why = match silent_script(&why) {
-                    Some(script) => {
-                        let log = end_of(volume, KIWI_LOG, LONGEST_TAIL).unwrap_or_default();
-                        format!("{why}: {}", what_it_said(script, &String::from_utf8_lossy(&log)))
-                    }
-                    None => why,
-                };
-                return Err(Error::new(attempted()).because(why).advise(format!("see {}", at())));
+                let log = end_of(volume, KIWI_LOG, LONGEST_TAIL).unwrap_or_default();
+                let why = with_cause(why, &String::from_utf8_lossy(&log));
+                let device = DEVICE_NODE.iter().any(|said| why.contains(said));
+                let advice = if device { "a package with a device node cannot be installed; " } else { "" };
+                return Err(Error::new(attempted()).because(why).advise(format!("{advice}see {}", at())));
             }
             Some(Ended::Signal(signal)) => {
                 let why = format!("kiwi-ng was killed by signal {signal}");
@@ -782,8 +783,27 @@ fn end_of(volume: &Tree, name: &str, length: u64) -> std::io::Result<Vec<u8>> {
     Ok(text)
 }
 
-/// Returns the name of the script if an error of kiwi-ng reports that a script failed, but no cause: kiwi-ng quotes
-/// only standard error, to which the script wrote nothing.
+/// Adds to an error of kiwi-ng the cause that only its log has.
+fn with_cause(error: String, log: &str) -> String {
+    let cause = match silent_script(&error) {
+        Some(script) => Some(what_it_said(script, log)),
+        None if error.contains("dpkg returned an error") => what_dpkg_said(log),
+        None => None,
+    };
+    cause.map(|cause| format!("{error}: {cause}")).unwrap_or(error)
+}
+
+/// Returns the first error of dpkg in the end of kiwi-ng's log, and the line below it, which has the cause.
+fn what_dpkg_said(log: &str) -> Option<String> {
+    // kiwi-ng writes the name of its phase before each.
+    let mut lines = log.lines().filter_map(|line| line.split_once(" | ")?.1.split_once(": ")).map(|(_, said)| said);
+    let first = lines.find(|said| said.starts_with("dpkg: error"))?;
+    let said = format!("{first} {}", lines.next().unwrap_or_default().trim());
+    Some(redaction::without_secrets(&said).chars().take(2 * LONGEST_LINE).collect())
+}
+
+/// Returns the script in an error of kiwi-ng without a cause: kiwi-ng quotes only what a script wrote to standard
+/// error.
 fn silent_script(error: &str) -> Option<&str> {
     let rest = error.strip_prefix("KiwiScriptFailed: ")?;
     let script = rest.strip_suffix(" failed with").or_else(|| rest.strip_suffix(" failed"))?;
@@ -828,6 +848,20 @@ mod tests {
         assert!(what_it_said(script, "").starts_with("it wrote nothing; "));
         assert_eq!(silent_script("KiwiScriptFailed: images.sh failed"), Some("images.sh"));
         assert_eq!(silent_script("KiwiScriptFailed: config.sh failed with: no such file"), None);
+    }
+
+    #[test]
+    fn error_of_apt_gets_the_cause_of_dpkg() {
+        let log = "[ DEBUG   ]: 1 | system: Unpacking a (1) ...\n\
+            [ DEBUG   ]: 1 | system: dpkg: error processing archive /a.deb (--unpack):\n\
+            [ DEBUG   ]: 1 | system:  error creating device './null': Operation not permitted\n\
+            [ DEBUG   ]: 1 | system: dpkg: error processing package b (--configure):\n";
+        let error = "KiwiInstallPhaseFailed: E: Sub-process /usr/bin/dpkg returned an error code (1)";
+        let cause = "dpkg: error processing archive /a.deb (--unpack): error creating device './null': Operation not \
+                     permitted";
+        assert_eq!(with_cause(error.to_owned(), log), format!("{error}: {cause}"));
+        assert_eq!(with_cause(error.to_owned(), ""), error);
+        assert_eq!(with_cause("other".to_owned(), log), "other");
     }
 
     #[test]

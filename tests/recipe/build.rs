@@ -344,6 +344,52 @@ fn recipes_and_machines_that_cannot_build_are_refused_before_kiwi_starts() {
 }
 
 #[test]
+fn device_node_of_a_package_is_left_out_in_dev_and_elsewhere_named_as_the_cause() {
+    let dir = directory();
+    succeed(Command::new("cp").arg("-aT").arg(&*REPOSITORY).arg(dir.path().join("rpms")));
+    let spec = "Name: tiny-device\nVersion: 1\nRelease: 1\nSummary: s\nLicense: MIT\nBuildArch: noarch\n\
+        %description\nd\n%files\n%dev(c, 1, 3) %attr(666, root, root) /dev/tiny\n\
+        %package -n tiny-node\nSummary: s\n%description -n tiny-node\nd\n\
+        %files -n tiny-node\n%dev(c, 1, 3) %attr(666, root, root) /usr/lib/tiny\n";
+    std::fs::write(dir.path().join("tiny-device.spec"), spec).unwrap();
+    let define = |name: &str, place: &str| format!("{name} {}", dir.path().join(place).display());
+    let mut build = Command::new("rpmbuild");
+    build.args(["-bb", "--quiet", "--define", &define("_topdir", "top"), "--define", &define("_rpmdir", "rpms")]);
+    build.args(["--define", &define("_dbpath", "db")]).arg(dir.path().join("tiny-device.spec"));
+    succeed(&mut build);
+    succeed(Command::new("createrepo_c").arg("--quiet").arg(dir.path().join("rpms")));
+    for manager in ["zypper", "dnf4"] {
+        let volume = |package: &str| {
+            let volume = Volume::from(&dir.path().join("rpms"), manager);
+            volume.with("<package name=\"tiny-kernel\"/>", &format!("<package name=\"{package}\"/>"))
+        };
+        // The /dev of a build is its own, and one that boots makes the kernel's.
+        let ignored = volume("tiny-device");
+        succeeded(&ignored.build(&[]).output().unwrap());
+        assert!(!ignored.root().join("dev/tiny").exists() && !Path::new("/dev/tiny").exists());
+        let output = volume("tiny-node").build(&[]).output().unwrap();
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains("tiny-node-1-1.noarch"), "{said}");
+        assert!(said.contains("; a package with a device node cannot be installed; see "), "{said}");
+    }
+}
+
+#[test]
+fn repository_of_a_server_that_the_sites_authority_has_signed_is_trusted() {
+    let server = RepositoryServer::start(&REPOSITORY);
+    for manager in ["zypper", "dnf4"] {
+        let volume = Volume::new(manager);
+        let tls = Tls::start(volume.dir.path(), port_of(&server.url));
+        let address = format!("https://127.0.0.1:{}", tls.port);
+        let volume = volume.with(&format!("dir://{}", REPOSITORY.display()), &address);
+        succeeded(&volume.build(&[]).output().unwrap());
+        drop(tls);
+        volume.is_built();
+    }
+}
+
+#[test]
 fn image_without_the_authority_is_no_success() {
     // zypper passes over a package that it cannot read.
     let volume = Volume::new("zypper");
