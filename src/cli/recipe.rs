@@ -174,7 +174,9 @@ pub(super) fn build(arguments: BuildArguments, log: Result<()>) -> Result<u8> {
     let recipe = recipe.unwrap_or_else(recipe_directory);
     let profiles = profiles.profile;
     let (is_authority_optional, signing_keys) = (authority_if_any, keys.signing_key);
-    let wanted = kiwi::Wanted { recipe, profiles, ca_rpm, authority, is_authority_optional, signing_keys };
+    let are_lines_errors = false;
+    let wanted =
+        kiwi::Wanted { recipe, profiles, ca_rpm, authority, is_authority_optional, signing_keys, are_lines_errors };
     match Node::of_job(&settings, variables.clone()).inspect_err(|_| outcome::report_refusal(variables))? {
         Some(node) => offloaded::run(&settings, &wanted, &node),
         None => kiwi::run(&settings, &wanted),

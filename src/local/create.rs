@@ -105,6 +105,7 @@ pub fn run(mut creation: Creation) -> Result<u8> {
         authority: creation.authority.clone(),
         is_authority_optional: true,
         signing_keys: creation.signing_keys.clone(),
+        are_lines_errors: true,
     };
     let built = match &creation.node {
         Some(node) => offloaded::run(settings, &wanted, node),

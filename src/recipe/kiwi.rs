@@ -127,6 +127,8 @@ pub struct Wanted {
     pub is_authority_optional: bool,
     /// Additional keys of repositories.
     pub signing_keys: Vec<PathBuf>,
+    /// True if kiwi-ng's lines go to standard error, since standard output is for a result.
+    pub are_lines_errors: bool,
 }
 
 /// A build that was checked and can begin.
@@ -303,6 +305,7 @@ struct Build<'a> {
     keys: Vec<PathBuf>,
     /// True if QEMU must be registered to run the image's programs.
     is_emulated: bool,
+    are_lines_errors: bool,
 }
 
 impl<'a> Build<'a> {
@@ -384,6 +387,7 @@ impl<'a> Build<'a> {
             authority,
             keys,
             is_emulated,
+            are_lines_errors: wanted.are_lines_errors,
         })
     }
 
@@ -412,7 +416,13 @@ impl<'a> Build<'a> {
         let mut running = Running::start(&order)?;
         let output = running.output.try_clone().attempt(attempted)?;
         let error = std::thread::scope(|scope| {
-            let reader = scope.spawn(|| tell_output(output));
+            let reader = scope.spawn(|| {
+                if self.are_lines_errors {
+                    tell_output(output, std::io::stderr())
+                } else {
+                    tell_output(output, std::io::stdout())
+                }
+            });
             let ended = work.wait_for(running.child());
             if ended.is_err() {
                 running.end();
@@ -709,12 +719,11 @@ fn version_in(said: &str) -> Option<(u32, u32)> {
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
-/// Prints kiwi-ng's output line by line, logs the stages, and returns kiwi-ng's last error.
-fn tell_output(output: impl Read) -> Option<String> {
+/// Prints each line of kiwi-ng's output to `out` as one line, logs the stages, and returns kiwi-ng's last error.
+fn tell_output(output: impl Read, mut out: impl Write) -> Option<String> {
     let mut reader = BufReader::new(output);
     let mut error = Errors::default();
     let mut line = Vec::new();
-    let mut out = std::io::stdout();
     loop {
         line.clear();
         match (&mut reader).take(64 << 10).read_until(b'\n', &mut line) {
@@ -726,7 +735,8 @@ fn tell_output(output: impl Read) -> Option<String> {
         let text = text.trim_end_matches(['\n', '\r']).rsplit('\r').next().unwrap_or_default();
         let text = redaction::without_secrets(text);
         error.hear(&text);
-        let _ = writeln!(out, "{}", Printable(&text));
+        // In one piece, among the lines of others.
+        let _ = out.write_all(format!("{}\n", Printable(&text)).as_bytes());
         if let Some((_, stage)) = STAGES.iter().find(|(begins, _)| is_info(&text) && text.contains(begins)) {
             tracing::info!("{stage}");
         }
@@ -790,7 +800,10 @@ fn with_cause(error: String, log: &str) -> String {
         None if error.contains("dpkg returned an error") => what_dpkg_said(log),
         None => None,
     };
-    cause.map(|cause| format!("{error}: {cause}")).unwrap_or(error)
+    match cause {
+        Some(cause) => format!("{error}: {cause}"),
+        None => error,
+    }
 }
 
 /// Returns the first error of dpkg in the end of kiwi-ng's log, and the line below it, which has the cause.
@@ -834,8 +847,8 @@ mod tests {
         let said = "[ INFO    ]: 09:33:46 | --> package: a\n[ ERROR   ]: 09:33:46 | first\n[ INFO    ]: 1 | x\n\
             [ ERROR   ]: 09:33:47 | KiwiBootStrapPhaseFailed: Bootstrap package installation failed: No provider of 'b' found.\n: \nmore\n";
         let wanted = "KiwiBootStrapPhaseFailed: Bootstrap package installation failed: No provider of 'b' found, more";
-        assert_eq!(tell_output(said.as_bytes()).as_deref(), Some(wanted));
-        assert_eq!(tell_output(&b"[ INFO    ]: 1 | x\n\xff\n"[..]), None);
+        assert_eq!(tell_output(said.as_bytes(), std::io::sink()).as_deref(), Some(wanted));
+        assert_eq!(tell_output(&b"[ INFO    ]: 1 | x\n\xff\n"[..], std::io::sink()), None);
     }
 
     #[test]

@@ -293,6 +293,7 @@ fn build(wanted: &Build, parent: &mut Parent) -> Result<()> {
         authority,
         is_authority_optional: true,
         signing_keys,
+        are_lines_errors: false,
     };
     let built = fetch::unpack_filled_in(&settings, &Path::new(PARENT).join(REMOTE_RECIPE))
         .and_then(|()| match wanted.wait {

@@ -41,6 +41,9 @@ fn recipe_becomes_a_published_image_in_a_directory_and_in_a_bucket() {
     let set = ["--set", "PACKAGE_MANAGER=zypper"];
     let output = create(dir.path(), &recipe, "./out", &set, &[]);
     assert!(output.status.success(), "{}", text(&output.stderr));
+    let result: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON and nothing else");
+    assert_eq!(result["result"], "success");
+    assert!(text(&output.stderr).contains("Installing bootstrap packages"), "kiwi-ng's own lines");
     let image = dir.path().join("out/compute");
     for name in ["rootfs", "kernel", "initrd", "manifest.json"] {
         assert!(image.join(name).is_file(), "{name}");
