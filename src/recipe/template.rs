@@ -80,9 +80,15 @@ pub(crate) fn fill_in(recipe: &Tree, values: Option<&Values>) -> Result<()> {
         }
         let why =
             format!("{LIST} names {}, and the job has no values", crate::printable::listed(&listed.template_files));
-        return Err(Error::new("fill in the recipe's templates").because(why).advise(
-            "give the recipe a template_dictionary in IMS, or values on the command line (--set NAME=VALUE, --values)",
-        ));
+        let asked: BTreeSet<_> = listed.template_files.iter().flat_map(|name| asked(recipe, name)).collect();
+        let asked = match asked.len() {
+            0 => String::new(),
+            _ => format!("they ask for {}: ", crate::printable::listed(&asked.iter().collect::<Vec<_>>())),
+        };
+        return Err(Error::new("fill in the recipe's templates").because(why).advise(format!(
+            "{asked}give the recipe a template_dictionary in IMS, or values on the command line (--set NAME=VALUE, \
+             --values)",
+        )));
     };
     let mut filled = BTreeSet::new();
     for name in &listed.template_files {
@@ -92,8 +98,16 @@ pub(crate) fn fill_in(recipe: &Tree, values: Option<&Values>) -> Result<()> {
     Ok(())
 }
 
-/// Fills in the template `name`, unless `filled` already contains the device and inode of its file (under another
-/// name).
+/// Returns the names that a template asks for, none if it cannot be read.
+fn asked(recipe: &Tree, name: &str) -> BTreeSet<String> {
+    let text = recipe.read(name.trim_start_matches("./"), LONGEST_TEMPLATE).unwrap_or_default();
+    let text = String::from_utf8(text).unwrap_or_default();
+    let environment = Environment::new();
+    let asked = environment.template_from_str(&text).map(|template| template.undeclared_variables(false));
+    asked.unwrap_or_default().into_iter().collect()
+}
+
+/// Fills in the template `name`, unless its file is in `filled` (device and inode), possibly under another name.
 fn fill_in_file(recipe: &Tree, name: &str, values: &Values, filled: &mut BTreeSet<(u64, u64)>) -> Result<()> {
     let attempted = || format!("fill in the template {name}");
     let path = Path::new(name);

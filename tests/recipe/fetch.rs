@@ -190,7 +190,7 @@ fn wrong_templates_are_refused_with_file_line_and_name() {
     let dir = directory();
     let tree = small(dir.path());
     let case = |options: &[&str], reason: &str| refused(dir.path(), &tree, options, reason);
-    case(&[], "the job has no values; give the recipe a template_dictionary");
+    case(&[], "the job has no values; they ask for MIRROR, NAME: give the recipe a template_dictionary");
     case(&["--set", "MIROR=x"], "config.xml, line 2: there is no value of the name MIRROR; known are MIROR");
     let set = ["--set", "MIRROR=x"];
     write(&tree, "root/etc/motd", "a\n{{ cycler.__init__.__globals__.os.popen('id').read() }}\n");
