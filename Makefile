@@ -155,8 +155,9 @@ test-containers: install-test install-recipe test-roots
 	$(SUDO) tests/debian-archive $(call quoted,$(CACHE))
 	$(SUDO) tests/container-images $(call quoted,$(CACHE)) $(VERSION) $(IMAGE_COMMIT)
 
-bench: install-bench build
+bench: install-bench kiwi build
 	$(SUDO) tests/image-roots $(call quoted,$(CACHE)) debian busybox managed
+	$(SUDO) tests/debian-archive $(call quoted,$(CACHE))
 	$(SUDO) tests/container-images $(call quoted,$(CACHE)) $(VERSION) $(IMAGE_COMMIT)
 	IMS_SSHD_CACHE=$(call quoted,$(CACHE)) deploy/cargo-release bench $(AS_ROOT) --bench benchmarks
 

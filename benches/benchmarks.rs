@@ -13,6 +13,7 @@
 
 mod ansible;
 mod connections;
+mod creating;
 mod crowd;
 mod enclosure;
 mod entering;
@@ -38,7 +39,7 @@ use report::{Bound, Report, Unit};
 /// A group: name, heading on the page, function.
 type Group = (&'static str, &'static str, fn(usize, &mut Report));
 
-const GROUPS: [Group; 12] = [
+const GROUPS: [Group; 13] = [
     ("entering", "Entering a jail and running /bin/true", entering::entering),
     ("making", "Making a jail", making::making),
     ("connections", "ssh host true", connections::connections),
@@ -49,6 +50,7 @@ const GROUPS: [Group; 12] = [
     ("memory", "Memory", memory::memory),
     ("publishing", "From a source to a published image", publishing::publishing),
     ("packing", "Packing in proportion to the change", publishing::packing),
+    ("creating", "From a recipe to a published image", creating::creating),
     ("sizes", "Sizes", sizes::sizes),
     ("reading", "Reading and planning", reading::reading),
 ];
