@@ -293,6 +293,20 @@ fn killed_build_leaves_no_mount_and_no_process() {
 }
 
 #[test]
+fn kiwi_that_the_kernel_kills_is_told_with_its_signal() {
+    let volume = Volume::new("zypper").with_script(WAITS);
+    let mut build = waiting(&volume, volume.build_of_job(&[]));
+    // As for want of memory.
+    let log = format!("--logfile={}", volume.at("image/kiwi.log").display());
+    let [kiwi] = processes_with(&log)[..] else { panic!("{:?}", processes_with(&log)) };
+    kill(Pid::from_raw(kiwi.cast_signed()), Signal::SIGKILL).unwrap();
+    assert_eq!(build.wait().unwrap().code(), Some(0));
+    let reason = std::fs::read_to_string(volume.at("image/build_failed")).unwrap();
+    assert!(reason.contains("kiwi-ng was killed by signal 9; it may lack memory"), "{reason}");
+    volume.nothing_is_left();
+}
+
+#[test]
 fn two_builds_at_once_do_not_meet() {
     let volumes = [Volume::new("zypper"), Volume::new("zypper")];
     let builds: Vec<_> = volumes.iter().map(|volume| volume.build(&[]).spawn().unwrap()).collect();
@@ -320,7 +334,13 @@ fn recipes_and_machines_that_cannot_build_are_refused_before_kiwi_starts() {
     let volume = Volume::new("zypper");
     let build = volume.build(&[]);
     let mut without = Command::new("unshare");
-    without.args(["--user", "--map-root-user", "sh", "-c", "echo 0 > /proc/sys/user/max_user_namespaces; exec \"$0\" \"$@\""]);
+    without.args([
+        "--user",
+        "--map-root-user",
+        "sh",
+        "-c",
+        "echo 0 > /proc/sys/user/max_user_namespaces; exec \"$0\" \"$@\"",
+    ]);
     without.arg(build.get_program()).args(build.get_args()).env("PATH", path());
     let reason = "the limit of user namespaces is reached, or is 0 (ENOSPC); allow user namespaces on the node";
     refused(&volume, &mut without, reason);
