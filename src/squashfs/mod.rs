@@ -3,8 +3,9 @@
 //! A new image is created in three steps:
 //!
 //! 1. [`Plan`] collects the entries of the image: [`Plan::new`] with the root directory, [`Plan::add`] for each entry,
-//! [`Plan::link`] for hard links. [`gather`] creates the plan of an existing directory tree. The content of a regular
-//! file is either read ([`Content::Read`]) or taken over from an inode of a source image ([`Content::Taken`]).
+//!    [`Plan::link`] for hard links. [`gather`] creates the plan of an existing directory tree. The content of a
+//!    regular file is either read ([`Content::Read`]) or taken over from an inode of a source image
+//!    ([`Content::Taken`]).
 //! 2. [`Inventory::new`] checks the content of a source image. Skip this step if there is no source.
 //! 3. [`write()`] writes the image, and returns a [`Summary`].
 //!
