@@ -52,7 +52,7 @@ const FUNCTIONS: (&str, &str) = ("functions", "tar() { command tar --exclude=./p
 /// where rpm could set no mode and make no device node.
 const NOT_OF_THE_IMAGE: &str = "%_netsharedpath /dev:/proc:/sys\n";
 
-/// Minimum free space for a build to begin, in bytes.
+/// Minimum free space, in bytes, that a build needs to begin.
 const LEAST_SPACE: u64 = 256 << 20;
 
 /// First version of kiwi-ng that does not use debootstrap. For older versions the build sets `container=lxc`:
@@ -106,7 +106,7 @@ const LONGEST_TAIL: u64 = 64 << 10;
 /// reason.
 const DEVICE_NODE: [&str; 3] = ["cpio: mknod failed", "error creating device", "Error unpacking rpm package"];
 
-/// Maximum length of a quoted line of a script, in characters.
+/// Maximum length, in characters, of a script's line that an error quotes.
 const LONGEST_LINE: usize = 200;
 
 /// Maximum length, in bytes, of kiwi-ng's error that an error quotes.
@@ -239,7 +239,7 @@ impl Buildable {
     }
 }
 
-/// Returns the recipe's package manager and its program. Fails if ims-sshd cannot build such a recipe.
+/// Returns the recipe's package manager and its program. Fails if `ims-sshd` cannot build the recipe.
 fn manager(description: &Description, selection: &Selection) -> Result<(String, &'static str)> {
     let attempted = || format!("build '{}'", description.name);
     let of = |parts: &[(crate::recipe::description::Scope, String)]| -> BTreeSet<String> {
@@ -545,8 +545,8 @@ impl<'a> Build<'a> {
         })
     }
 
-    /// Tells rpm what does not belong to the image, and gives its database its usual place. On Debian rpm has it below
-    /// the home directory, and the image's database would get the path of the builder's home.
+    /// Tells rpm what does not belong to the image, and sets the usual path of its database. Debian's rpm puts the
+    /// database below the home directory, so the image's database would get the path of the builder's home.
     fn prepare_home(&self, work: &Work, home: &Path) -> Result<()> {
         let attempted = || format!("write {}", home.join(".rpmmacros").display());
         if self.manager == "apt" {
@@ -719,7 +719,7 @@ fn version_in(said: &str) -> Option<(u32, u32)> {
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
-/// Prints each line of kiwi-ng's output to `out` as one line, logs the stages, and returns kiwi-ng's last error.
+/// Prints kiwi-ng's output to `out` line by line, logs the stages, and returns kiwi-ng's last error.
 fn tell_output(output: impl Read, mut out: impl Write) -> Option<String> {
     let mut reader = BufReader::new(output);
     let mut error = Errors::default();
@@ -815,8 +815,8 @@ fn what_dpkg_said(log: &str) -> Option<String> {
     Some(redaction::without_secrets(&said).chars().take(2 * LONGEST_LINE).collect())
 }
 
-/// Returns the script in an error of kiwi-ng without a cause: kiwi-ng quotes only what a script wrote to standard
-/// error.
+/// Returns the name of the script if an error of kiwi-ng reports that a script failed, but no cause: kiwi-ng quotes
+/// only standard error, to which the script wrote nothing.
 fn silent_script(error: &str) -> Option<&str> {
     let rest = error.strip_prefix("KiwiScriptFailed: ")?;
     let script = rest.strip_suffix(" failed with").or_else(|| rest.strip_suffix(" failed"))?;

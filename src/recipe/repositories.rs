@@ -249,7 +249,7 @@ pub(crate) fn refuse_disk_images(description: &Description, selection: &Selectio
         .advise("mount it before, and name its directory in the recipe as dir://…"))
 }
 
-/// URLs of which one has to answer.
+/// Returns the URLs of which one must answer.
 fn urls(repository: &Repository, description: &Description, selection: &Selection, path: &str) -> Vec<String> {
     if ["mirrorlist", "metalink"].contains(&repository.source_type.as_str()) {
         return vec![path.to_owned()];

@@ -58,7 +58,7 @@ const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWUSER
     .union(CloneFlags::CLONE_NEWIPC)
     .union(CloneFlags::CLONE_NEWUTS);
 
-/// Name of the processes.
+/// Name of this program in the list of processes.
 const NAME: &str = "ims-sshd";
 
 /// This program's own file.
@@ -71,8 +71,8 @@ const SHOWN: [&str; 7] = ["/bin", "/lib", "/lib32", "/lib64", "/libx32", "/sbin"
 /// are copied, so no credentials get into the build.
 const COPIED: [&str; 4] = ["/etc", "/usr/local/share/ca-certificates", "/usr/share/pki", "/var/lib/ca-certificates"];
 
-/// Further directories of the build, initially empty, and their modes. Package managers write to those below `var`: two
-/// builds do not share a lock or a cache, and the machine's own packages stay as they are.
+/// Other directories of the build, which are initially empty, and their modes. Package managers write to those below
+/// `var`, so two builds share no lock and no cache, and the machine's own packages stay unchanged.
 const EMPTY: [(&str, u32); 14] = [
     ("dev", 0o755),
     ("mnt", 0o755),
@@ -117,7 +117,7 @@ const AUTHORITIES: [(&str, &str); 3] = [
 const DEBIAN_BUNDLE: &str = "/etc/ssl/certs/ca-certificates.crt";
 const DEBIAN_CERTIFICATES: &str = "/etc/ssl/certs";
 
-/// Search path of the tools in [`AUTHORITIES`], since this process has no environment variables.
+/// Value of `PATH` for the tools in [`AUTHORITIES`], since this process has no environment variables.
 const SYSTEM_PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Directory of additional CA certificates in an image root of Debian packages.
@@ -338,11 +338,12 @@ fn make_namespaces() -> Result<()> {
         .attempt(|| "mount in the build's namespaces")
 }
 
-/// Makes the namespaces, and waits until their first process has ended; that process reports how kiwi-ng ended.
+/// Creates the namespaces, and waits until their first process ends. That process reports how kiwi-ng ended.
 fn make(order: &Order, report: &File) -> Result<Option<Ended>> {
     make_namespaces()?;
     let attempted = || "make the build's namespaces";
-    // The init polls one end of this pipe: if the other end is closed, this process has ended.
+    // Lets the first process detect the end of this process: it polls one end of the pipe, and only this process holds
+    // the other.
     let (alive, held) = io::pipe().attempt(attempted)?;
     match fork().attempt(|| "start the build's first process")? {
         Fork::Child => {
@@ -594,7 +595,7 @@ fn add_to_debian_bundle(authority: &Path) -> io::Result<bool> {
     Ok(true)
 }
 
-/// Adds the site's authority to those that the machine's programs trust, in the build only.
+/// Makes programs in the build trust the site's authority, in addition to those that the machine's programs trust.
 fn trust(authority: &Path) -> Result<()> {
     let there = AUTHORITIES.iter().find(|(place, _)| Path::new(place).is_dir());
     let Some(&(place, mut tool)) = there else { return Ok(()) };
@@ -605,7 +606,7 @@ fn trust(authority: &Path) -> Result<()> {
         (command, tool) = (Command::new("openssl"), "openssl");
         command.args(["rehash", DEBIAN_CERTIFICATES]);
     }
-    // Capture the output, which is of no use to the reader of a build's log.
+    // Capture the output, which would not help a reader of the build's log.
     let ran = unblock_signals(command.stdin(Stdio::null()).env("PATH", SYSTEM_PATH)).output();
     match ran {
         Ok(output) if output.status.success() => {}

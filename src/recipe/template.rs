@@ -107,7 +107,8 @@ fn asked(recipe: &Tree, name: &str) -> BTreeSet<String> {
     asked.unwrap_or_default().into_iter().collect()
 }
 
-/// Fills in the template `name`, unless its file is in `filled` (device and inode), possibly under another name.
+/// Fills in the template `name`, unless `filled` already contains the device and inode of its file (under another
+/// name).
 fn fill_in_file(recipe: &Tree, name: &str, values: &Values, filled: &mut BTreeSet<(u64, u64)>) -> Result<()> {
     let attempted = || format!("fill in the template {name}");
     let path = Path::new(name);
