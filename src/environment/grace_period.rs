@@ -10,14 +10,16 @@ use crate::log::redaction::without_secrets;
 use crate::sshd::daemon::Running;
 use crate::sys::process::{Entry, Handle, children};
 
-/// Time for a shell that was hung up to write its history and exit; afterwards the shell does not delay the close.
+/// Time for a shell that was hung up to write its history and exit; afterwards the environment closes without waiting
+/// for the shell.
 const HANG_UP_TIME: Duration = Duration::from_secs(2);
 
-/// How long the close waits for a client's next session after one has ended. Ansible removes its temporary directory in
-/// a session of its own, and a distant control node with 500 hosts may take seconds to open it.
+/// How long the closing environment waits for a client's next session after a session has ended. Ansible removes its
+/// temporary directory in a session of its own, and a distant control node with 500 hosts may take seconds to open it.
 const NEXT_SESSION_TIME: Duration = Duration::from_secs(5);
 
-/// Number of sessions and connections watched for their end, each by a descriptor; the end of the others is polled.
+/// Number of sessions and connections watched for their end, each by a descriptor. If there are more, their end is
+/// found by polling.
 const WATCHED: usize = 16;
 
 /// Number of sessions that the log names if they are still running when the grace period ends.
@@ -65,7 +67,8 @@ impl GracePeriod {
         Self { began, deadline: began + grace, next_look: began, hung_up, watched: Vec::new() }
     }
 
-    /// Decides whether the close has to wait for `running`. `script` is true if the customization script is running.
+    /// Decides whether the closing environment has to wait for `running`. `script` is true if the customization script
+    /// is running.
     pub(crate) fn look(&mut self, running: Running, script: bool) -> Progress {
         let now = Instant::now();
         let Running { connections, mut sessions, unreaped, last_end } = running;

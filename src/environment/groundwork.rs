@@ -1,4 +1,4 @@
-//! Preparations that do not depend on the image, made while the environment waits for `ready`: host keys, sshd's
+//! Preparations that do not depend on the image, carried out while the environment waits for `ready`: host keys, sshd's
 //! programs and the choice of the tier.
 
 use std::process::{Command, Stdio};

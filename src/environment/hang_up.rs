@@ -21,8 +21,8 @@ pub(crate) fn tell_terminals(shells: &[Entry], what: &str) {
     }
 }
 
-/// Notifies people at interactive shells of the close, and ends the shells as a lost connection would. Returns those
-/// shells.
+/// Notifies people at interactive shells that the environment closes, and ends the shells as a lost connection would.
+/// Returns the shells that were hung up.
 pub(crate) fn hang_up(shells: &[Entry], marked: &str, grace: Duration) -> Vec<Pid> {
     let grace = grace.as_secs();
     tell_terminals(shells, &format!("the image was {marked}; this session ends now, running commands have {grace} s"));

@@ -1,4 +1,4 @@
-//! An open environment: its parts, how they are made, and how the image root is released.
+//! An open environment: its parts, how they are created, and how the image root is released.
 
 use std::time::Instant;
 

@@ -20,7 +20,7 @@ const TERM_TIME: Duration = Duration::from_secs(1);
 /// Time for the programs in a jail to save state (an editor's recovery file) before the jail is killed.
 const ASK_TIME: Duration = Duration::from_millis(200);
 
-/// Number of processes that the log names; the others are only counted.
+/// Maximum number of processes that the log names; any more are only counted.
 const NAMED: usize = 20;
 
 /// Number of processes watched for their end, each by a descriptor.
@@ -210,7 +210,7 @@ impl Ending {
     }
 }
 
-/// Killed processes: the log names the first ones and counts the others.
+/// Killed processes: the log names the first [`NAMED`] and counts the rest.
 #[derive(Default)]
 struct Killed {
     pids: HashSet<Pid>,

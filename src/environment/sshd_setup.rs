@@ -88,7 +88,7 @@ fn force_command(state: &StateDirectory) -> Result<String> {
 }
 
 /// Login shell that sshd finds for root, so that no shell of the container runs before the jail is entered. `None` in
-/// tiers where no mount namespace can be made for sshd.
+/// tiers in which sshd cannot get a mount namespace of its own.
 pub(crate) fn login_shell(jail: &Choice, state: &StateDirectory) -> Result<Option<LoginShell>> {
     let shell = || Ok(LoginShell { program: open::program()?, passwd: state.passwd() });
     (jail.tier == Tier::Namespace).then(shell).transpose()

@@ -213,7 +213,7 @@ impl Machine {
                 self.judge(Verdict::Failed);
                 vec![]
             }
-            // Record a mark that was made while 'exiting' was being created: the sidecar reads the verdict after
+            // Record a mark that was set while 'exiting' was being created: the sidecar reads the verdict after
             // 'exiting'.
             (State::Announcing, Event::Marked(Verdict::Failed)) if self.verdict != Some(Verdict::Failed) => {
                 self.mark(Verdict::Failed);

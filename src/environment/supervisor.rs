@@ -98,7 +98,7 @@ enum Source {
     /// The image root parent has changed, or the jail's init has found a mark.
     Marks,
     Sessions,
-    /// A session or connection that delays the close has ended.
+    /// A session or connection that the closing environment waited for has ended.
     End,
     /// Poll of everything that raises no event.
     Interval,
@@ -122,7 +122,7 @@ struct Supervisor<F> {
     old_marks: [Option<Stamp>; 2],
     image_root: Option<Tree>,
     open: Option<Open>,
-    /// Start of the close; its steps are logged with the time since then.
+    /// When the environment began to close; each step is logged with the time since then.
     closing_since: Option<Instant>,
     hung_up: Vec<Pid>,
     grace_period: Option<GracePeriod>,
@@ -234,7 +234,7 @@ impl<F: FnOnce()> Supervisor<F> {
         late.into_iter().chain(answer).collect()
     }
 
-    /// Logs a step of the close.
+    /// Logs a step of closing the environment.
     fn step(&self, what: &str) {
         let since = self.closing_since.map_or(0, milliseconds);
         tracing::info!(milliseconds = since, "closing: {what}");
@@ -390,7 +390,7 @@ impl<F: FnOnce()> Supervisor<F> {
         Ok(())
     }
 
-    /// Mark made instead of `ready`, by an administrator or a sidecar that has given up.
+    /// A mark that an administrator, or a sidecar that has given up, set instead of `ready`.
     fn mark_instead_of_ready(&self) -> Option<Event> {
         let verdict = self.files.as_ref()?.verdict_instead_of_ready(self.old_marks[Verdict::Failed as usize])?;
         tracing::info!(
@@ -400,7 +400,7 @@ impl<F: FnOnce()> Supervisor<F> {
         Some(Event::Marked(verdict))
     }
 
-    /// New marks, made in the jail or in the image root parent.
+    /// New marks in the jail and in the image root parent.
     fn marks(&mut self) -> Vec<Event> {
         let mut marks = Vec::new();
         if let Some(jail) = self.open.as_ref().and_then(|open| open.jail.as_ref()) {
@@ -518,8 +518,8 @@ impl<F: FnOnce()> Supervisor<F> {
         let _ = open.script.as_ref().and_then(Script::output).map(|output| self.sources.add(output, Source::Script));
     }
 
-    /// Marks made while the environment closes. Checks the image for marks too, because the jail's init, which watched
-    /// for them, has ended.
+    /// Marks that were set while the environment closes. Checks the image for marks too, because the jail's init, which
+    /// watched for them, has ended.
     fn late_marks(&mut self) -> Vec<Event> {
         const FAILED: Event = Event::Marked(Verdict::Failed);
         let mut marks = self.marks();

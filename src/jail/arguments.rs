@@ -51,8 +51,8 @@ impl Arguments {
         [vec![NAME.into()], self.to_words()].concat()
     }
 
-    /// Parses the words; `None` if they are invalid. They always come from ims-sshd, so no parser made for people is
-    /// needed: building one would take a tenth of the time that a session needs to start.
+    /// Parses the words; `None` if they are invalid. The words always come from this project's programs, so clap is not
+    /// needed: building its parser would take a tenth of the time that a session needs to start.
     pub fn from_words(words: &[OsString]) -> Option<Self> {
         let (name, words) = words.split_first()?;
         Some(match (name.to_str()?, words) {

@@ -244,7 +244,7 @@ impl Table {
         let mut entries = Vec::new();
         for found in Dir::new(self.0.reopen()?)? {
             let name = found?.file_name().to_string_lossy().into_owned();
-            // Skips the directory itself, the file `register`, and entries removed meanwhile.
+            // Skips the directory itself, the file `register`, and entries that were removed after they were listed.
             if let Ok(text) = self.0.read(&name, LARGEST_ENTRY) {
                 entries.extend(Entry::parse(&name, &String::from_utf8_lossy(&text)));
             }

@@ -116,8 +116,8 @@ struct Jail {
 }
 
 impl Jail {
-    /// Tree and relative path for `path`. A path below one of our mounts is resolved from that mount: renaming things
-    /// in the image meanwhile cannot keep a part of /proc from being restricted.
+    /// Tree and relative path for `path`. A path below one of our mounts is resolved from that mount: somebody who
+    /// renames things in the image at that moment cannot keep a part of /proc from being restricted.
     fn locate<'a>(&self, path: &'a str) -> io::Result<(&Tree, &'a str)> {
         match path.split_once('/') {
             Some((mount, rest)) => Ok((self.mounted.get(mount).ok_or(io::ErrorKind::NotFound)?, rest)),

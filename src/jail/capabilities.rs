@@ -26,7 +26,8 @@ pub const KEPT: &[(Capability, &str)] = &[
 pub(crate) const OF_BUILD: (Capability, &str) =
     (Capability::CAP_SYS_ADMIN, "kiwi-ng and debootstrap mount /proc and others in the image root");
 
-/// Reduces this process and everything it starts to the kept capabilities, for good. Needs CAP_SETPCAP to drop others.
+/// Reduces this process and everything it starts to the kept capabilities, for good. Needs CAP_SETPCAP if there are
+/// others to drop.
 pub(crate) fn keep_jail_set() -> rustix::io::Result<()> {
     keep_for_good(mask(KEPT))
 }

@@ -16,7 +16,7 @@ use crate::sys::process::{Fork, exit_now, fork};
 use crate::sys::seqpacket::Packets;
 
 /// Moves this process into a UTS namespace whose host name the jail's root can change, and sets the host name `name`,
-/// or else `label`. Where such a namespace cannot be made, root cannot change the name, and a failure to set `label` is
+/// or else `label`. If such a namespace cannot be created, root cannot change the name, and a failure to set `label` is
 /// ignored.
 pub(crate) fn give(name: Option<&str>, label: Option<&str>) -> Result<()> {
     let attempted = || "make the jail's UTS namespace";

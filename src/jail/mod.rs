@@ -1,4 +1,4 @@
-//! The jail: namespaces around the image root, made once for each job and entered by every session.
+//! The jail: namespaces around the image root, created once for each job and entered by every session.
 
 pub mod arguments;
 pub mod binds;

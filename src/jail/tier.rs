@@ -6,7 +6,7 @@ use nix::sched::CloneFlags;
 /// Tier of a jail. [`crate::jailer::trial`] chooses it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Tier {
-    /// Own namespaces, made with CAP_SYS_ADMIN.
+    /// Own namespaces, created with CAP_SYS_ADMIN.
     #[default]
     Namespace,
     /// Own namespaces inside a user namespace, in which users have the same IDs as outside.
@@ -19,7 +19,7 @@ pub enum Tier {
 type Namespace = (&'static str, CloneFlags);
 
 /// Namespaces that a jail can have, in the order of entering: the user namespace first, since it gives the right to
-/// enter the others. The network is shared, so that sessions use the pod's addresses.
+/// enter the other namespaces. The network namespace is shared, so that sessions use the pod's addresses.
 const NAMESPACES: [Namespace; 5] = [
     ("user", CloneFlags::CLONE_NEWUSER),
     ("mnt", CloneFlags::CLONE_NEWNS),

@@ -12,7 +12,7 @@ use crate::sys::tree::Tree;
 use std::io;
 
 /// Resolves the targets of `binds` in this image, so that no link is left in them. Returns the binds and the mount
-/// points that the image lacks. All checks of a bind against the image are made here.
+/// points that the image lacks. Every check of a bind against the image is in this function.
 pub(crate) fn place(image_root: &Tree, tier: Tier, binds: &[Bind]) -> Result<(Vec<Bind>, Vec<MountPoint>)> {
     let (mut placed, mut lacking): (Vec<Bind>, Vec<MountPoint>) = (Vec::new(), Vec::new());
     let root = rustix::fs::fstat(image_root).attempt(|| "look at the image root")?;

@@ -34,7 +34,7 @@ pub(crate) fn telltale(image_root: &Tree) -> Option<(PathBuf, Architecture)> {
 pub(crate) struct Emulation {
     /// Architecture that the jail has to register in its own user namespace.
     pub(crate) in_jail: Option<Architecture>,
-    /// Registration in the node's kernel that this environment made.
+    /// This environment's own registration in the node's kernel.
     registration: Option<Registration>,
 }
 

@@ -2,8 +2,8 @@
 //!
 //! The container's text comes as a file, not as a mount, so that programs can rename, remove and replace it as on a
 //! node. A link into /run is left as it is, and leads to a file in the jail's own /run. Anything else at
-//! /etc/resolv.conf is renamed into a directory of ours, and a new file takes its name. At the close, or after a crash,
-//! the image's own file is renamed back unless somebody has touched the new one.
+//! /etc/resolv.conf is renamed into a directory of ours, and a new file takes its name. When the environment closes, or
+//! after a crash, the image's own file is renamed back unless somebody has touched the new one.
 
 use std::io;
 use std::os::fd::OwnedFd;

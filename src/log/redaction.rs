@@ -109,7 +109,7 @@ const OPTIONS: [(&[&str], &[&str]); 19] = [
 /// Long options of some programs that would otherwise be taken for a one-letter option with a value.
 const LONG_OPTIONS: [&str; 4] = ["-pass", "-passwd", "-password", "-passphrase"];
 
-/// Programs with options of their own. From such a word on, the options of the program before it no longer apply.
+/// Programs with options of their own. After such a word, the options of the program named before it no longer apply.
 const OTHERS: [&str; 5] = ["ssh", "scp", "sftp", "rsync", "run"];
 
 /// Programs all of whose arguments are secret.

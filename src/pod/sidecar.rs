@@ -320,7 +320,7 @@ impl<'a> Sidecar<'a> {
         Ok(self.say_failed(action))
     }
 
-    /// Says that the image failed, and why if an environment has left a reason. An image can fail without a mark.
+    /// Message that the image failed, with the reason if an environment has recorded one.
     fn failed(&self) -> String {
         let why = self.files.parent().read(Verdict::Failed.signal_file(), LONGEST_CAUSE).unwrap_or_default();
         match String::from_utf8_lossy(&why).trim() {

@@ -98,7 +98,7 @@ fn groups_of(name: &[u8], group: &[u8]) -> Vec<u32> {
         .collect()
 }
 
-/// Parses a group ID. An invalid one is dropped, because setgroups(2) would refuse the others with it.
+/// Parses a group ID. An invalid ID is dropped, because setgroups(2) would refuse the valid ones together with it.
 fn group_number(digits: &[u8]) -> Option<u32> {
     number(digits).filter(|number| attributes::group(*number).is_some())
 }

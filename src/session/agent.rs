@@ -36,7 +36,7 @@ impl Outside {
     /// Changes the working directory.
     pub(crate) fn show(self, image_root: &Tree) -> io::Result<Agent> {
         let run = image_root.directory(RUN)?;
-        // A killed process with the same ID may have left its socket.
+        // A killed process with the same ID may have left its socket behind.
         let name = format!("ssh-agent.{}", getpid());
         run.remove(&name)?;
         // Bind to a name without a slash: whatever a session puts in /run, the kernel creates the socket in this

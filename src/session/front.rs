@@ -88,8 +88,8 @@ fn prepare(
     directory: Option<&Tree>,
 ) -> Result<()> {
     // A process group of its own, so that `kill 0` inside does not reach this process; with this process's group the
-    // child would see its group as 0, which fish and others cannot handle. The session stays the same, so that sshd's
-    // hang-up reaches the child.
+    // child would see its group as 0, which fish and some other shells cannot handle. The session stays the same, so
+    // that sshd's hang-up reaches the child.
     setpgid(Pid::from_raw(0), Pid::from_raw(0)).attempt(|| "make a process group in the jail")?;
     terminal.show_in_front(getpid());
     if !dkms {

@@ -3,7 +3,7 @@
 //! sshd runs every command, even a forced one, with the account's login shell (sshd_config(5), ForceCommand), and no
 //! setting changes that. For a jailed session, the container's shell would be one more program; it would read the
 //! container root's startup files, and variables that the client may have set. So sshd is started in a mount namespace
-//! whose /etc/passwd names the jail's helper. Where no mount namespace can be made, or accounts come from another
+//! whose /etc/passwd names the jail's helper. If no mount namespace can be created, or accounts come from another
 //! source, the container's shell starts the helper: the forced command is valid for either.
 
 use std::path::{Path, PathBuf};

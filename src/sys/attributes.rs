@@ -42,8 +42,8 @@ impl Node<'_> {
         self.open()?.set_attributes(wanted)
     }
 
-    /// Sets owner, mode and times from `found`, and these extended attributes. All go to the same inode, even if the
-    /// name is replaced meanwhile.
+    /// Sets owner, mode and times from `found`, and these extended attributes. All are set on the same inode, even if
+    /// the name is replaced in between.
     pub(crate) fn take(&self, found: &Stat, attributes: &Attributes) -> io::Result<()> {
         let handle = self.open()?;
         let path = handle.path();

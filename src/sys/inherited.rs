@@ -16,7 +16,7 @@ use crate::sys::signals::default_disposition;
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Sets the search path and the action of SIGCHLD, for this process and for all that it starts. Must be called before a
-/// second thread starts, which could read the environment meanwhile.
+/// second thread starts, which could read the environment at the same time.
 pub fn set_own() {
     if let Some(path) = std::env::var_os("PATH") {
         // SAFETY: this process has one thread, so nothing reads the environment while it changes.
@@ -41,8 +41,9 @@ pub fn survive_file_limit() {
     let _ = unsafe { nix::sys::signal::sigaction(Signal::SIGXFSZ, &action) };
 }
 
-/// The elements of a search path that are the same directory in every process. The others depend on the working
-/// directory, which for programs that pack and unpack is the image root: the kernel would run a program of the image.
+/// The elements of a search path that are the same directory in every process. Other elements depend on the working
+/// directory. For programs that pack and unpack, that is the image root, so the kernel would run a program of the
+/// image.
 fn fixed(path: &OsStr) -> OsString {
     let elements = path.as_bytes().split(|&b| b == b':');
     let kept: Vec<&[u8]> = elements.filter(|element| is_fixed(Path::new(OsStr::from_bytes(element)))).collect();

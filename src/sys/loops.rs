@@ -1,5 +1,5 @@
 //! Attaches an open file to a loop device (loop(4)). mount(8) and losetup(8) would open the file again by its path,
-//! where another file may be by then.
+//! which may lead to another file by then.
 
 use std::fs::File;
 use std::io;

@@ -139,8 +139,8 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// Identity of process `pid`, which must not be reaped meanwhile: this process, or a child not yet
-    /// waited for.
+    /// Identity of process `pid`, which must not be reaped before this function returns: this process, or a child not
+    /// yet waited for.
     pub fn of(pid: Pid) -> Option<Self> {
         Entry::read(pid).map(|entry| Self { pid: pid.as_raw(), start: entry.start })
     }
@@ -386,8 +386,8 @@ impl Entry {
 }
 
 /// Returns a process other than this one that has its root or working directory in `directory`; `directory` must be a
-/// path without links. Waits up to `limit` for the end of processes that a killed run of this program has left: those
-/// that are dying, and those whose short names are in `programs`. Calls `waiting` before it waits.
+/// path without links. Waits up to `limit` for the end of processes that a killed run of this program has left behind:
+/// those that are dying, and those whose short names are in `programs`. Calls `waiting` before it waits.
 pub(crate) fn inside(
     directory: &Path,
     programs: &[&str],

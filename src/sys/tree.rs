@@ -219,7 +219,7 @@ impl Tree {
         if size > limit {
             return Err(too_large());
         }
-        // Limit the read too: files of procfs have size 0, and others may grow meanwhile.
+        // Limit the read too: files of procfs have size 0, and other files may have grown since.
         let mut text = Vec::with_capacity(usize::try_from(size).unwrap_or(0) + 1);
         file.take(limit + 1).read_to_end(&mut text)?;
         if text.len() as u64 > limit { Err(too_large()) } else { Ok(text) }
@@ -244,7 +244,7 @@ impl Tree {
         }
         let flags = (flags - OFlags::NOFOLLOW) | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         if let Some(own) = own_descriptors()? {
-            // Reopens the very inode that was checked, even if its name has been replaced meanwhile.
+            // Reopens the very inode that was checked, even if its name has been replaced since.
             let opened = rustix::fs::openat(own, handle.as_raw_fd().to_string(), flags, Mode::empty());
             return Ok(opened.map_err(explain_lease)?.into());
         }

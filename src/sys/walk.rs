@@ -33,7 +33,7 @@ type Identity = (u64, u64);
 impl Tree {
     /// Calls `visit` for the directory itself and everything below it, with the path below the tree, the parent
     /// directory, the name in it, and the status. Follows no link, and never leaves the tree, whatever is renamed
-    /// meanwhile. Fails with EXDEV at a directory on which something is mounted.
+    /// during the walk. Fails with EXDEV at a directory on which something is mounted.
     pub(crate) fn walk(&self, mut visit: impl FnMut(&Path, &Tree, &OsStr, &Stat) -> io::Result<()>) -> io::Result<()> {
         visit(Path::new(""), self, OsStr::new("."), &rustix::fs::fstat(self)?)?;
         self.walk_with(&(), |(), path, directory, name, found| visit(path, directory, name, found).map(Some))
@@ -187,7 +187,7 @@ pub(crate) fn refuse_long(path: &Path) -> io::Result<()> {
 
 /// Opens directories of a tree by path. Each lookup starts at the nearest ancestor that is still open from an earlier
 /// lookup, so that opening directories in the order of their paths takes time linear in their number. Opened
-/// directories must not be renamed meanwhile.
+/// directories must not be renamed as long as this value is used.
 pub(crate) struct Descent<'a> {
     tree: &'a Tree,
     /// Opened directories with their paths, each below the previous one.

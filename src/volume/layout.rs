@@ -45,7 +45,7 @@ pub(crate) const TRANSFER: &str = "transfer.sqsh";
 pub(crate) const BOOT_NAMES: &str = ".ims-sshd.boot";
 /// Report of the changes of a remote job.
 pub(crate) const REMOTE_CHANGES: &str = ".ims-sshd.changes";
-/// The image root as a failed remote build has left it, a squashfs, until it is unpacked.
+/// Squashfs of the image root that a failed remote build left behind, until it is unpacked.
 pub(crate) const REMOTE_TREE: &str = ".ims-sshd.tree.sqsh";
 /// Recipe of a remote job, an archive.
 pub(crate) const REMOTE_RECIPE: &str = ".ims-sshd.recipe.tar";
@@ -72,9 +72,9 @@ pub(crate) const FRESH: &str = ".ims-sshd.fresh";
 /// Directory for a replaced image root, until it is removed.
 pub(crate) const DROPPED: &str = ".ims-sshd.dropped";
 
-/// Identity of the source that the image root was made from.
+/// Identity of the source that the image root was created from.
 pub(crate) const SOURCE: &str = ".ims-sshd.source";
-/// Record of the packed image and of the image root that it was made from.
+/// Record of the packed image and of the image root that it was packed from.
 pub(crate) const PACKED: &str = ".ims-sshd.packed";
 /// Inventory of the image as it was before the job.
 pub(crate) const INVENTORY: &str = ".ims-sshd.inventory";

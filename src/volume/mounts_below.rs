@@ -1,4 +1,4 @@
-//! Mounts below an image root, made by a session, an administrator or a program that was killed.
+//! Mounts below an image root, by a session, an administrator or a program that was killed.
 
 use std::path::{Path, PathBuf};
 
@@ -24,8 +24,8 @@ pub fn refuse_mounts_below(path: &Path, attempted: &str, reader: &str) -> Result
     }
 }
 
-/// Unmounts everything below the image root at `path`, newest mount first. A packer would walk into what an
-/// administrator has left there, such as a `mount --bind /proc`.
+/// Unmounts everything below the image root at `path`, newest mount first. Otherwise a packer would walk into mounts
+/// that an administrator forgot, such as one by `mount --bind /proc`.
 pub(crate) fn unmount_below(path: &Path) -> Result<()> {
     for mount in mounts_below(path)?.iter().rev() {
         mounts::unmount(mount)

@@ -18,8 +18,8 @@ use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
 use crate::volume::layout::{CLAIM, READY, RESERVED, SSHD_LISTENING, STEP_CLAIM};
 
-/// Content of a mark that a sidecar makes instead of `ready` when it gives up, with the pod's host name in between. An
-/// environment obeys such a mark even if the mark is older than the environment. Any other older mark belongs to an
+/// Content of a mark that a sidecar creates instead of `ready` when it gives up, with the pod's host name in between.
+/// An environment obeys such a mark even if the mark is older than the environment. Any other older mark belongs to an
 /// earlier job.
 const INSTEAD_OF_READY: [&[u8]; 2] = [b"by the sidecar on ", b", instead of 'ready'\n"];
 
@@ -272,7 +272,7 @@ impl SignalFiles {
         Ok((is_private && is_own).then_some(lock))
     }
 
-    /// Fails if a step is making or packing the image root, which must not change meanwhile.
+    /// Fails if a step is creating or packing the image root, which must not change during the step.
     pub(crate) fn refuse_while_used(&self) -> Result<()> {
         let Ok(Some(lock)) = self.step_lock(OFlags::empty()) else { return Ok(()) };
         if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockShared) != Err(rustix::io::Errno::WOULDBLOCK) {
@@ -300,7 +300,7 @@ impl SignalFiles {
     }
 
     /// Refuses a parent whose image root is open in a build environment. An environment that still waits for `ready`
-    /// has not opened the image root: `prepare` may run meanwhile.
+    /// has not opened the image root, so `prepare` may run.
     pub(crate) fn refuse_open(&self) -> Result<()> {
         if self.is_claimed() && (self.stands(READY)? || self.stands(SSHD_LISTENING)?) {
             return Err(claimed(&self.path));
@@ -382,13 +382,14 @@ impl SignalFiles {
             .find(|verdict| self.sidecar_of(verdict.signal_file()).is_some())
     }
 
-    /// Host name of the sidecar that made the mark `name` instead of `ready`; `None` if no sidecar made it.
+    /// Host name of the sidecar that created the mark `name` instead of `ready`; `None` if no sidecar created it.
     fn sidecar_of(&self, name: &str) -> Option<Vec<u8>> {
         let text = self.parent.read(name, INSTEAD_LIMIT).ok()?;
         Some(text.strip_prefix(INSTEAD_OF_READY[0])?.strip_suffix(INSTEAD_OF_READY[1])?.to_vec())
     }
 
-    /// Removes marks that the sidecar of an earlier pod made instead of `ready`, which would close the new environment.
+    /// Removes marks that the sidecar of an earlier pod created instead of `ready`: they would close the new
+    /// environment.
     pub(crate) fn remove_marks_of_earlier_pods(&self) -> Result<()> {
         let here = host_name();
         for name in Verdict::ALL.map(Verdict::signal_file) {
@@ -417,7 +418,7 @@ impl SignalFiles {
     }
 
     /// Removes verdict files that existed when this run started (with the stamps `old`) and are older than `ready`.
-    /// They belong to an earlier job: a mark of this job is made after `ready`.
+    /// They belong to an earlier job: a mark of this job is created after `ready`.
     pub(crate) fn remove_marks_of_earlier_jobs(&self, old: [Option<Stamp>; 2]) -> Result<()> {
         let Some((_, seconds, nanoseconds)) = self.stamp(READY) else { return Ok(()) };
         for (verdict, old) in Verdict::ALL.into_iter().zip(old) {
@@ -488,7 +489,8 @@ impl SignalFiles {
 
 impl Drop for SignalFiles {
     fn drop(&mut self) {
-        // Remove the file before unlocking it: a process that opened it meanwhile finds that it is gone.
+        // Remove the file before unlocking it: a process that opened the file before its removal finds that the name is
+        // gone.
         if self.lock.is_some() {
             let _ = self.parent.remove(CLAIM);
         }
