@@ -82,8 +82,8 @@ impl GracePeriod {
         } else if unreaped > 0 {
             now + NOTICE_TIME
         } else {
-            // Wait for a client's next session only if a session has ended recently: a client may keep an idle
-            // connection for long, without any plan for a session (ControlPersist).
+            // Wait for a client's next session only if a session has ended recently: a client may keep a connection
+            // open for long without starting another session (ControlPersist).
             match last_end.map(|end| end + NEXT_SESSION_TIME) {
                 Some(moment) if now < moment => moment,
                 _ => return Progress::Idle,

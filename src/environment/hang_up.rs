@@ -1,5 +1,5 @@
-//! Tells people at interactive shells that the environment closes, and hangs up their shells. `session_list` knows which
-//! sessions are interactive shells; a command, even on a terminal, gets the grace period instead.
+//! Tells people at interactive shells that the environment closes, and hangs up their shells. `session_list` knows
+//! which sessions are interactive shells. A command, even on a terminal, gets the grace period instead.
 
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;

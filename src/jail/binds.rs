@@ -83,8 +83,8 @@ impl Bind {
     /// Attaches the copy to the target.
     pub(crate) fn attach(&self, copy: Detached, root: &Tree) -> Result<()> {
         let target = root.handle(&self.target).map_err(|e| self.refuse(format!("the target: {e}")))?;
-        // move_mount(2) answers EINVAL for a directory on a file or the reverse, so name the types. `place` has checked
-        // both types, but either file may have been replaced since.
+        // move_mount(2) fails with EINVAL if a directory is attached to a file or the reverse, so name the types in the
+        // error. `place` has checked both types, but either file may have been replaced since.
         let kind =
             |fd: BorrowedFd<'_>| rustix::fs::fstat(fd).map(|found| FileKind::of(&found)).attempt(|| self.attempted());
         let (source_is, target_is) = (kind(copy.as_fd())?, kind(target.as_fd())?);

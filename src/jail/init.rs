@@ -154,7 +154,7 @@ fn make(plan: &Plan, link: &Link) -> Result<Infallible> {
         .and_then(|()| rustix::stdio::dup2_stderr(&null))
         .attempt(|| "close the container's streams")?;
     close_on_exec_from(3).attempt(|| "mark descriptors close-on-exec")?;
-    // Keep these open until the init ends, so that the binfmt_misc entry and the copies of programs stay.
+    // Keep these descriptors open until the init ends, so that the binfmt_misc entry and the copies of programs stay.
     let kept = interpreter.iter().filter_map(Interpreter::table).chain(programs.others.iter().map(AsFd::as_fd));
     for kept in kept {
         rustix::io::fcntl_setfd(kept, FdFlags::empty()).attempt(|| "keep the jail's programs open")?;
@@ -184,7 +184,7 @@ struct Inside {
 }
 
 fn prepare(tier: Tier) -> Result<Inside> {
-    // Hide again, because exec resets the dumpable flag. The supervisor lets nobody in before this.
+    // Hide again, because exec resets the dumpable flag. The supervisor lets nobody into the jail before this call.
     nix::sys::prctl::set_dumpable(false).attempt(|| "hide the jail's init from the jail (PR_SET_DUMPABLE)")?;
     let _ = nix::sys::prctl::set_name(comm(&Tree::open(Path::new("/")).attempt(|| "open the image root")?));
     let signals = Signals::block(&[Signal::SIGCHLD]).attempt(|| "block SIGCHLD")?;

@@ -104,7 +104,7 @@ impl Record {
             image,
             keep,
         };
-        // With one descriptor missing, a session would stay in a namespace of the container.
+        // Refuse a record without all descriptors: a session would stay in a namespace of the container.
         (record.descriptors.len() == record.tier.namespaces().len().max(1)).then_some(record)
     }
 

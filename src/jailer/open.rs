@@ -436,7 +436,7 @@ fn start(wanted: &Wanted<'_>) -> Result<Started> {
         let why = why.strip_prefix("cannot ").map(str::to_owned).unwrap_or(why);
         Err(Error::new(why))
     };
-    // Messages of the init and of the process that started it arrive in any order.
+    // The messages of the init and those of the process that started the init may arrive in any order.
     loop {
         if let (Some(init), Some(mut events)) = (init, events.take_if(|_| init.is_some())) {
             let another_version = || {

@@ -150,7 +150,7 @@ impl Ground {
         let bare = bare.attempt(|| "keep the mount namespace of a trial jail");
         let without_devices = jail.without_devices;
         jail.end()?;
-        // Removing a mount point removes its mounts: the kernel detaches them in all namespaces.
+        // Removing a mount point also removes what is mounted on it: the kernel detaches the mounts in all namespaces.
         jail.clear(&self.image_root, &self.record_directory)?;
         entered?;
         Ok(Trial { without_devices, bare: bare? })

@@ -253,7 +253,7 @@ impl Line<'_> {
                 }
                 continue;
             }
-            // Between name and separator: a closing quote or bracket, spaces, another sign as in `:=`.
+            // Skip what may be between name and separator: a closing quote or bracket, spaces, another sign as in `:=`.
             let before = text[..at].trim_end_matches([' ', '\t', '=', ':', '+', '?', '!']);
             let before = before.trim_end_matches(['"', '\'', '`', '\\', ']', ')']);
             let start = before
@@ -312,8 +312,8 @@ impl Line<'_> {
             }
             let is_option = word.text.starts_with('-') && !word.text.contains(['=', ':']);
             let is_known = options.contains(&word.text);
-            // Attached values first: '-pPassword1' is the value 'Password1', not a name. But some programs have
-            // '-password', too.
+            // Check for an attached value first: '-pPassword1' is the value 'Password1', not a name. But some programs
+            // have '-password', too.
             let attached = options.iter().find(|o| o.len() == 2 && word.text.starts_with(*o)).filter(|_| !is_known);
             if let Some(option) = attached {
                 let value = word.start + self.text[word.start..word.end].find(option).unwrap_or_default() + 2;

@@ -143,8 +143,8 @@ pub fn run(
         };
         sidecar.old = sidecar.stamps();
         let result = sidecar.live();
-        // Roll back before the failure is reported to IMS: that ends the job and its volume. `publish` rolls back
-        // itself.
+        // Roll back before the failure is reported to IMS, since the report ends the job and deletes its volume.
+        // `publish` rolls back by itself.
         if result.is_err()
             && !sidecar.has_published
             && let Err(e) = sidecar.publication().give_up(&mut sidecar.journal)

@@ -92,7 +92,7 @@ impl Agent {
     pub(crate) fn go_on(&mut self, mut ready: impl Iterator<Item = bool>) {
         let is_connecting = self.has_room() && ready.next() == Some(true);
         self.connections.retain_mut(|connection| connection.go_on(&mut ready));
-        // A program that cannot be connected sees its connection close, as when the client is gone.
+        // If the connection to the agent fails, the program sees its own connection close, as when the client is gone.
         if is_connecting && let Ok(connection) = self.connect() {
             self.connections.push(connection);
         }

@@ -87,9 +87,9 @@ fn prepare(
     terminal: &Terminal,
     directory: Option<&Tree>,
 ) -> Result<()> {
-    // A process group of its own, so that `kill 0` inside does not reach this process; with this process's group the
-    // child would see its group as 0, which fish and some other shells cannot handle. The session stays the same, so
-    // that sshd's hang-up reaches the child.
+    // Move the child into a process group of its own, so that `kill 0` inside does not reach this process; with this
+    // process's group the child would see its group as 0, which fish and some other shells cannot handle. The session
+    // stays the same, so that sshd's hang-up reaches the child.
     setpgid(Pid::from_raw(0), Pid::from_raw(0)).attempt(|| "make a process group in the jail")?;
     terminal.show_in_front(getpid());
     if !dkms {

@@ -325,7 +325,7 @@ fn advice(error: Errno, interpreter: Option<&str>) -> String {
         }
         Some(line) if missing => format!("its first line names {}, which the image lacks", Printable(line)),
         _ if missing => "the program or its loader does not exist".to_owned(),
-        // ELOOP is the error of scripts that interpret each other (binfmt_script), and of a cycle of links.
+        // The kernel returns ELOOP for scripts that interpret each other (binfmt_script), and for a cycle of links.
         Some(line) if error == Errno::ELOOP => {
             format!("its first line names {}, which leads to itself", Printable(line))
         }

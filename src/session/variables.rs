@@ -59,8 +59,7 @@ pub fn variable(text: &str) -> std::result::Result<(String, String), String> {
     if OWN.iter().chain(DROPPED).any(|other| name == *other) {
         return Err(format!("{name} is set at login, from the image"));
     }
-    // sshd's configuration, which sets the variable for sessions of `customize`, has one line for each variable, which
-    // a newline would break.
+    // A newline would break the line of sshd's configuration that sets the variable for sessions of `customize`.
     if value.contains(|c: char| c.is_control()) {
         return Err(format!("expected a value of {name} without control characters"));
     }

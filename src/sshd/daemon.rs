@@ -56,7 +56,7 @@ impl Daemon {
         // Sessions get this umask from sshd, which adds 022.
         umask::with_callers(&mut command);
         command.args(&options.words).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-        // In a thread of its own: the mount namespace and seccomp filter are for sshd only.
+        // Start sshd from a thread of its own: the mount namespace and seccomp filter are for sshd only.
         let started = std::thread::scope(|scope| {
             let start = || {
                 shell.map_or(Ok(()), LoginShell::put_in_place)?;
@@ -220,7 +220,8 @@ impl Clients {
             } else if within_sshd && (!is_sshd || entry.command_line().ends_with("@internal-sftp")) {
                 running.sessions.push(entry);
             } else if is_sshd {
-                // More page faults of children show that sshd has reaped a session since the last poll, however short.
+                // More page faults of children show that sshd has reaped a session since the last poll, even a very
+                // short one.
                 let (faults, last_end) = before.remove(&entry.identity()).unwrap_or((0, None));
                 let last_end = if entry.faults_of_children > faults { Some(Instant::now()) } else { last_end };
                 running.last_end = running.last_end.max(last_end);

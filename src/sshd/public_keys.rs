@@ -62,7 +62,7 @@ pub(crate) fn host_key(text: &str) -> Option<String> {
     is_one.then(|| format!("{kind} {key}"))
 }
 
-/// Returns whether a line holds a key: options or none, then the name of the key's type, then the key, which begins
+/// Returns whether a line holds a key: options, if any, then the name of the key's type, then the key, which begins
 /// with the encoded length of that name.
 fn is_key(line: &str) -> bool {
     let words: Vec<_> = line.split_whitespace().collect();

@@ -78,7 +78,7 @@ impl Architecture {
     }
 
     fn try_smallest(self) -> io::Result<bool> {
-        // Not close-on-exec: a binfmt_misc interpreter opens the program by its /proc/self/fd name, after exec.
+        // Do not set close-on-exec: a binfmt_misc interpreter opens the program after exec, by its /proc/self/fd name.
         let mut file = File::from(rustix::fs::memfd_create("program", MemfdFlags::empty())?);
         file.write_all(&self.smallest_program())?;
         let mut program = Command::new(format!("/proc/self/fd/{}", file.as_raw_fd()));

@@ -118,8 +118,8 @@ pub(crate) fn switch_root(new_root: impl AsFd) -> io::Result<()> {
     rustix::process::fchdir(new_root)?;
     // With "." twice, the old root is stacked on the new one (pivot_root(2)), so no directory is needed for it.
     rustix::process::pivot_root(".", ".")?;
-    // Detach from the old root's ".": from that of the new root, the second round of the loop below would detach the
-    // new root itself.
+    // Change to the old root before detaching ".": with the new root as ".", the second round of the loop below would
+    // detach the new root itself.
     rustix::process::fchdir(&old_root)?;
     // Make the old root private first, so that the detach does not propagate to the original namespace.
     set_attributes(CWD, c".", MountAttrFlags::empty(), libc::MS_PRIVATE, true)?;

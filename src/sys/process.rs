@@ -186,7 +186,7 @@ impl Handle {
         let raw = rustix::process::Pid::from_raw(process.pid).ok_or(io::ErrorKind::InvalidInput)?;
         let fd = rustix::process::pidfd_open(raw, PidfdFlags::empty())?;
         let pid = Pid::from_raw(process.pid);
-        // Read after opening the pidfd: if the ID was reused before, the start time differs.
+        // Read the start time after opening the pidfd: if the ID was reused before that, the start time differs.
         match Entry::read(pid) {
             Some(entry) if entry.start == process.start && !entry.has_ended() => Ok(Self { fd, pid }),
             _ => Err(rustix::io::Errno::SRCH.into()),

@@ -396,8 +396,8 @@ impl Tree {
                 Err(e) => return Err(e.into()),
             }
         }
-        // In a setgid directory, a new directory inherits the group and the bit (inode(7)); unpacking an archive may
-        // not reset them.
+        // In a setgid directory, a new directory inherits the group and the bit (inode(7)); unpacking an archive does
+        // not always reset them.
         if found.st_mode & 0o2000 != 0 {
             rustix::fs::chownat(&made, ".", None, Some(rustix::process::getegid()), AtFlags::empty())?;
         }

@@ -239,7 +239,8 @@ impl SignalFiles {
                     }
                 }
                 Err(rustix::io::Errno::WOULDBLOCK) => {
-                    // A command that checks whether a step has the claim takes a shared lock for a moment.
+                    // If a shared lock is possible, no step has the claim: a command that only checks for one holds a
+                    // shared lock for a moment.
                     if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockShared).is_ok() {
                         std::thread::sleep(Duration::from_millis(1));
                         continue;
