@@ -400,7 +400,7 @@ mod tests {
     impl Change {
         fn make(&self, root: &Path) {
             let at = |path: &Path| root.join(path);
-            // Skip these: opening a fifo would block.
+            // Skip files that are not regular: opening a fifo would block.
             let is_node = |path: &Path| std::fs::metadata(at(path)).is_ok_and(|found| !found.is_file());
             let _ = match self {
                 Self::Write(path, _) | Self::Append(path) | Self::WriteAndRemove(path) | Self::Sparse(path)

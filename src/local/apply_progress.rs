@@ -58,7 +58,8 @@ pub(crate) struct Progress {
     number: u64,
 }
 
-/// Records on disk that the changes kept in `work` are to be applied to `root`, so that later commands know it.
+/// Records on disk the decision to apply the changes kept in `work` to `root`, so that later commands resume the
+/// application.
 pub(crate) fn decide(work: &Tree, root: &Tree) -> Result<()> {
     let root_is = identity(root).attempt(|| format!("apply the changes to {}", root.shown().display()))?;
     Progress { step: Step::Decided, root: root_is, stage: STAGE.into(), number: 0 }.write(work)

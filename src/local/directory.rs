@@ -194,8 +194,8 @@ pub(crate) fn open(directory: &Path) -> Result<Tree> {
 /// Extended attribute that holds an ACL.
 const ACL: &str = "system.posix_acl_access";
 
-/// Returns whether other users of the machine can reach `directory`, a path without symbolic links: whether this
-/// directory and each one above it let some user other than root search them.
+/// Returns whether other users of the machine can reach `directory`, a path without symbolic links. They can if some
+/// user other than root may search this directory and each one above it.
 fn is_reachable(directory: &Path) -> Result<bool> {
     let attempted = || format!("open {}", directory.display());
     let mut at = open_tree(Path::new("/"))?;

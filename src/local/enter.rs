@@ -84,7 +84,8 @@ pub enum Answer {
 }
 
 /// Runs the command in a jail around the image root and then ends everything inside. Publishes, keeps or discards the
-/// changes. Returns the command's exit code, or 0 for a published image; dies of the signal that killed the command.
+/// changes. Returns the command's exit code, or 0 for a published image. If a signal killed the command, dies of the
+/// same signal.
 pub fn run(mut run: Run, entry: &Entry) -> Result<u8> {
     source::need_root()?;
     let heeded = |(name, _): &(OsString, OsString)| entry.heeds_dkms || name != "JOB_ENABLE_DKMS";
@@ -334,7 +335,7 @@ impl Session {
         clear_left_over(&["customize"], image_root)?;
         let run = RunDirectory::claim("enter", image_root)?;
         refuse_while_used(image_root).inspect_err(|_| drop(remove_directory(run.path())))?;
-        // The command runs in the foreground and handles these signals itself.
+        // Block these signals: the command runs in the foreground and handles them itself.
         let blocked = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGCHLD];
         let signals = Signals::block(&blocked).attempt(|| "block signals")?;
         nix::sys::prctl::set_child_subreaper(true).attempt(|| "become the parent of orphaned processes")?;

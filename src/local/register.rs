@@ -266,8 +266,8 @@ pub(crate) fn entries() -> Result<Vec<Value>> {
     Ok(all()?.into_iter().filter_map(|(entry, lasts)| lasts.then_some(entry)).collect())
 }
 
-/// Locks the register until the returned value is dropped, so that, of two runs on one source that start at once, the
-/// second is refused before it takes a name.
+/// Locks the register until the returned value is dropped. If two runs on one source start at once, the second is thus
+/// refused before it takes a name.
 fn alone() -> Result<OwnedFd> {
     let register = place();
     let attempted = || format!("lock {}", register.display());
@@ -372,7 +372,8 @@ fn kept_entry(work: &Path) -> Option<Value> {
     Some(entry)
 }
 
-/// The command line that resumes the changes of the run of `entry`, as it can be pasted in the current directory.
+/// The command line that resumes the changes of the run of `entry`, in a form that can be pasted in the current
+/// directory.
 pub(crate) fn resuming_line(entry: &Value) -> String {
     match (entry["command_line"].as_str(), entry["directory"].as_str()) {
         (Some(line), Some(directory)) => command_line::from_here(line, Path::new(directory)),

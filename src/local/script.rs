@@ -50,7 +50,7 @@ impl Script {
         &self.content
     }
 
-    /// Writes the script to `directory`, which belongs to root, so that a jail of this tier can copy it.
+    /// Writes the script to `directory`, which belongs to root, so that a jail of tier `tier` can copy it.
     pub(crate) fn put(&self, directory: &Path, tier: Tier) -> Result<Program> {
         if tier == Tier::Chroot {
             return Err(Error::new("run --script in the image")
