@@ -1,5 +1,5 @@
-//! The near side of a build from a recipe on a node. The recipe, keys and certificates are sent to the node, its
-//! kiwi-ng builds, and the packed image comes back.
+//! The near side of a build on a node: sends the recipe, keys and certificates to the node, has the node's kiwi-ng
+//! build the image root, and receives the packed image.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -29,7 +29,7 @@ use crate::transfer::Work;
 use crate::volume::layout::{BUILD, CREATED_IMAGE_ROOT, KIWI_LOG, REMOTE_PARTS, REMOTE_RECIPE, REMOTE_TREE, TRANSFER};
 use crate::volume::state_directory::StateDirectory;
 
-/// Variables of the job that are passed to its build on the node.
+/// Variables of the job that the build on the node also gets.
 const PASSED_ON: [&str; 10] = [
     "BUILD_ARCH",
     "ENABLE_DEBUG",
@@ -43,28 +43,28 @@ const PASSED_ON: [&str; 10] = [
     "SOURCE_DATE_EPOCH",
 ];
 
-/// Minimum free space, in bytes, that a node must have for a build.
+/// Minimum free space on a node for a build, in bytes.
 const LEAST_SPACE: u64 = 512 << 20;
 
-/// A node for a build, and the results that are wanted from it.
+/// The node for a build, and what the node is to do and send back.
 #[derive(Debug)]
 pub struct Node {
     to: Destination,
     job: String,
     silence: Duration,
     variables: Vec<(String, String)>,
-    /// Directory of certificates of authorities for the image.
+    /// Directory of additional CA certificates for the image.
     authorities: Option<PathBuf>,
-    /// Time for which the node waits for the repositories; `None` if another step has waited.
+    /// Time for which the node waits for the repositories; `None` if another step has already waited for them.
     pub wait: Option<Duration>,
-    /// Patterns of paths that are not packed.
+    /// Patterns of the paths that are left out of the packed image.
     pub exclude: Vec<String>,
-    /// True if the image root is sent back even if its build failed.
+    /// True if the node sends back the image root even if the build fails.
     pub returns_tree: bool,
 }
 
 impl Node {
-    /// Returns the node of a job in a pod; `None` if the job has none.
+    /// Returns the node of a job in a pod; `None` if the job has no node.
     pub fn of_job(settings: &Settings, variables: Vec<(OsString, OsString)>) -> Result<Option<Self>> {
         let (Some(host), Some(job)) = (&settings.job.node, &settings.job.id) else { return Ok(None) };
         let (silence, key) = environment::of_node(variables.iter().cloned())?;
@@ -73,7 +73,7 @@ impl Node {
         Ok(Some(Self::new(settings, to, job, silence, variables, authorities)))
     }
 
-    /// A node for a build without IMS.
+    /// Returns the node `host` for a build without IMS.
     pub fn named(settings: &Settings, host: &str, variables: Vec<(OsString, OsString)>) -> Result<Self> {
         let to = Destination::named(host)?;
         let (silence, _) = environment::of_node(variables.iter().cloned())?;
@@ -98,8 +98,8 @@ impl Node {
     }
 }
 
-/// Builds on the node, and reports the job's status to IMS. Leaves the packed image and its boot files in the place in
-/// which a remote job leaves them.
+/// Builds on the node, and reports the job's status to IMS. Leaves the packed image and its boot files where a remote
+/// customize job leaves them.
 pub fn run(settings: &Settings, wanted: &kiwi::Wanted, node: &Node) -> Result<u8> {
     kiwi::run_by(settings, |work, parent, volume| Offloaded::begin(work, settings, wanted, node, parent, volume))
 }
@@ -113,7 +113,8 @@ struct Offloaded {
     _state: State,
 }
 
-/// A state directory that is removed at the end, after the connection, since it contains the connection's socket.
+/// A state directory. Removed when the build ends but only after the connection has closed, since it contains the
+/// connection's socket.
 struct State(StateDirectory);
 
 impl Drop for State {
@@ -125,7 +126,7 @@ impl Drop for State {
 }
 
 impl Offloaded {
-    /// Reads what goes to the node, and asks the node whether it can do the build.
+    /// Reads everything that the node needs, and asks the node whether it can do the build.
     fn begin(
         work: &Work,
         settings: &Settings,
@@ -135,7 +136,7 @@ impl Offloaded {
         volume: &Tree,
     ) -> Result<Self> {
         let offered = Offered::read(settings, wanted)?;
-        // Remove leftovers, since this container may have been started again.
+        // This container may have been restarted, so remove leftovers of its earlier run.
         for name in REMOTE_PARTS.into_iter().chain([TRANSFER, REMOTE_TREE, REMOTE_RECIPE]) {
             volume.remove_whole(name.as_ref()).attempt(|| format!("remove {name}"))?;
         }
@@ -161,14 +162,16 @@ impl Offloaded {
         });
         let patience = node.silence.as_secs();
         let order = Order { job: node.job.clone(), size: size + LEAST_SPACE, patience, task };
-        // A state directory of its own: in that of the parent, 'status' would find an environment that looks killed.
+        // Use a separate state directory. In the state directory of the image root parent, 'status' would find an
+        // environment that looks killed.
         let state = State(StateDirectory::of(&parent.join(BUILD))?);
         let program = Program::start(&node.to, order, state.0.path(), &|| work.heed())?;
         let boot = left_names(&settings.boot, settings.job.arch());
         Ok(Self { program, recipe: Some(recipe), boot, parent: parent.to_owned(), _state: state })
     }
 
-    /// Sends the recipe, and receives the results. Returns the reason if the build failed, and the received files.
+    /// Sends the recipe, and receives the results. Returns the reason of the failure if the build failed, and the
+    /// received files.
     fn exchange(&mut self, work: &Work, volume: &Tree) -> Result<(Option<String>, Vec<Part>)> {
         let Self { program, recipe, .. } = self;
         let mut incoming = Incoming::default();
@@ -202,7 +205,7 @@ impl Offloaded {
         }
     }
 
-    /// Has the node remove everything, and waits until it has.
+    /// Asks the node to remove everything of the job, and waits until the node has done so.
     fn end(&mut self) {
         let since = Instant::now();
         self.program.channel.say(&Message::End);
@@ -211,7 +214,7 @@ impl Offloaded {
         }
     }
 
-    /// Unpacks the image root that a failed build has left, for people who look for the reason.
+    /// Unpacks the image root that a failed build has left behind, for people who look for the reason.
     fn unpack(&self, work: &Work, volume: &Tree) -> Result<()> {
         let attempted = || format!("unpack the image root that {} has sent", self.program.connection.host());
         let file = volume.open_regular(REMOTE_TREE, OFlags::RDONLY | OFlags::NOFOLLOW).attempt(attempted)?;
@@ -224,7 +227,7 @@ impl Offloaded {
     }
 }
 
-/// Interval at which limits are checked.
+/// Interval at which time limits are checked.
 const TICK: Duration = Duration::from_millis(500);
 
 impl Ready for Offloaded {
@@ -256,7 +259,7 @@ impl Ready for Offloaded {
     }
 }
 
-/// Makes an archive of the recipe.
+/// Packs the recipe into an archive.
 fn archive(work: &Work, recipe: &Tree, volume: &Tree) -> Result<File> {
     let attempted = "send the recipe";
     volume.create_file(REMOTE_RECIPE).attempt(|| attempted)?;

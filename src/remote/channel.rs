@@ -1,6 +1,6 @@
-//! The line between the two sides of a remote job: messages, data and signs of life over two pipes, without blocking.
+//! A channel between the two sides of a remote job: messages, file data and keepalives over two non-blocking pipes.
 //!
-//! A message is a line of JSON. Data is a line `@LENGTH` and that many bytes. An empty line is a sign of life.
+//! A message is a line of JSON. Data is a line `@LENGTH`, followed by that many bytes. An empty line is a keepalive.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -13,19 +13,19 @@ use rustix::fs::OFlags;
 use crate::error::{Attempt, Error, Result};
 use crate::remote::message::Message;
 
-/// Interval of the signs of life.
+/// Interval between keepalives.
 const BEAT: Duration = Duration::from_secs(1);
 
-/// Maximum length of a line, in bytes: an order contains keys and certificates.
+/// Maximum length of a line, in bytes. It is large, since an order contains keys and certificates.
 const LONGEST_LINE: usize = 4 << 20;
 
 /// Maximum number of data bytes after one line.
 const MOST_DATA: usize = 256 << 10;
 
-/// Number of queued bytes from which no more are read from a file until the other side has taken some.
+/// Number of queued bytes at which sending a file pauses until the other side has read some of them.
 const ENOUGH: usize = 1 << 20;
 
-/// Maximum number of bytes that are read at once.
+/// Maximum number of bytes that one call reads.
 const AT_ONCE: usize = 128 << 10;
 
 /// A message or data from the other side.
@@ -37,26 +37,26 @@ pub(crate) enum Frame {
     Data(Vec<u8>),
 }
 
-/// Time for which the other side has been silent while this side listened.
+/// Total time for which the other side was silent while this side was listening.
 pub(crate) struct Silence {
     length: Duration,
     listened: Instant,
 }
 
 impl Silence {
-    /// Begins to listen.
+    /// Starts with no silence so far.
     pub(crate) fn begin() -> Self {
         Self { length: Duration::ZERO, listened: Instant::now() }
     }
 
-    /// Adds the time since the last call, but at most [`BEAT`]: if this side was busy or the whole machine stood still,
-    /// nothing could be heard meanwhile.
+    /// Adds the time since the last call, but at most [`BEAT`]. If this side was busy or the whole machine was
+    /// suspended, this side heard nothing in that time, so it does not count as the other side's silence.
     pub(crate) fn listen(&mut self) {
         self.length += self.listened.elapsed().min(BEAT);
         self.listened = Instant::now();
     }
 
-    /// Ends the silence, since something was heard.
+    /// Resets the silence to zero, since something was heard.
     pub(crate) fn end(&mut self) {
         self.length = Duration::ZERO;
     }
@@ -67,23 +67,23 @@ impl Silence {
     }
 }
 
-/// One end of the line.
+/// One end of the channel.
 pub(crate) struct Channel {
     input: File,
     output: File,
-    /// Bytes that were read; the frames before `taken` have been returned.
+    /// Bytes that were read. The frames in the first `taken` bytes have already been returned.
     inbox: Vec<u8>,
     taken: usize,
     outbox: Vec<u8>,
     silence: Silence,
     said: Instant,
-    /// Limit of the other side's silence; without one, this side sends no signs of life either.
+    /// Time for which the other side may be silent. If `None`, there is no limit, and this side sends no keepalives.
     patience: Option<Duration>,
     is_over: bool,
 }
 
 impl Channel {
-    /// Takes two pipes, and makes them non-blocking.
+    /// Creates a channel from two pipes, which become non-blocking.
     pub(crate) fn new(input: OwnedFd, output: OwnedFd, patience: Option<Duration>) -> Result<Self> {
         for end in [&input, &output] {
             let flags = rustix::fs::fcntl_getfl(end).attempt(|| "read from a pipe")?;
@@ -102,7 +102,7 @@ impl Channel {
         })
     }
 
-    /// Sets a limit for the other side's silence from now on.
+    /// Sets the time for which the other side may be silent, counted from now.
     pub(crate) fn set_patience(&mut self, patience: Duration) {
         self.patience = Some(patience);
         self.silence.end();
@@ -114,7 +114,7 @@ impl Channel {
         self.outbox.push(b'\n');
     }
 
-    /// Queues data.
+    /// Queues file data.
     pub(crate) fn send(&mut self, data: &[u8]) {
         for data in data.chunks(MOST_DATA) {
             self.outbox.extend(format!("@{}\n", data.len()).bytes());
@@ -122,25 +122,25 @@ impl Channel {
         }
     }
 
-    /// Returns whether so much is queued that nothing should be added.
+    /// Returns whether the queue is so long that the caller should add nothing.
     pub(crate) fn is_full(&self) -> bool {
         self.outbox.len() >= ENOUGH
     }
 
-    /// Returns whether everything queued has been written.
+    /// Returns whether everything that was queued has been written.
     pub(crate) fn is_flushed(&self) -> bool {
         self.outbox.is_empty()
     }
 
-    /// Returns whether the other side has closed the line.
+    /// Returns whether the other side has closed the channel.
     pub(crate) fn is_over(&self) -> bool {
         self.is_over
     }
 
-    /// Descriptors to wait for.
+    /// Returns the descriptors to poll.
     pub(crate) fn sources(&self) -> [PollFd<'_>; 2] {
-        // Leave out descriptors that are not needed: even without events to wait for, poll(2) keeps reporting a closed
-        // end.
+        // Leave out descriptors that are not needed: poll(2) reports a closed end again and again, even if no events
+        // are requested for it.
         let [read, write] = [!self.is_over, !self.outbox.is_empty()];
         let wish = |is: bool, flags| if is { flags } else { PollFlags::empty() };
         let input = if self.is_over { self.output.as_fd() } else { self.input.as_fd() };
@@ -151,7 +151,7 @@ impl Channel {
         ]
     }
 
-    /// Reads and writes as much as is possible now.
+    /// Reads and writes as much as is possible without blocking.
     pub(crate) fn turn(&mut self) -> Result<()> {
         self.read().attempt(|| "read from the other side")?;
         if self.patience.is_some() && self.outbox.is_empty() && self.said.elapsed() >= BEAT {
@@ -176,7 +176,7 @@ impl Channel {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(e),
             }
-            // Return, so that the caller can take frames.
+            // Stop reading, so that the caller can take frames out first.
             if self.inbox.len() >= ENOUGH {
                 break;
             }
@@ -195,7 +195,7 @@ impl Channel {
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break Ok(()),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                // Frames that the other side sent before it closed the line may still be read.
+                // Ignore the error: frames that the other side sent before it closed the channel may still be unread.
                 Err(e) if e.kind() == io::ErrorKind::BrokenPipe => {
                     written = self.outbox.len();
                     break Ok(());
@@ -207,7 +207,7 @@ impl Channel {
         result
     }
 
-    /// Returns the next frame, if a whole one has arrived.
+    /// Returns the next frame, if it has arrived completely.
     pub(crate) fn next(&mut self) -> Result<Option<Frame>> {
         loop {
             let unread = &self.inbox[self.taken..];
@@ -236,7 +236,7 @@ impl Channel {
         }
     }
 
-    /// Fails if the other side has closed the line, or was silent for too long.
+    /// Fails if the other side has closed the channel, or was silent for too long.
     pub(crate) fn check(&self) -> Result<()> {
         let lost = |why: String| Err(Error::new("go on with the job").because(why));
         if self.is_over {
@@ -313,7 +313,7 @@ mod tests {
             let mut sources = ends[1].sources();
             let _ = crate::sys::poll::wait(&mut sources, BEAT / 10);
         }
-        // From here on, the first end sends nothing.
+        // From here on, the first end sends nothing, so the second end must report its silence.
         let began = Instant::now();
         let lost = loop {
             ends[1].turn().unwrap();
@@ -326,7 +326,7 @@ mod tests {
         assert!(lost.contains("nothing was heard"), "{lost}");
         assert!(began.elapsed() > BEAT, "{:?}", began.elapsed());
         let [mut ours, mut theirs] = ends;
-        // A socket that is closed with bytes unread is reset.
+        // Read everything before closing: closing a socket with unread data would reset the connection.
         ours.turn().unwrap();
         drop(ours);
         theirs.turn().unwrap();
@@ -337,7 +337,7 @@ mod tests {
     fn time_in_which_nobody_listened_is_no_silence_of_the_other_side() {
         let mut ends = pair(Some(BEAT * 3));
         ends[1].turn().unwrap();
-        // As if the whole machine had stood still: the other side could not say anything either.
+        // Simulate that the whole machine was suspended: the other side could not send anything either.
         ends[1].silence.listened = Instant::now().checked_sub(BEAT * 60).unwrap();
         ends[1].turn().unwrap();
         ends[1].check().unwrap();

@@ -1,5 +1,5 @@
-//! One ssh connection to a node, by the machine's own OpenSSH client. Everything that a job does on the node is a
-//! channel of this connection.
+//! The ssh connection to a node, established by this machine's OpenSSH client. Everything that a job does on the node
+//! uses a channel of this one connection.
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -23,36 +23,36 @@ use crate::sys::process::{Handle, Identity, end_with_us};
 use crate::sys::signals::unblock_signals;
 use crate::sys::tree::Tree;
 
-/// Timeout for connecting, login included.
+/// Timeout for connecting, including the login.
 const TIME_TO_CONNECT: Duration = Duration::from_secs(30);
 
-/// Timeout for an answer of ssh's master process, and for a greeting through a forwarded port.
+/// Timeout for an answer of ssh's master process, and for sshd's greeting through a forwarded port.
 const TIME_TO_ANSWER: Duration = Duration::from_secs(10);
 
-/// Time for the last lines of a node to be logged.
+/// Time that the last lines from a node get to reach the log.
 const TIME_TO_LOG: Duration = Duration::from_secs(1);
 
-/// Maximum length of ssh's output in a message, in bytes: a node can make ssh print anything.
+/// Maximum number of bytes of ssh's output that a message contains: a node can make ssh print anything.
 const LONGEST_SAID: u64 = 4096;
 
-/// Interval at which a wait checks whether it is still wanted.
+/// Interval at which a wait checks whether it is still needed.
 const TICK: Duration = Duration::from_millis(20);
 
 /// Interval of ssh's own keepalive messages.
 const ALIVE: Duration = Duration::from_secs(5);
 
-/// Address of a node, and how to log in there.
+/// Address of a node, and how to log in on it.
 #[derive(Debug, Clone)]
 pub(crate) struct Destination {
-    /// `HOST` or `USER@HOST`, see [`is_host`].
+    /// `HOST` or `USER@HOST`, as [`is_host`] accepts it.
     pub(crate) host: String,
-    /// Private key, with a file `known_hosts` next to it if there is one. `None` stands for the person's own
-    /// configuration of ssh.
+    /// Private key. If there is a file `known_hosts` next to it, that file has the accepted host keys. If `None`, ssh
+    /// uses the user's own configuration.
     pub(crate) key: Option<PathBuf>,
 }
 
 impl Destination {
-    /// The node of a job, as `REMOTE_BUILD_NODE` names it, with the pod's key.
+    /// The node of a job, as `REMOTE_BUILD_NODE` names it, accessed with the pod's key.
     pub(crate) fn of_job(host: &str, key: PathBuf) -> Result<Self> {
         if !is_host(host) || host.contains('@') {
             let why = format!("REMOTE_BUILD_NODE is '{host}': expected the name or address of a host");
@@ -61,7 +61,7 @@ impl Destination {
         Ok(Self { host: format!("root@{host}"), key: Some(key) })
     }
 
-    /// The node that a person has named.
+    /// The node that the user has named on the command line.
     pub(crate) fn named(host: &str) -> Result<Self> {
         if !is_host(host) {
             return Err(Error::bad_input(format!("--node is '{host}': expected HOST or USER@HOST")));
@@ -70,7 +70,7 @@ impl Destination {
     }
 }
 
-/// Returns whether `text` is a host, with a user or without, and neither an option nor part of one.
+/// Returns whether `text` is a host, with or without a user. A text that ssh could take for an option is none.
 fn is_host(text: &str) -> bool {
     let (user, host) = text.split_once('@').unwrap_or(("root", text));
     let is_word = |word: &str, further: &[char]| {
@@ -81,7 +81,7 @@ fn is_host(text: &str) -> bool {
     host.len() <= 253 && is_word(user, &['-', '_', '.']) && is_word(host, &['-', '_', '.', ':'])
 }
 
-/// Called during a wait; fails once the wait is no longer wanted.
+/// Called repeatedly during a wait. Fails when the wait should end early.
 pub(crate) type Heed<'a> = &'a dyn Fn() -> Result<()>;
 
 /// An established connection.
@@ -91,19 +91,20 @@ pub(crate) struct Connection {
     master: Child,
     control: PathBuf,
     log: PathBuf,
-    /// One receiver for each command, disconnected at the end of the command's standard error.
+    /// For each command a receiver that is disconnected when the command's standard error ends.
     commands: RefCell<Vec<Receiver<()>>>,
 }
 
 impl Connection {
-    /// Connects. `directory` is private, and gets a copy of the key, the hosts' keys and the socket of the master
-    /// process. After `silence` without an answer, the connection is lost.
+    /// Connects. `directory` must be private, and gets a copy of the key, the host keys and the socket of the master
+    /// process. If the node does not answer for `silence`, the connection counts as lost.
     pub(crate) fn open(to: &Destination, directory: &Path, silence: Duration, heed: Heed<'_>) -> Result<Self> {
         let attempted = || format!("connect to the build node {}", to.host);
         let log = directory.join("ssh.log");
         let control = directory.join("ssh");
         let known_hosts = directory.join("known_hosts");
-        // Remove the socket of a run that was killed: its presence would look as if this connection were established.
+        // Remove the socket that a killed run left behind: the socket's presence shows that the connection is
+        // established.
         match std::fs::remove_file(&control) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(Error::new(attempted()).because(e)),
             _ => {}
@@ -137,7 +138,7 @@ impl Connection {
         ssh.args(&options).args(["-M", "-N", "-T", "-S"]).arg(&control).args(["--", &to.host]);
         let said = File::create(&log).attempt(attempted)?;
         ssh.stdin(Stdio::null()).stdout(Stdio::null()).stderr(said);
-        // A process group of its own keeps Ctrl-C from ssh: this process handles it and ends the node's part in order.
+        // ssh gets its own process group, so that Ctrl-C does not reach it: this process ends the node's part cleanly.
         let master =
             end_with_us(unblock_signals(ssh.process_group(0))).spawn().map_err(|e| missing(&attempted(), e))?;
         let commands = RefCell::default();
@@ -157,7 +158,7 @@ impl Connection {
         Ok(connection)
     }
 
-    /// Waits until the master has logged in, which is when its socket appears.
+    /// Waits until the master process has logged in. Its socket appears at that time.
     fn await_master(&mut self, heed: Heed<'_>) -> std::result::Result<(), String> {
         let began = Instant::now();
         while !self.control.exists() {
@@ -174,13 +175,13 @@ impl Connection {
         Ok(())
     }
 
-    /// Output of the master process, on one line.
+    /// Returns the output of the master process, on one line.
     pub(crate) fn last_words(&self) -> String {
         File::open(&self.log).map(said).unwrap_or_default()
     }
 
-    /// Returns `ssh` over the connection. It reads no configuration, which might request forwardings of its own.
-    /// Without the master, it would open a new connection; `ProxyCommand=false` makes that fail.
+    /// Returns an `ssh` command that uses this connection. It reads no configuration, which might request additional
+    /// forwardings. If the master process is gone, `ProxyCommand=false` keeps ssh from opening a new connection.
     fn ssh(&self) -> Command {
         let mut ssh = Command::new("ssh");
         ssh.args(["-F", "none", "-o", "BatchMode=yes", "-o", "ProxyCommand=false", "-S"])
@@ -191,14 +192,15 @@ impl Connection {
         ssh
     }
 
-    /// Returns a command that runs `words` on the node, quoted so that the far shell takes each word as it is.
+    /// Returns a command that runs `words` on the node. The words are quoted, so that the node's shell does not change
+    /// them.
     pub(crate) fn command(&self, words: &[&str]) -> Command {
         let mut ssh = self.ssh();
         ssh.args(["-T", "--", &self.host]).arg(shell_words::join(words));
         ssh
     }
 
-    /// Starts a [`Connection::command`]; its standard error goes to the log here.
+    /// Starts a [`Connection::command`], and logs its standard error on this side.
     pub(crate) fn spawn(&self, command: &mut Command) -> io::Result<Child> {
         let mut child = command.stderr(Stdio::piped()).spawn()?;
         if let Some(stderr) = child.stderr.take() {
@@ -212,8 +214,9 @@ impl Connection {
         Ok(child)
     }
 
-    /// Has the master forward each port of `listen` on this machine, on its address or (`None`) on all, to the port
-    /// `there` of the node's loopback address. Returns the address at which this process reaches the first of them.
+    /// Makes the master process forward ports of this machine to the port `there` of the node's loopback address.
+    /// `listen` has the ports, each with the address to listen on or `None` for all. Returns the address at which this
+    /// process reaches the first of these ports.
     pub(crate) fn forward(&self, listen: &[(Option<IpAddr>, u16)], there: u16, heed: Heed<'_>) -> Result<SocketAddr> {
         listen.iter().try_for_each(|&here| self.forward_one(here, there, heed))?;
         let (address, port) = listen.first().copied().unwrap_or((None, 22));
@@ -223,7 +226,7 @@ impl Connection {
     fn forward_one(&self, (listen, port): (Option<IpAddr>, u16), there: u16, heed: Heed<'_>) -> Result<()> {
         let attempted = || format!("forward port {port} to the build node {}", self.host);
         let mut ssh = self.ssh();
-        // `*` means IPv4 and IPv6; for "[::]" ssh would open a port for IPv6 alone.
+        // Use `*` for all addresses of IPv4 and IPv6; for "[::]" ssh would listen on IPv6 only.
         let here = match listen {
             None => format!("*:{port}"),
             Some(address) => SocketAddr::new(address, port).to_string(),
@@ -239,8 +242,8 @@ impl Connection {
             .advise("see whether something else listens there"))
     }
 
-    /// Waits for sshd's greeting at `address`. An open port is not enough: if the node's sshd forbids forwarding, the
-    /// port is open nevertheless, and each connection to it is closed.
+    /// Waits for sshd's greeting at `address`. An open port is not enough: if the node's sshd forbids forwarding, ssh
+    /// still opens the port, and closes each connection to it.
     pub(crate) fn await_greeting(&self, address: SocketAddr, heed: Heed<'_>) -> Result<()> {
         let attempted = || format!("reach the environment on {} through the connection", self.host);
         if greets(address, heed).map_err(|e| Error::new(attempted()).because(e.reason()))? {
@@ -253,13 +256,13 @@ impl Connection {
             .advise("AllowTcpForwarding of the node's sshd has to be 'yes' or 'local'"))
     }
 
-    /// Name of the node, as it was given.
+    /// Returns the name of the node, as the user or IMS gave it.
     pub(crate) fn host(&self) -> &str {
         &self.host
     }
 }
 
-/// Returns whether an sshd greets at `address`, which is an address of this machine.
+/// Returns whether an sshd sends its greeting at `address`, which is an address of this machine.
 pub(crate) fn greets(address: SocketAddr, heed: Heed<'_>) -> Result<bool> {
     let attempted = || format!("reach {address}");
     let mut stream = TcpStream::connect_timeout(&address, TIME_TO_ANSWER).attempt(attempted)?;
@@ -287,7 +290,8 @@ impl Drop for Connection {
         let _ = self.master.kill();
         let _ = self.master.wait();
         let _ = std::fs::remove_file(&self.control);
-        // The last lines tell why a job has failed. They end now: the other ends of their pipes were the master's.
+        // Wait for the last lines, which may say why a job has failed. The pipes end now, since the master process held
+        // their other ends.
         let limit = Instant::now() + TIME_TO_LOG;
         for end in self.commands.take() {
             let _ = end.recv_timeout(limit.saturating_duration_since(Instant::now()));
@@ -295,11 +299,11 @@ impl Drop for Connection {
     }
 }
 
-/// File of the copied key.
+/// Name of the copy of the key.
 const KEY: &str = "id";
 
-/// Copies the key, since ssh refuses a key that others can read, and the file `known_hosts` next to it. Returns whether
-/// that file exists.
+/// Copies the key, since ssh refuses a key that others can read. Also copies the file `known_hosts` next to the key.
+/// Returns whether that file exists.
 fn copy_keys(key: &Path, directory: &Tree) -> Result<bool> {
     let copy = |from: &Path, name: &str| {
         let text = std::fs::read(from).attempt(|| format!("read {}", from.display()))?;
@@ -317,7 +321,7 @@ fn copy_keys(key: &Path, directory: &Tree) -> Result<bool> {
     Ok(false)
 }
 
-/// Reads text of ssh or a node, and returns it on one line.
+/// Reads output of ssh or of a node, and returns it on one line.
 pub(super) fn said(from: impl Read) -> String {
     let mut text = Vec::new();
     let _ = from.take(LONGEST_SAID).read_to_end(&mut text);
@@ -337,7 +341,7 @@ fn missing(attempted: &str, why: io::Error) -> Error {
     error.because(why)
 }
 
-/// Logs the host keys that ssh has accepted, with their fingerprints as ssh-keygen prints them.
+/// Logs the host keys that ssh has accepted, with their fingerprints in the format of ssh-keygen.
 fn tell_host_keys(host: &str, known_hosts: &Path) {
     for line in std::fs::read_to_string(known_hosts).unwrap_or_default().lines() {
         let mut words = line.split_whitespace().skip(1);
@@ -349,7 +353,8 @@ fn tell_host_keys(host: &str, known_hosts: &Path) {
     }
 }
 
-/// Returns one sentence for ssh's warning that a host key has changed, which has a dozen lines.
+/// Condenses ssh's warning that a host key has changed, which has a dozen lines, to one sentence. Returns `None` for
+/// other output.
 fn changed_key(said: &str) -> Option<String> {
     if !said.contains("REMOTE HOST IDENTIFICATION HAS CHANGED") {
         return None;
@@ -357,7 +362,7 @@ fn changed_key(said: &str) -> Option<String> {
     let words = || said.split_whitespace();
     let shown = words().find(|word| word.starts_with("SHA256:"))?.trim_end_matches(['.', ',']);
     let place = words().skip_while(|word| *word != "Offending").nth(4).unwrap_or("known_hosts");
-    // If ssh names the job's copy of the file, name the original, which is next to the key.
+    // If ssh names the job's copy of `known_hosts`, name the original file, which is next to the key.
     let (file, line) = place.trim_end_matches([',', '.']).rsplit_once(':').unwrap_or((place, "?"));
     let file =
         if file.ends_with("/known_hosts") && file.starts_with("/run/") { "known_hosts beside the key" } else { file };
@@ -366,11 +371,11 @@ fn changed_key(said: &str) -> Option<String> {
     ))
 }
 
-/// Returns the output of `child`. Kills it and fails after `limit`, or once `heed` fails.
+/// Waits for `child` and returns its output. Kills it and fails after `limit`, or as soon as `heed` fails.
 pub(crate) fn finish(mut child: Child, limit: Duration, heed: Heed<'_>) -> Result<Output> {
     let began = Instant::now();
     let wait = || {
-        // `None` if the child has already ended.
+        // This is `None` if the child has already ended.
         let process = Identity::of(Pid::from_raw(child.id().cast_signed())).and_then(|id| Handle::open(id).ok());
         while let Some(process) = &process
             && !process.ends_within(TICK)

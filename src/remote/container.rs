@@ -1,7 +1,7 @@
 //! The far side of a job that upstream's prepare has begun: the job's container already runs on the node, with an sshd
-//! on a port of the node. This file speaks that container's protocol of signal files, and checks what upstream's
-//! scripts do not: that the port is open before anybody is told, that results have the right length and digest, and
-//! that the container has ended before its directory is removed.
+//! on a port of the node. This file speaks that container's protocol of signal files. It also makes checks that
+//! upstream's scripts omit: the port is open before anybody is told to log in, results have the right length and
+//! digest, and the container has ended before its directory is removed.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -30,24 +30,24 @@ use crate::volume::signal_files::SignalFiles;
 /// Interval between attempts to reach the container's sshd.
 const TRY_EVERY: Duration = Duration::from_secs(1);
 
-/// Time between two heartbeats of the container; `REMOTE_HEARTBEAT_TIMEOUT_COUNT` is a number of heartbeats.
+/// Time between two heartbeats of the container. `REMOTE_HEARTBEAT_TIMEOUT_COUNT` counts such heartbeats.
 const HEARTBEAT: Duration = Duration::from_secs(5);
 
-/// Time for the container to be removed.
+/// Time limit for removing the container.
 const TIME_TO_CLEAR: Duration = Duration::from_secs(30);
 
-/// Maximum number of bytes that a command on the node may print.
+/// Maximum number of bytes that are read of the output of a command on the node.
 const MOST_OUTPUT: usize = 64 << 10;
 
-/// Parts as which the files next to the packed image are received, in any order: these are boot files, which have their
-/// own names.
+/// Parts as which the files next to the packed image are received, whichever file gets which part. The files are boot
+/// files, and get their own names afterwards.
 const PLACES: [Part; 4] = [Part::Kernel, Part::Initrd, Part::Parameters, Part::Changes];
 
-/// Names on the volume that are no boot files.
+/// Names that no boot file may have, since other files on the volume have them.
 const OTHERS: [&str; 7] = [ARCHIVE, BUILD_FAILED, EXITING, KIWI_LOG, POD_ERROR, READY, SSHD_LISTENING];
 
 /// Script that prints a line each second: the signal files of the container, and in every fifth line whether the
-/// container lives. Arguments: the job's directory, the container.
+/// container is alive. Arguments: the job's directory, the container.
 const LOOK: &str = r#"
 number=0
 while :; do
@@ -63,8 +63,8 @@ while :; do
 done
 "#;
 
-/// Script that ends the container, so that nothing changes the files any more, and prints length, digest and name of
-/// each file that may be a result. Arguments: the job's directory, the container.
+/// Script that stops the container, so that its files no longer change, and prints length, digest and name of each file
+/// that may be a result. Arguments: the job's directory, the container.
 const STOP: &str = r#"
 cd "$1/image" || exit 1
 podman stop -t 3 "$2" >/dev/null 2>&1
@@ -76,8 +76,8 @@ for name in *; do
 done
 "#;
 
-/// Script that removes the container, its image and its directory, and nothing else of podman's. Arguments: the job's
-/// directory, the container, the image.
+/// Script that removes the container, its image and its directory. It leaves everything else of podman alone.
+/// Arguments: the job's directory, the container, the image.
 const CLEAR: &str = r#"
 podman stop -t 3 "$2" >/dev/null 2>&1
 podman rm -f "$2" >/dev/null 2>&1
@@ -85,28 +85,28 @@ podman rmi -f "$3" >/dev/null 2>&1
 if [ -d "$1" ] && [ ! -L "$1" ] && [ "$(stat -c %u "$1")" = 0 ]; then rm -rf "$1"; fi
 "#;
 
-/// Script that passes a mark to the container, which looks for marks in the image if sessions are jailed. Arguments:
-/// the container, the mark, and "True" for a jail.
+/// Script that creates a mark for the container: in the image if sessions are jailed, otherwise in the image root
+/// parent. Arguments: the container, the mark, and "True" if sessions are jailed.
 const MARK: &str = r#"
 if [ "$3" = True ]; then place=/mnt/image/image-root/tmp; else place=/mnt/image; fi
 podman exec "$1" touch "$place/$2"
 "#;
 
-/// Progress of the container.
+/// State of the container.
 enum Step {
-    /// The container unpacks the image; holds the time of the last attempt to reach its sshd.
+    /// The container unpacks the image. The value is the time of the last attempt to reach the container's sshd.
     Opening(Option<Instant>),
-    /// People can log in.
+    /// Users can log in.
     Open,
     /// The container has reported success, and is being stopped.
     Stopping(Running),
     /// The container's files are being received.
     Fetching(Option<Fetching>),
-    /// The container is being removed since this time; `None` if the removal could not be started.
+    /// The container has been in removal since this time. The command is `None` if it could not be started.
     Clearing(Option<Running>, Instant),
 }
 
-/// A file of the container, with the part as which it is received until all files have arrived.
+/// A file of the container. Until all files have arrived, it has the name of the part `place`.
 struct Fetched {
     place: Part,
     name: String,
@@ -129,7 +129,7 @@ impl Drop for Fetching {
     }
 }
 
-/// A command that runs on the node, and its output so far.
+/// A running command on the node, and its output so far.
 struct Running {
     child: Child,
     output: ChildStdout,
@@ -149,7 +149,7 @@ impl Running {
         Ok(Self { child, output, printed: Vec::new(), is_over: false })
     }
 
-    /// Reads the output that has arrived.
+    /// Reads the output that is available, without blocking.
     fn read(&mut self) -> Result<()> {
         let mut bytes = [0; 4096];
         while !self.is_over && self.printed.len() < MOST_OUTPUT {
@@ -164,7 +164,7 @@ impl Running {
         Ok(())
     }
 
-    /// Returns the whole lines that were printed since the last call.
+    /// Returns the complete lines that were printed since the last call.
     fn lines(&mut self) -> Vec<String> {
         let end = self.printed.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
         let lines: Vec<u8> = self.printed.drain(..end).collect();
@@ -179,7 +179,7 @@ impl Drop for Running {
     }
 }
 
-/// Keywords of sshd that forbid or force something for all sessions.
+/// Keywords of sshd's configuration that restrict all sessions or force a command on them.
 const CLOSING: [&str; 7] = [
     "allowagentforwarding",
     "allowtcpforwarding",
@@ -190,7 +190,7 @@ const CLOSING: [&str; 7] = [
     "permittty",
 ];
 
-/// Refuses settings that cannot reach a container that upstream has already started.
+/// Refuses settings that would have no effect, since upstream has already started the container.
 fn refuse_for_container(order: &Customize) -> Result<()> {
     let refused = |what: &str| {
         Err(Error::bad_input(format!(
@@ -211,7 +211,7 @@ fn refuse_for_container(order: &Customize) -> Result<()> {
     Ok(())
 }
 
-/// A container on a node that upstream's prepare has started.
+/// A container that upstream's prepare has started on a node.
 pub(super) struct Container {
     connection: Connection,
     directory: String,
@@ -221,9 +221,9 @@ pub(super) struct Container {
     here: SocketAddr,
     is_jailed: bool,
     looking: Running,
-    /// Number of heartbeats in a row that have failed.
+    /// Number of consecutive heartbeats that have failed.
     missed: u64,
-    /// Number of failed heartbeats in a row that are tolerated.
+    /// Maximum number of consecutive failed heartbeats that is tolerated.
     limit: u64,
     silence: Silence,
     patience: Duration,
@@ -232,14 +232,14 @@ pub(super) struct Container {
     is_marked_complete: bool,
     to_fetch: VecDeque<Fetched>,
     fetched: Vec<Fetched>,
-    /// An error after which the container is removed.
+    /// The error that ended the job; reported after the container was removed.
     error: Option<Error>,
-    /// True if the node cannot be reached any more.
+    /// True if the node can no longer be reached.
     is_lost: bool,
 }
 
 impl Container {
-    /// Connects to the node of a container whose sshd listens on `port` there.
+    /// Connects to the node of a container whose sshd listens on the node's port `port`.
     pub(super) fn begin(wanted: Wanted, port: u16, state: &Path, heed: Heed<'_>) -> Result<Self> {
         let Wanted { to, job, task, listen, silence, .. } = wanted;
         let Task::Customize(order) = task else {
@@ -321,7 +321,7 @@ impl Container {
         Ok(None)
     }
 
-    /// Checks whether the container's sshd greets.
+    /// Checks whether the container's sshd sends its greeting.
     fn try_to_reach(&mut self, signals: &Signals) -> Result<Option<Told>> {
         let Step::Opening(tried) = &mut self.step else { return Ok(None) };
         if tried.is_some_and(|tried| tried.elapsed() < TRY_EVERY) {
@@ -345,7 +345,7 @@ impl Container {
         Ok(None)
     }
 
-    /// Continues to fetch the container's files.
+    /// Continues to receive the container's files.
     fn fetch(&mut self, files: Option<&SignalFiles>) -> Result<()> {
         let parent = files.ok_or_else(|| self.refused("the image root parent is gone"))?.parent();
         let Step::Fetching(fetching) = &mut self.step else { return Ok(()) };
@@ -378,7 +378,7 @@ impl Container {
         Ok(())
     }
 
-    /// Queues the files that the stopped container has left.
+    /// After the container has stopped, queues the files that it left behind.
     fn stopped(&mut self) -> Result<()> {
         let Step::Stopping(stopping) = &mut self.step else { return Ok(()) };
         stopping.read()?;
@@ -405,7 +405,7 @@ impl Container {
             }
         }
         let image = image.ok_or_else(|| self.refused("its container has left no packed image"))?;
-        // The image comes last: a sidecar takes it for the sign that all files are there.
+        // Receive the image last: a sidecar takes the image for a sign that all files are there.
         self.to_fetch.push_back(image);
         self.step = Step::Fetching(None);
         Ok(())
@@ -423,7 +423,7 @@ impl Far for Container {
     }
 
     fn mark(&mut self, verdict: Verdict) {
-        // An image that has failed needs no orderly close.
+        // Close cleanly only if the image is complete; a failed image is not packed.
         if verdict == Verdict::Complete && matches!(self.step, Step::Open) {
             let jailed = if self.is_jailed { "True" } else { "False" };
             let marking = Running::start(&self.connection, MARK, &[&self.name, verdict.signal_file(), jailed]);
@@ -453,7 +453,7 @@ impl Far for Container {
             if self.is_lost || matches!(self.step, Step::Clearing(..)) {
                 return Err(error);
             }
-            // The container does not end by itself: remove it first, then report the error.
+            // The container would go on running, so remove it first and report the error afterwards.
             self.error = Some(error);
             self.end();
             Ok(None)

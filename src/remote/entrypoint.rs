@@ -1,4 +1,4 @@
-//! `ims-sshd entrypoint` in a pod whose job IMS has offloaded to a build node.
+//! `ims-sshd entrypoint` in a pod whose job runs on a build node.
 
 use std::ffi::OsString;
 use std::os::unix::fs::PermissionsExt;
@@ -18,7 +18,7 @@ use crate::sshd::effective::Effective;
 use crate::sys::tree::Tree;
 use crate::volume::layout::BOOT_NAMES;
 
-/// Variables of the job that are passed to its environment on the node.
+/// Variables of the job that its environment on the node also gets.
 const PASSED_ON: [&str; 22] = [
     "BUILD_ARCH",
     "ENABLE_DEBUG",
@@ -44,21 +44,21 @@ const PASSED_ON: [&str; 22] = [
     "SSH_JAIL",
 ];
 
-/// Directory of the site's certificates in a pod, unless `CA_CERT` names a file elsewhere.
+/// Directory, in a pod, of the site's CA certificates, unless `CA_CERT` names a file elsewhere.
 pub(super) const AUTHORITIES: &str = "/etc/cray/ca";
 
-/// Maximum size of a customization script, in bytes: as JSON it must fit into a message.
+/// Maximum size of a customization script, in bytes: encoded as JSON, it must fit into a message.
 const LARGEST_SCRIPT: u64 = 512 << 10;
 
 /// Maximum size of a certificate, in bytes.
 const LARGEST: u64 = 1 << 20;
 
-/// Returns whether the job's environment is on a build node.
+/// Returns whether the job's environment runs on a build node.
 pub(crate) fn is_remote(settings: &Settings) -> bool {
     settings.job.node.is_some() && settings.job.action == Some(Action::Customize)
 }
 
-/// Runs the environment on its node.
+/// Runs the job's environment on its node.
 pub(crate) fn run(settings: &Settings, variables: Vec<(OsString, OsString)>) -> Result<u8> {
     if settings.job.jailed && !settings.binds.is_empty() {
         return Err(Error::bad_input(
@@ -113,14 +113,15 @@ fn wanted(settings: &Settings, variables: Vec<(OsString, OsString)>) -> Result<W
     })
 }
 
-/// Variables that contain the boot files' names.
+/// Variables that contain the names of boot files.
 const BOOT_VARIABLES: [&str; 3] = ["KERNEL_FILENAME", "INITRD_FILENAME", "KERNEL_PARAMETERS_FILENAME"];
 
 fn is_boot_name(name: &OsString) -> bool {
     BOOT_VARIABLES.iter().any(|boot| name == boot)
 }
 
-/// Returns the boot files' names that `prepare` has recorded; nothing if upstream's prepare ran.
+/// Returns the names of the boot files that `prepare` has recorded, as variables. Returns none if upstream's prepare
+/// ran.
 fn recorded_names(parent: &Path) -> Vec<(OsString, OsString)> {
     let text = Tree::open(parent).and_then(|volume| volume.read(BOOT_NAMES, LARGEST));
     let recorded = text.ok().and_then(|text| serde_json::from_slice::<Names>(&text).ok());
@@ -161,7 +162,8 @@ fn keys(sshd: &Effective) -> Result<String> {
     Ok(keys)
 }
 
-/// Reads the certificates in `directory`; skips the hidden links through which Kubernetes mounts them.
+/// Reads the certificates in `directory`. Skips hidden names, since Kubernetes mounts files as links to hidden
+/// directories.
 pub(super) fn certificates(directory: &Path) -> Result<Vec<(String, String)>> {
     let attempted = || format!("read {}", directory.display());
     let Ok(entries) = std::fs::read_dir(directory) else { return Ok(Vec::new()) };
@@ -182,7 +184,7 @@ mod tests {
     use super::*;
     use crate::job::variables::{Program, VARIABLES};
 
-    /// Variables that the pod uses itself; REMOTE_NODES.md says how.
+    /// Variables that the pod itself uses, so that the node does not get them; REMOTE_NODES.md describes how.
     const HERE: [&str; 9] = [
         "CUSTOMIZATION_SCRIPT",
         "IMAGE_ROOT_PARENT",

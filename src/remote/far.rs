@@ -1,4 +1,5 @@
-//! Interface of the near side of a remote job to the far side: this program on a node, or a container of upstream's.
+//! Interface between the near and the far side of a remote job. The far side is this program on a node, or a container
+//! that upstream has started.
 
 use std::fs::File;
 use std::net::IpAddr;
@@ -24,43 +25,44 @@ pub(crate) struct Wanted {
     pub(crate) to: Destination,
     /// The job's ID.
     pub(crate) job: String,
-    /// The work on the node.
+    /// The work for the node.
     pub(crate) task: Task,
-    /// The image, a squashfs; `None` for the one in the image root parent.
+    /// The image, a squashfs; if `None`, the one in the image root parent is used.
     pub(crate) image: Option<File>,
-    /// The local ports that lead to the environment, each on one address or (`None`) on all; at least one.
+    /// Local ports that lead to the environment, each with the address to listen on or `None` for all; at least one
+    /// port.
     pub(crate) listen: Vec<(Option<IpAddr>, u16)>,
-    /// Names that the received boot files get, under which a sidecar looks for them.
+    /// Names that the received boot files get: a sidecar looks for them under these names.
     pub(crate) boot: Names,
-    /// Time of silence after which the node counts as lost.
+    /// Time after which a silent node counts as lost.
     pub(crate) silence: Duration,
 }
 
 /// The far side of a remote job.
 pub(super) trait Far {
-    /// Descriptors to wait for.
+    /// Returns the descriptors to poll.
     fn sources(&self) -> Vec<PollFd<'_>>;
 
-    /// Passes a mark to the far side.
+    /// Passes a user's mark to the far side.
     fn mark(&mut self, verdict: Verdict);
 
-    /// Returns whether the image was marked, so that the environment closes by itself.
+    /// Returns whether the image was marked, in which case the environment closes by itself.
     fn is_closing(&self) -> bool;
 
-    /// Returns whether the environment has closed and the far side sends its results.
+    /// Returns whether the environment has closed, so that the far side is sending its results.
     fn has_closed(&self) -> bool;
 
-    /// Has the far side end everything.
+    /// Makes the far side end and remove everything of the job.
     fn end(&mut self);
 
-    /// Reads and writes as much as is possible now. Returns a report that has arrived.
+    /// Reads and writes as much as is possible without blocking. Returns a report, if one has arrived.
     fn turn(&mut self, files: Option<&SignalFiles>, signals: &Signals) -> Result<Option<Told>>;
 }
 
-/// Report of the far side that changes the job's state.
+/// A report of the far side that changes the job's state.
 #[derive(Debug, Clone)]
 pub(super) enum Told {
-    /// The environment can be reached; contains its public host key, or nothing if that is not known.
+    /// Users can log in. Contains the public host key, or is empty if the host key is not known.
     Listening(String),
     /// The environment has closed, with this verdict and exit code.
     Closed(Verdict, u8),
@@ -68,7 +70,7 @@ pub(super) enum Told {
     Gone,
 }
 
-/// Fails if a signal has arrived; the signal is not consumed.
+/// Fails if a signal has arrived. The signal stays pending.
 pub(super) fn unless_signalled(signals: &Signals) -> Result<()> {
     let mut arrived = [PollFd::new(signals, PollFlags::IN)];
     match poll::wait(&mut arrived, Duration::ZERO) {
@@ -77,7 +79,7 @@ pub(super) fn unless_signalled(signals: &Signals) -> Result<()> {
     }
 }
 
-/// Name of a file until it is complete.
+/// Returns the name that a file has until it is complete.
 pub(super) fn part_name(part: Part) -> &'static str {
     let [image, kernel, initrd, parameters, changes, log] = REMOTE_PARTS;
     match part {
@@ -90,7 +92,7 @@ pub(super) fn part_name(part: Part) -> &'static str {
     }
 }
 
-/// Name of a complete file. Boot files have the names that they have in the image's /boot.
+/// Returns the name of a complete file. A boot file is named as in the image's /boot.
 pub(super) fn name_of(part: Part, boot: &Names) -> &str {
     match part {
         Part::Kernel => &boot.kernel,

@@ -1,4 +1,4 @@
-//! The facts that a node reports before anything is sent to it, and reasons why a job cannot run there.
+//! Reports facts about a node before anything is sent to it, and reasons why a job cannot run there.
 
 use std::path::Path;
 
@@ -10,13 +10,15 @@ use crate::remote::message::{Hello, Order, Task};
 use crate::sshd::{self, sftp_server};
 use crate::transfer;
 
-/// File systems that a job mounts; a build does not need the last one. Opening a file system loads its kernel module.
+/// File systems that a job mounts; a build does not need the last one, squashfs. Opening a file system loads its kernel
+/// module.
 const FILE_SYSTEMS: [&str; 4] = ["overlay", "tmpfs", "proc", "squashfs"];
 
-/// Multiple of the image's size that must be free: for the image, the packed image, and what a session adds.
+/// Free space that a job needs, as a multiple of the image's size: for the image, the packed image, and what sessions
+/// add.
 const ROOM: u64 = 2;
 
-/// Reports facts about this machine, and reasons why it cannot run the job.
+/// Returns facts about this machine, and reasons why it cannot run the job.
 pub(crate) fn hello(order: &Order) -> Hello {
     let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let free = rustix::fs::statvfs(TMP).map_or(0, |disk| disk.f_bavail.saturating_mul(disk.f_frsize));
@@ -53,7 +55,7 @@ pub(crate) fn hello(order: &Order) -> Hello {
     Hello { arch: std::env::consts::ARCH.into(), kernel: kernel.trim().into(), free, refusals }
 }
 
-/// Returns the reason why other users could remove or replace a job's directory in a /tmp with this status.
+/// Returns a reason if other users could remove or replace a job's directory in a /tmp with this status.
 fn unfit(found: &Stat) -> Option<String> {
     let mode = found.st_mode & 0o7777;
     if FileType::from_raw_mode(found.st_mode) != FileType::Directory || found.st_uid != 0 {

@@ -1,5 +1,5 @@
-//! The part of a remote job that runs inside mount and PID namespaces of its own, as their first process. It makes its
-//! root directory, starts itself again in it, opens the environment, and packs the image.
+//! The part of a remote job that runs as the first process of its own mount and PID namespaces. It sets up its root
+//! directory, starts itself again in it, opens the environment, and packs the image.
 
 use std::fs::{File, Permissions};
 use std::io::{BufRead, BufReader, Write};
@@ -74,7 +74,7 @@ pub(crate) fn run(stage: Stage) -> Result<u8> {
 }
 
 fn root() -> Result<u8> {
-    // The parent removes what this process leaves, so this process must not outlive it.
+    // The parent removes leftovers of this process when the job ends, so this process must not outlive the parent.
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
         .attempt(|| "follow the parent")?;
     let order = read_order()?;
@@ -334,7 +334,7 @@ fn pack(
     reports_changes: bool,
 ) -> Result<Vec<Part>> {
     let (tree, volume, results) = (open_tree(image_root)?, open_tree(Path::new(PARENT))?, open_tree(to)?);
-    // An environment that was killed has left its own text in the image's resolv.conf.
+    // An environment that was killed has left its own text behind in the image's resolv.conf.
     ENVIRONMENT.restore(&tree)?;
     SIDECAR.restore(&tree)?;
     let mut parts = vec![Part::Image];

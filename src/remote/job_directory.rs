@@ -1,7 +1,7 @@
-//! A job's directory on a node, `/tmp/ims_JOB`. IMS counts these directories to see how busy a node is.
+//! A job's directory on a node, `/tmp/ims_JOB`. IMS counts these directories to find out how busy a node is.
 //!
-//! A job's first process holds a lock in the directory as long as it lives. A directory whose lock is free was left by
-//! a job that was killed, or by a node that went down, and the next job removes it.
+//! A job's first process holds a lock in the directory as long as it lives. If the lock is free, the job was killed or
+//! the node went down, and the next job removes the directory.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -13,21 +13,21 @@ use rustix::io::Errno;
 use crate::error::{Attempt, Error, Result};
 use crate::sys::tree::Tree;
 
-/// Directory of the jobs' directories.
+/// Parent directory of the jobs' directories.
 pub(crate) const TMP: &str = "/tmp";
 
-/// Prefix of the directories' names, the same as IMS's.
+/// Prefix of the directories' names. IMS expects this prefix.
 const PREFIX: &str = "ims_";
 
 /// Prefix of a directory's name until its lock is taken.
 const NEW: &str = ".ims-sshd.";
 
-/// File in the directory that is locked.
+/// Name of the lock file in a job's directory.
 const LOCK: &str = ".ims-sshd.lock";
 
-/// Directory, in a job's directory, that sessions and the environment share.
+/// Directory in a job's directory, shared by sessions and the environment.
 pub(crate) const IMAGE: &str = "image";
-/// Directory, in a job's directory, for the files that are sent back.
+/// Directory in a job's directory, for the files that are sent back.
 pub(crate) const RESULTS: &str = "results";
 
 /// The directory of a running job.
@@ -39,7 +39,7 @@ pub(crate) struct JobDirectory {
 }
 
 impl JobDirectory {
-    /// Creates the directory, which must not exist. Removes the directories of dead jobs first.
+    /// Creates the directory, which must not exist yet. First removes the directories of dead jobs.
     pub(crate) fn make(job: &str) -> Result<Self> {
         Self::make_in(Path::new(TMP), job)
     }
@@ -50,7 +50,7 @@ impl JobDirectory {
         let attempted = || format!("create the directory {}", shown.display());
         let tmp = Tree::open(tmp).attempt(attempted)?;
         sweep(&tmp);
-        // Lock the directory before it gets its name, so that no other job takes it for that of a dead job.
+        // Lock the directory before it gets its name, so that no other job takes it for the directory of a dead job.
         let new = format!("{NEW}{job}.{}", std::process::id());
         let tree = tmp.make_private(&new).attempt(attempted)?;
         let made = fill(&tree).and_then(|lock| {
@@ -72,12 +72,12 @@ impl JobDirectory {
         Ok(Self { tmp, name, tree, _lock: lock })
     }
 
-    /// The directory itself.
+    /// Returns the directory itself.
     pub(crate) fn tree(&self) -> &Tree {
         &self.tree
     }
 
-    /// Path of the directory of `job`.
+    /// Returns the path of the directory of `job`.
     pub(crate) fn path(job: &str) -> PathBuf {
         Path::new(TMP).join(format!("{PREFIX}{job}"))
     }
@@ -89,7 +89,7 @@ impl JobDirectory {
     }
 }
 
-/// Returns the number of jobs, as IMS counts them.
+/// Returns the number of jobs on the node, counted in the same way as IMS does.
 pub(crate) fn count() -> Result<usize> {
     let attempted = || format!("list {TMP}");
     let names = Tree::open(Path::new(TMP)).and_then(|tmp| tmp.names()).attempt(attempted)?;
@@ -105,7 +105,7 @@ fn fill(tree: &Tree) -> io::Result<OwnedFd> {
     Ok(lock.into())
 }
 
-/// Locks the directory `name` if it belongs to a job of this program and to root.
+/// Locks the directory `name`. Fails unless root owns it and a job of this program created it.
 fn lock(tmp: &Tree, name: &str) -> io::Result<OwnedFd> {
     let tree = tmp.directory_without_links(name)?;
     let file = tree.open_regular(LOCK, OFlags::RDONLY | OFlags::NOFOLLOW)?;
@@ -144,7 +144,8 @@ mod tests {
         let dead = JobDirectory::make_in(tmp.path(), "dead").unwrap();
         std::fs::write(tmp.path().join("ims_dead/image/file"), "").unwrap();
         drop(dead);
-        // A directory of upstream's, which has no lock, and one that another user made to look like ours.
+        // Test with upstream's directory, which has no lock file, and with one that another user made to look like
+        // ours.
         for name in ["ims_upstream", "ims_other", "other"] {
             std::fs::create_dir(tmp.path().join(name)).unwrap();
         }

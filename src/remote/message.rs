@@ -1,5 +1,6 @@
-//! The protocol between the two sides of a remote job, and between a node's parent process and the process inside; both
-//! ends of each use these types. A message is a line of JSON on a [`Channel`](crate::remote::channel::Channel).
+//! The protocol between the two sides of a remote job, and the protocol between a node's parent process and the process
+//! inside. Both ends of each protocol use these types. A message is a line of JSON on a
+//! [`Channel`](crate::remote::channel::Channel).
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -10,22 +11,22 @@ use crate::error::{Error, Result};
 use crate::transfer::checksum::hex;
 use crate::verdict::Verdict;
 
-/// A message. Each side refuses messages that are not meant for it.
+/// A message. Each side refuses messages that only the other side may receive.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "is", rename_all = "snake_case")]
 pub(crate) enum Message {
     /// To the node, as the first message: the work that it must do.
     Order(Box<Order>),
-    /// From the node, before anything is sent to it.
+    /// From the node, before the near side sends anything else: facts about the node.
     Hello(Hello),
-    /// A file follows as data, and then its [`Message::Sum`].
+    /// From either side: a file follows as data, and then its [`Message::Sum`].
     File {
         /// Which file.
         part: Part,
         /// Length in bytes.
         size: u64,
     },
-    /// Digest of the file that was sent.
+    /// From either side: the digest of the file that was just sent.
     Sum {
         /// SHA-256, in hexadecimal digits.
         sha256: String,
@@ -37,7 +38,7 @@ pub(crate) enum Message {
         /// Public host key of that sshd, in OpenSSH's format.
         host_key: String,
     },
-    /// To the node: the image has been marked with this verdict.
+    /// To the node: a user has marked the image with this verdict.
     Mark(Judged),
     /// From the node: the environment has closed.
     Closed {
@@ -46,30 +47,30 @@ pub(crate) enum Message {
         /// The environment's exit code.
         exit_code: u8,
     },
-    /// From the node: a build has ended; its files follow.
+    /// From the node: the build has ended; its files follow.
     Built {
         /// Reason of the failure; `None` if the build succeeded.
         failure: Option<String>,
     },
-    /// From the process inside to its parent: these files are in the directory of results.
+    /// From the process inside to its parent: these files are complete, in the directory of results.
     Packed {
         /// The files.
         parts: Vec<Part>,
     },
-    /// From the node: all files were sent.
+    /// From the node: all files have been sent.
     Sent,
-    /// From the node: the job cannot go on.
+    /// From the node: the job cannot continue.
     Failed {
         /// The error's text.
         why: String,
     },
-    /// To the node: end everything and remove it.
+    /// To the node: end the job and remove everything of it.
     End,
     /// From the node, as the last message: nothing of the job is left on the node.
     Gone,
 }
 
-/// A verdict in a message.
+/// A verdict, as messages contain it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Judged {
@@ -91,11 +92,11 @@ impl From<Judged> for Verdict {
     }
 }
 
-/// A file that is sent. The receiver chooses its name.
+/// A file that one side sends to the other. The receiver chooses the file's name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Part {
-    /// The image that the job begins with, a squashfs; or a recipe, a tar archive.
+    /// For a customize job the image that it begins with, a squashfs; for a build the recipe, a tar archive.
     Source,
     /// The packed image.
     Image,
@@ -105,16 +106,16 @@ pub(crate) enum Part {
     Initrd,
     /// Kernel parameters of the image.
     Parameters,
-    /// Report of what was changed, as JSON.
+    /// Report of the files that were changed, as JSON.
     Changes,
     /// Log of kiwi-ng.
     Log,
-    /// The image root as a failed build has left it, a squashfs.
+    /// The image root that a failed build has left behind, as a squashfs.
     Tree,
 }
 
 impl Part {
-    /// Name of the file on the node.
+    /// Returns the name of the file on the node.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Source => "source",
@@ -129,31 +130,32 @@ impl Part {
     }
 }
 
-/// An order for a node.
+/// An order to a node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Order {
-    /// The job's ID, see [`is_job_id`].
+    /// The job's ID, which [`is_job_id`] accepts.
     pub(crate) job: String,
-    /// Length in bytes of the image that will be sent; for a build, of the recipe plus the least space for a build.
+    /// Number of bytes that the job needs at least: the length of the image that will be sent; for a build, the length
+    /// of the recipe plus the minimum free space for a build.
     pub(crate) size: u64,
-    /// Seconds of silence after which each side considers the connection lost.
+    /// Number of seconds of silence after which each side considers the connection lost.
     pub(crate) patience: u64,
     /// The work to be done.
     pub(crate) task: Task,
 }
 
-/// Work that runs on a node.
+/// The work that a job does on a node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Task {
-    /// Opens the image over SSH and packs it.
+    /// Opens the image for logins over SSH, and packs it.
     Customize(Customize),
     /// Builds an image root from the recipe and packs it.
     Build(Build),
 }
 
 impl Task {
-    /// Environment variables of the job, as a container of a pod has them.
+    /// Returns the environment variables of the job, as a container of a pod gets them.
     pub(crate) fn variables(&self) -> &[(String, String)] {
         match self {
             Self::Customize(Customize { variables, .. }) | Self::Build(Build { variables, .. }) => variables,
@@ -161,32 +163,32 @@ impl Task {
     }
 }
 
-/// A build by the node's own kiwi-ng.
+/// Order to build an image root with the node's own kiwi-ng.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Build {
-    /// Variables of the job, as a container of a pod has them.
+    /// Variables of the job, as a container of a pod gets them.
     pub(crate) variables: Vec<(String, String)>,
     /// Programs that the node must have.
     pub(crate) programs: Vec<String>,
     /// Profiles to build.
     pub(crate) profiles: Vec<String>,
-    /// Certificate of the site's authority, in PEM.
+    /// Certificate of the site's certificate authority, in PEM.
     pub(crate) authority: Option<String>,
-    /// Package of the same authority.
+    /// Package with that certificate.
     pub(crate) ca_rpm: Option<Blob>,
     /// Keys of repositories: file name and content.
     pub(crate) signing_keys: Vec<(String, Blob)>,
-    /// Certificates of authorities for the image: file name and content.
+    /// Additional CA certificates for the image: file name and content.
     pub(crate) authorities: Vec<(String, String)>,
-    /// Seconds for which the node waits for the repositories; `None` if it does not wait.
+    /// Number of seconds for which the node waits for the repositories; `None` if it does not wait.
     pub(crate) wait: Option<u64>,
-    /// Patterns of paths that are not packed.
+    /// Patterns of the paths that are left out of the packed image.
     pub(crate) exclude: Vec<String>,
-    /// True if the image root is sent back even if its build failed.
+    /// True if the node sends back the image root even if the build fails.
     pub(crate) returns_tree: bool,
 }
 
-/// Bytes that need not be text; a message contains them in base64.
+/// Bytes that may be no text; messages contain them in base64.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub(crate) struct Blob(pub(crate) Vec<u8>);
@@ -205,61 +207,61 @@ impl TryFrom<String> for Blob {
     }
 }
 
-/// An environment on a node.
+/// Order to open an environment on the node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Customize {
-    /// Variables of the job, as a container of a pod has them.
+    /// Variables of the job, as a container of a pod gets them.
     pub(crate) variables: Vec<(String, String)>,
     /// Public keys that may log in, in OpenSSH's format.
     pub(crate) keys: String,
-    /// Certificates of authorities for the image: file name and content.
+    /// Additional CA certificates for the image: file name and content.
     pub(crate) authorities: Vec<(String, String)>,
-    /// Further variables of sessions.
+    /// Additional variables that sessions get.
     pub(crate) session_variables: Vec<(String, String)>,
-    /// Patterns of paths that are not packed.
+    /// Patterns of the paths that are left out of the packed image.
     pub(crate) exclude: Vec<String>,
-    /// True if a report of what was changed is sent back.
+    /// True if the node sends back a report of the changed files.
     pub(crate) reports_changes: bool,
-    /// Lines of the site's sshd configuration, which replace this program's own lines for sessions.
+    /// Lines of the site's sshd configuration. They replace this program's own lines for sessions.
     pub(crate) sshd: Option<Vec<(String, String)>>,
     /// The customization script.
     pub(crate) script: Option<Script>,
 }
 
-/// A script that runs in the environment once sshd listens.
+/// A script that the environment runs once sshd listens.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Script {
     /// Text of the script.
     pub(crate) text: String,
-    /// True if the script is executed directly, false if a shell runs it.
+    /// True if the script is executed directly, false if a shell runs its text.
     pub(crate) is_executable: bool,
 }
 
-/// Facts that a node reports of itself.
+/// Facts that a node reports about itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Hello {
     /// Architecture, as `uname -m` prints it.
     pub(crate) arch: String,
     /// Release of the kernel.
     pub(crate) kernel: String,
-    /// Bytes that are free for the job.
+    /// Free space for the job, in bytes.
     pub(crate) free: u64,
-    /// Reasons why the job cannot run on the node, each a sentence.
+    /// Reasons why the job cannot run on the node, one sentence each.
     pub(crate) refusals: Vec<String>,
 }
 
-/// Returns whether the variable `name` configures the log of a node. Only the level does: the node's lines become
-/// events of the log on this side, which has its own format.
+/// Returns whether the variable `name` configures a node's log. Only the level counts: the lines of the node's log
+/// become events of this side's log, which has its own format.
 pub(crate) fn is_of_log(name: &str) -> bool {
     name == "LOG_LEVEL"
 }
 
-/// Returns whether `id` can be a job's ID: it becomes part of a path on the node.
+/// Returns whether `id` can be a job's ID, which becomes part of a path on the node.
 pub(crate) fn is_job_id(id: &str) -> bool {
     (1..=64).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
 }
 
-/// Returns the ID of a job of IMS; fails if it cannot be a job's ID on a node.
+/// Returns `id`, the ID of a job of IMS. Fails if a job on a node cannot have this ID.
 pub(crate) fn job_of_ims(id: &str) -> Result<String> {
     if is_job_id(id) {
         return Ok(id.to_owned());
@@ -267,7 +269,7 @@ pub(crate) fn job_of_ims(id: &str) -> Result<String> {
     Err(Error::bad_input(format!("IMS_JOB_ID is '{id}': expected letters, digits and dashes")))
 }
 
-/// A new ID for a job without IMS.
+/// Returns a new random ID for a job without IMS.
 pub(crate) fn job_without_ims() -> Result<String> {
     let mut number = [0; 8];
     SystemRandom::new().fill(&mut number).map_err(|e| Error::new("choose a number for the job").because(e))?;

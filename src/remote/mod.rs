@@ -1,6 +1,6 @@
 //! Remote build nodes: jobs whose image is changed on another host. A job lives as long as its one ssh connection.
-//! [`relay`] is the side of the pod, or of the machine on which `customize --node` runs; [`node`] is the far side, in
-//! the same program.
+//! [`relay`] is the near side: it runs in the pod, or where `customize --node` was called. [`node`] is the far side,
+//! part of the same program.
 
 pub mod build;
 pub(crate) mod channel;

@@ -1,6 +1,6 @@
 //! `ims-sshd node`: the far side of a remote job. It reads an order, reports facts about this machine, receives the
-//! image, and starts the process that runs [inside](crate::remote::inside). The far side itself stays outside the
-//! namespaces, so that it can remove everything when they end, and it alone talks to the pod.
+//! image, and starts the process that runs [inside](crate::remote::inside) namespaces. The far side itself stays
+//! outside of the namespaces. So it can remove everything when they end, and only this process talks to the pod.
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -26,13 +26,14 @@ use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
 use crate::volume::layout::{ARCHIVE, REMOTE_RECIPE};
 
-/// Time limit for the order to arrive, and for the last message to be taken.
+/// Time limit for the order to arrive, and for the other side to read the last message.
 const SOON: Duration = Duration::from_secs(30);
 
-/// Interval at which limits are checked.
+/// Interval at which time limits are checked.
 const TICK: Duration = Duration::from_millis(500);
 
-/// Runs the far side; with `stage`, a stage inside; with `is_shell`, the command to which a key is restricted.
+/// Runs the far side. With `stage`, runs a stage of the process inside instead; with `is_shell`, runs the command to
+/// which an administrator may restrict a key.
 pub fn run(stage: Option<Stage>, is_shell: bool) -> Result<u8> {
     if is_shell {
         return shell::run();
@@ -57,14 +58,14 @@ pub fn run(stage: Option<Stage>, is_shell: bool) -> Result<u8> {
     result.map(|()| 0)
 }
 
-/// The far side.
+/// The far side of a job.
 struct Node {
     channel: Channel,
     signals: Signals,
     inside: Option<Inside>,
 }
 
-/// The process inside, and the channel to it.
+/// The process inside the namespaces, and the channel to it.
 struct Inside {
     child: Child,
     channel: Channel,
@@ -74,7 +75,7 @@ struct Inside {
 
 impl Drop for Inside {
     fn drop(&mut self) {
-        // With this process, the kernel ends all others of its PID namespace, and its mounts disappear.
+        // When this process dies, the kernel ends all others of its PID namespace, and its mounts disappear.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -91,10 +92,10 @@ impl Node {
             None
         };
         self.channel.say(&Message::Hello(hello));
-        // Without a directory, the job is refused, and the other side reports why.
+        // Without a directory the job is refused. The other side has just received the reasons and reports them.
         let Some(directory) = directory else { return Ok(()) };
         let result = self.carry_out(&order, directory.tree());
-        // End the process inside before its directory is removed.
+        // End the process inside before removing its directory.
         self.inside = None;
         result.and(directory.remove())
     }
@@ -107,7 +108,7 @@ impl Node {
         }
     }
 
-    /// Waits for a frame.
+    /// Waits for the next frame.
     fn next(&mut self) -> Result<Frame> {
         loop {
             self.turn()?;
@@ -119,7 +120,7 @@ impl Node {
         }
     }
 
-    /// Waits until something can be read or written.
+    /// Waits until the channels can be read or written, or a signal arrives.
     fn wait(&self) {
         let mut sources: Vec<_> = self.channel.sources().into();
         sources.push(PollFd::new(&self.signals, PollFlags::IN));
@@ -184,7 +185,7 @@ impl Node {
         }
     }
 
-    /// Receives the image, or the recipe, as the file `name`. Returns false if the other side has given up.
+    /// Receives the image or the recipe into the file `name`. Returns false if the other side has ended the job.
     fn receive(&mut self, image: &Tree, name: &str) -> Result<bool> {
         let mut receiving: Option<Receiving> = None;
         loop {
@@ -204,7 +205,8 @@ impl Node {
         }
     }
 
-    /// Returns messages from inside. If the process has ended without reporting that, the result includes an error.
+    /// Returns new messages from the process inside. If that process has ended without reporting how the job ended, the
+    /// result includes an error.
     fn heard_inside(&mut self) -> Result<Vec<Message>> {
         let mut messages = Vec::new();
         let Some(inside) = &mut self.inside else { return Ok(messages) };
@@ -223,7 +225,7 @@ impl Node {
         Ok(messages)
     }
 
-    /// Waits until the other side has taken the last messages.
+    /// Waits until the other side has read the last messages.
     fn flush(&mut self) {
         let began = Instant::now();
         while !self.channel.is_flushed() && began.elapsed() < SOON && self.channel.turn().is_ok() {
@@ -232,10 +234,10 @@ impl Node {
     }
 }
 
-/// Starts the process inside.
+/// Starts the process inside, in a new PID namespace.
 fn start(order: &Order) -> Result<Inside> {
     let attempted = || "start the environment";
-    // From here on, the next child is the first process of a new PID namespace.
+    // After this call, the next child becomes the first process of a new PID namespace.
     nix::sched::unshare(CloneFlags::CLONE_NEWPID).attempt(attempted)?;
     let program = std::env::current_exe().attempt(|| "find this program's own file")?;
     let mut command = Command::new(program);
@@ -251,7 +253,7 @@ fn start(order: &Order) -> Result<Inside> {
     Ok(Inside { child, channel, is_told: false })
 }
 
-/// Marks the image, for the environment to see.
+/// Creates the signal file of a mark, which the environment watches for.
 fn mark(image: &Tree, judged: Judged) -> Result<()> {
     let name = Verdict::from(judged).signal_file();
     image.touch(name).attempt(|| format!("create '{name}'")).map(drop)

@@ -1,5 +1,5 @@
-//! Standard error of a command on a node: the log of this program there, and messages of ssh. Each line becomes an
-//! event of the log here, since a node may write anything.
+//! Logs the standard error of a command on a node: this program's log there, and messages of ssh. Each line becomes the
+//! text of an event in the log on this side, since a node may write anything.
 
 use std::io::{BufRead, BufReader, Read};
 
@@ -8,11 +8,11 @@ use crate::printable::Printable;
 /// Maximum length of a logged line, in bytes.
 const LONGEST: u64 = 1000;
 
-/// Maximum number of lines of one command that are logged.
+/// Maximum number of lines that are logged of one command.
 const MOST: u64 = 10_000;
 
-/// Logs what `host` writes to `stderr`, until its end. Reads on after the last line that is logged, so that the command
-/// does not block.
+/// Logs the lines that `host` writes to `stderr`, until its end. After the maximum number of lines, continues to read
+/// without logging, so that the command does not block.
 pub(super) fn log_all(host: &str, stderr: impl Read) {
     let mut stderr = BufReader::new(stderr);
     let mut count = 0_u64;
@@ -34,7 +34,7 @@ pub(super) fn log_all(host: &str, stderr: impl Read) {
     }
 }
 
-/// Returns the next line, cut off after [`LONGEST`] bytes.
+/// Returns the next line, truncated to [`LONGEST`] bytes.
 fn next_line(input: &mut impl BufRead) -> Option<String> {
     let mut line = Vec::new();
     input.by_ref().take(LONGEST).read_until(b'\n', &mut line).ok().filter(|length| *length > 0)?;
@@ -43,7 +43,7 @@ fn next_line(input: &mut impl BufRead) -> Option<String> {
     Some(if is_cut { format!("{line}…") } else { line.into_owned() })
 }
 
-/// Logs a line; a line of this program's log on the node keeps its level.
+/// Logs a line. A line of this program's log on the node keeps its level.
 fn log(host: &str, line: &str) {
     let (level, said) = level_of(line);
     let said = Printable(said);
@@ -55,7 +55,7 @@ fn log(host: &str, line: &str) {
     }
 }
 
-/// Returns level and text of a line in the format of [the log](crate::log::format), in which they follow the time.
+/// Splits a line in the format of [the log](crate::log::format) into its level and text, which follow the time.
 fn level_of(line: &str) -> (&str, &str) {
     let after_time = line.split_once(' ').filter(|(time, _)| time.starts_with("20") && time.ends_with('Z'));
     let parts = after_time.and_then(|(_, rest)| rest.trim_start().split_once(' '));

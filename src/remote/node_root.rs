@@ -1,5 +1,5 @@
-//! The root directory of a job on a node: a throw-away overlay over the node's own, so that a session finds the node's
-//! tools and changes nothing of the node.
+//! The root directory of a job on a node: a temporary overlay over the node's own root directory. A session finds the
+//! node's tools in it, but cannot change the node.
 
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
@@ -16,23 +16,24 @@ use crate::sys::tree::Tree;
 /// Path of the image root parent in a job's environment.
 pub(crate) const PARENT: &str = "/mnt/image";
 
-/// Directory of this program in a job's environment.
+/// Directory, in a job's environment, with this program and its helper.
 pub(crate) const PROGRAMS: &str = "/run/ims-sshd-programs";
 
-/// Directory in a job's environment for the files that are sent back.
+/// Directory, in a job's environment, for the files that are sent back.
 pub(crate) const RESULTS: &str = "/run/ims-sshd-results";
 
-/// Directory of a build for its results. It is below /mnt, which exists everywhere and from which a build needs
-/// nothing.
+/// Directory, in a build, for the files that are sent back. It is below /mnt, since /mnt exists everywhere and a build
+/// does not use it.
 pub(crate) const BUILD_RESULTS: &str = "/mnt/ims-sshd-results";
-/// Directory of a build for the order's files.
+/// Directory, in a build, for the files that the order contains.
 pub(crate) const BUILD_OWN: &str = "/mnt/ims-sshd-job";
 
-/// System directories that may be file systems of their own. Other mounts (homes, data, other jobs) are not shown.
+/// System directories that may be separate file systems. Other mounts (homes, data, other jobs) stay hidden from the
+/// job.
 const SYSTEM: [&str; 9] = ["/boot", "/etc", "/opt", "/root", "/srv", "/usr", "/usr/local", "/var", "/var/lib"];
 
-/// Makes the root in `place`, the job's directory, and enters it. This process must have a mount namespace of its own.
-/// Its working directory is then the new root.
+/// Sets up the root directory in the job's directory `place`, and enters it; the working directory is then the new
+/// root. This process must have its own mount namespace.
 pub(crate) fn enter(place: &Path, (image, results): (&Path, &Path)) -> Result<()> {
     let programs = std::env::current_exe().attempt(|| "find this program's own file")?;
     let programs = programs.parent().unwrap_or(Path::new("/"));
@@ -41,7 +42,7 @@ pub(crate) fn enter(place: &Path, (image, results): (&Path, &Path)) -> Result<()
     let top = layers.join("top");
     let attempted = || format!("mount a root directory on {}", top.display());
     std::fs::create_dir_all(&top).attempt(attempted)?;
-    // Attach the overlay first: nothing can be mounted on a detached mount.
+    // Attach the overlay before anything is mounted in it, since nothing can be mounted on a detached mount.
     let target = Tree::open(&top).attempt(attempted)?;
     let root = Tree::from_fd(overlay(Path::new("/"), &layers.join("0"))?.attach(target).attempt(attempted)?);
     let mounted = std::fs::read("/proc/self/mountinfo").attempt(|| "read /proc/self/mountinfo")?;
@@ -83,8 +84,8 @@ pub(crate) fn enter(place: &Path, (image, results): (&Path, &Path)) -> Result<()
     mounts::switch_root(&root).attempt(|| "enter the job's root directory")
 }
 
-/// Gives a build the job's directories in place of /mnt and /tmp. The rest of the node stays visible: kiwi-ng gets a
-/// root directory of its own, with only those parts of this one that it reads.
+/// Covers /mnt and /tmp by directories of the job, for a build. The rest of the node stays visible: kiwi-ng later gets
+/// its own root directory, which shows only the parts that it reads.
 pub(crate) fn enter_for_build(place: &Path, (image, results): (&Path, &Path)) -> Result<()> {
     let tmp = place.join("tmp");
     let attempted = || format!("create the directory {}", tmp.display());
@@ -98,7 +99,7 @@ pub(crate) fn enter_for_build(place: &Path, (image, results): (&Path, &Path)) ->
     let shown = |path: &Path, attributes: MountAttrFlags| {
         Detached::copy_of(path, false, attributes).attempt(|| format!("show {}", path.display()))
     };
-    // Copy these mounts before /tmp is covered, since the job's directories are in it.
+    // Copy these mounts before /tmp is covered, since the job's directories are in /tmp.
     let mounts = [
         ("/proc", new("proc", &[])?),
         ("/mnt", new("tmpfs", &[("mode", "0755"), ("source", "ims-sshd")])?),
@@ -107,21 +108,21 @@ pub(crate) fn enter_for_build(place: &Path, (image, results): (&Path, &Path)) ->
         ("/tmp", shown(&tmp, quiet)?),
     ];
     for (point, detached) in mounts {
-        // Open / each time: an older handle would lead below the new mount.
+        // Open / for each mount: a descriptor from before the previous mount would lead below that mount.
         let root = Tree::open(Path::new("/")).attempt(|| "open /")?;
         attach(detached, &root, Path::new(point))?;
     }
     Ok(())
 }
 
-/// Returns an overlay over `lower`, without the mounts below it.
+/// Returns an overlay over `lower`, without the file systems that are mounted below `lower`.
 fn overlay(lower: &Path, layers: &Path) -> Result<Detached> {
     let attempted = || format!("mount an overlay over {}", lower.display());
     let [upper, work] = ["upper", "work"].map(|name| layers.join(name));
     for directory in [&upper, &work] {
         std::fs::create_dir_all(directory).attempt(attempted)?;
     }
-    // The root of an overlay takes its mode from the upper directory.
+    // Copy the mode, since the root of an overlay gets the mode of the upper directory.
     let mode = std::fs::metadata(lower).attempt(attempted)?.permissions();
     std::fs::set_permissions(&upper, mode).attempt(attempted)?;
     let [lower, upper, work] = [lower, &upper, &work].map(|path| path.to_string_lossy().into_owned());
@@ -135,7 +136,7 @@ fn attach(mount: Detached, root: &Tree, point: &Path) -> Result<()> {
     target.and_then(|target| mount.attach(target)).attempt(|| format!("mount on /{}", point.display())).map(drop)
 }
 
-/// If resolv.conf is a link, which may lead into the node's /run, replaces it by the node's content.
+/// Replaces resolv.conf by `text`, the node's content, if it is a link: the link may lead into the node's /run.
 fn replace_link(root: &Tree, text: &[u8]) -> std::io::Result<()> {
     let is_link = root.look(RESOLV_CONF)?.is_some_and(|found| FileKind::of(&found) == FileKind::SymbolicLink);
     if is_link { root.replace(RESOLV_CONF, text) } else { Ok(()) }

@@ -1,5 +1,5 @@
-//! The near side's view of this program on a node: the connection, the process there, the channel to it, and the files
-//! that come back.
+//! The near side's access to this program on a node: the connection, the process there, the channel to that process,
+//! and the files that it sends back.
 
 use std::fs::File;
 use std::io::PipeReader;
@@ -22,10 +22,11 @@ use crate::sys::poll;
 use crate::sys::tree::Tree;
 use crate::volume::signal_files::LOOK_EVERY;
 
-/// Time for the node to remove everything at the end. After that, its own limit of silence ends its part.
+/// Time that the node gets to remove everything at the end. If it takes longer, its part ends by its own silence
+/// timeout.
 const TIME_TO_CLEAR: Duration = Duration::from_secs(20);
 
-/// This program on a node. The node's part ends when this value is dropped.
+/// This program, running on a node. The node's part of the job ends when this value is dropped.
 pub(super) struct Program {
     pub(super) connection: Connection,
     pub(super) channel: Channel,
@@ -33,15 +34,15 @@ pub(super) struct Program {
 }
 
 impl Program {
-    /// Connects, starts this program there with the order, and fails if the node refuses it. `state` is a private
-    /// directory.
+    /// Connects, starts this program on the node, and sends it the order. Fails if the node refuses the order. `state`
+    /// is a private directory.
     pub(super) fn start(to: &Destination, order: Order, state: &Path, heed: Heed<'_>) -> Result<Self> {
         let began = Instant::now();
         let silence = Duration::from_secs(order.patience);
         let connection = Connection::open(to, state, silence, heed)?;
         let path = provision::provide(&connection, heed)?;
         let attempted = || format!("start ims-sshd on the build node {}", connection.host());
-        // Pass on the variables for the log, since the node's log arrives here through ssh.
+        // Pass on the variables for the log, since ssh brings the node's log to this side.
         let log = order.task.variables().iter().filter(|(name, _)| is_of_log(name));
         let log: Vec<_> = log.map(|(name, value)| format!("{name}={value}")).collect();
         let words = ["env"].into_iter().chain(log.iter().map(String::as_str)).chain([path.as_str(), "node"]);
@@ -64,7 +65,7 @@ impl Program {
         Ok(program)
     }
 
-    /// Waits for the node's first message, and fails if the job cannot run there.
+    /// Waits for the node's first message. Fails if the job cannot run on the node.
     fn hello(&mut self, heed: Heed<'_>) -> Result<Hello> {
         let attempted = || format!("use the build node {}", self.connection.host());
         loop {
@@ -83,7 +84,7 @@ impl Program {
         }
     }
 
-    /// Fails if the connection is lost; the error includes ssh's own output.
+    /// Fails if the connection is lost. The error includes the output of ssh.
     pub(super) fn check(&self) -> Result<()> {
         self.channel.check().map_err(|e| {
             let said = self.connection.last_words();
@@ -92,13 +93,13 @@ impl Program {
         })
     }
 
-    /// The error of a job that cannot go on.
+    /// Returns the error of a job that cannot continue.
     pub(super) fn refused(&self, why: impl std::fmt::Display) -> Error {
         Error::new(format!("go on with the job on {}", self.connection.host())).because(why)
     }
 
-    /// Reads messages up to the node's last one; the others no longer count. Returns true if the last one has arrived,
-    /// or if too much time has passed `since` the node was told to end.
+    /// Reads messages, and ignores all but the node's last one. Returns true if that message has arrived, if the
+    /// channel has closed, or if too much time has passed `since` the node was asked to end.
     pub(super) fn has_ended(&mut self, since: Instant) -> bool {
         loop {
             match self.channel.next() {
@@ -130,11 +131,12 @@ impl Drop for Program {
     }
 }
 
-/// Files that come from a node.
+/// Files that arrive from a node.
 #[derive(Default)]
 pub(super) struct Incoming {
     receiving: Option<Receiving>,
-    /// Complete files that threads write to the disk, which may take longer than the node waits for a sign of life.
+    /// Complete files that threads are writing to the disk, since this may take longer than the node waits for a
+    /// keepalive.
     storing: Vec<Storing>,
     received: Vec<Part>,
     is_sent: bool,
@@ -142,13 +144,13 @@ pub(super) struct Incoming {
 
 struct Storing {
     thread: JoinHandle<Result<Part>>,
-    /// Closed when the thread ends.
+    /// Reports a hang-up when the thread ends.
     done: PipeReader,
 }
 
 impl Incoming {
-    /// Takes a frame that belongs to a file, and writes the file into `directory`; returns any other message.
-    /// `directory` is `None` while no file may come.
+    /// Handles a frame that belongs to a file, and writes the file into `directory`. Returns any other message.
+    /// `directory` is `None` at a time when the node must not send files.
     pub(super) fn take(&mut self, frame: Frame, directory: Option<&Tree>) -> Result<Option<Message>> {
         let refused = |why: &str| Err(Error::new("receive the results").because(why));
         match (frame, directory) {
@@ -192,7 +194,7 @@ impl Incoming {
         Ok(())
     }
 
-    /// Returns the files, once all have arrived and are on the disk.
+    /// Returns the received files, once all have arrived and are on the disk.
     pub(super) fn results(&mut self) -> Result<Option<Vec<Part>>> {
         if !self.is_sent || self.storing.iter().any(|storing| !storing.thread.is_finished()) {
             return Ok(None);
@@ -204,7 +206,7 @@ impl Incoming {
             .map(Some)
     }
 
-    /// Descriptors to wait for.
+    /// Returns the descriptors to poll.
     pub(super) fn sources(&self) -> impl Iterator<Item = PollFd<'_>> {
         let unfinished = self.storing.iter().filter(|storing| !storing.thread.is_finished());
         unfinished.map(|storing| PollFd::new(&storing.done, PollFlags::empty()))

@@ -1,5 +1,5 @@
-//! Sends this program to a node, into a directory that is named after the program's digest: a second job need not send
-//! it again, and another version gets another directory.
+//! Sends this program to a node, into a directory that is named after the program's digest. So a second job need not
+//! send the program again, and another version gets another directory.
 
 use std::io::Seek;
 use std::path::Path;
@@ -14,16 +14,17 @@ use crate::remote::connection::{Connection, Heed, finish, said};
 use crate::sys::architecture::Architecture;
 use crate::transfer::checksum::sha256_of;
 
-/// Directory of the programs on a node. `customize` also keeps changes in it, which other users must not see.
+/// Directory of the programs on a node. `customize` also keeps changes in this directory, which other users must not
+/// see.
 const PLACE: &str = "/var/lib/ims-sshd";
 
-/// Time limit for a node to say whether it has the programs.
+/// Time limit for a node to report whether it has the programs.
 const TIME_TO_LOOK: Duration = Duration::from_secs(30);
 /// Time limit for a node to receive both programs.
 const TIME_TO_TAKE: Duration = Duration::from_mins(1);
 
-/// Shell function that checks that the programs in `$place/$1` belong to root, cannot be changed by other users, and
-/// have the digests $2 and $3.
+/// Shell function that checks the two programs in `$place/$1`: they belong to root, other users cannot change them, and
+/// their digests are $2 and $3.
 const IS_WHOLE: &str = r#"
 PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C
 export PATH LC_ALL
@@ -40,16 +41,16 @@ is_whole() {
 }
 "#;
 
-/// Prints the node's architecture, and whether it has the programs. Sets the time of their directory, which thus shows
-/// when they were last wanted.
+/// Script that prints the node's architecture, and whether the node has the programs. It also sets the time of the
+/// programs' directory, which shows when a job last needed them.
 const LOOK: &str = r#"
 uname -m
 if is_whole "$@"; then touch "$place/$1"; echo whole; else echo missing; fi
 "#;
 
-/// Receives the two programs, the first of which has $4 bytes, within $5 seconds each. Renames their directory once
-/// both are complete, unless another job was faster. Also removes incomplete directories, which a crash has left, and
-/// other versions that were not wanted for a day and that no job runs.
+/// Script that receives the two programs, within $5 seconds each; the first one has $4 bytes. It renames their
+/// directory once both are complete, unless another job was faster. It also removes incomplete directories that a crash
+/// has left behind, and versions that no job runs and no job has needed for a day.
 const TAKE: &str = r#"
 set -e
 mkdir -m 700 "$place" 2>/dev/null || [ -d "$place" ]
@@ -77,7 +78,7 @@ for old in "$place"/*; do
 done
 "#;
 
-/// Provides the node with this program, and returns its path there.
+/// Makes sure that the node has this program, and returns the program's path there.
 pub(crate) fn provide(connection: &Connection, heed: Heed<'_>) -> Result<String> {
     let Programs { content, first, digests, name } = &Programs::own()?;
     let arguments = [name.as_str(), &digests[0], &digests[1], &first.to_string(), &TIME_TO_TAKE.as_secs().to_string()];
@@ -124,12 +125,12 @@ pub(crate) struct Programs {
     /// Length of the first program, in bytes.
     first: usize,
     digests: [String; 2],
-    /// Name of their directory on a node.
+    /// Name of the programs' directory on a node.
     pub(crate) name: String,
 }
 
 impl Programs {
-    /// Reads the program of this process, and its helper.
+    /// Reads the executable of this process, and its helper.
     pub(crate) fn own() -> Result<Self> {
         let read = |program: &Path| std::fs::read(program).attempt(|| format!("read {}", program.display()));
         let mut content = read(&std::env::current_exe().attempt(|| "find this program's own file")?)?;
@@ -144,7 +145,7 @@ impl Programs {
         format!("{PLACE}/{name}/ims-sshd")
     }
 
-    /// Path of `ims-sshd` on a node.
+    /// Returns the path of `ims-sshd` on a node.
     pub(crate) fn path(&self) -> String {
         Self::path_of(&self.name)
     }

@@ -1,5 +1,6 @@
-//! The near side of a remote job, in a pod or on a person's machine. It drives the same state machine as a local
-//! environment. Where a local environment acts itself, this side has the node act; it also relays marks and results.
+//! The near side of a remote job, in a pod or on a user's machine. It uses the same state machine as a local
+//! environment, but lets the node carry out most of the actions. It also passes on users' marks to the node, and
+//! results from it.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -32,12 +33,12 @@ use crate::volume::layout::{ARCHIVE, EXITING, POD_ERROR, READY, REMOTE_PARTS, RE
 use crate::volume::signal_files::{LOOK_EVERY, SignalFiles, Stamp, Watch};
 use crate::volume::state_directory::StateDirectory;
 
-/// Time for the image root parent to appear, as for a local environment.
+/// Time that the image root parent gets to appear, the same as for a local environment.
 const TIME_FOR_PARENT: Duration = Duration::from_secs(30);
 
-/// Runs a remote job from start to end, on the image root parent `parent`. `files` is that directory if the caller has
-/// claimed it. `wanted` is called once the job may begin. `listening` is called once the environment can be reached,
-/// with the public host key of its sshd.
+/// Runs a remote job from start to end, on the image root parent `parent`. If the caller has already claimed that
+/// directory, `files` is its claim. Calls `wanted` when the job may begin. Calls `listening` when the environment can
+/// be reached, with the public host key of the environment's sshd.
 pub(crate) fn run(
     parent: &Path,
     files: Option<SignalFiles>,
@@ -47,7 +48,7 @@ pub(crate) fn run(
     let blocked = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
     let signals = Signals::block(&blocked).attempt(|| "block signals")?;
     let mut relay = Relay {
-        // No grace period here: the node itself gives running commands time to finish.
+        // Use no grace period on this side: the node itself gives running commands time to finish.
         machine: Machine::new(Duration::ZERO),
         parent: parent.to_owned(),
         files,
@@ -75,9 +76,9 @@ struct Relay<W, L> {
     wanted: Option<W>,
     listening: Option<L>,
     node: Option<Box<dyn Far>>,
-    /// True after an error, which 'pod_error' reports to the sidecar.
+    /// True after an error. The file 'pod_error' then tells the sidecar about it.
     is_broken: bool,
-    /// The signal that has ended the job.
+    /// The signal that ended the job.
     stopped_by: Option<Signal>,
 }
 
@@ -101,7 +102,7 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
                 events.extend(self.carry_out(action));
             }
         }
-        // An image that was marked as failed meanwhile is not fetched.
+        // Do not wait for the results of an image that was marked as failed in the meantime.
         if self.machine.state() == State::Ending
             && self.machine.verdict() == Some(Verdict::Failed)
             && let Some(node) = &mut self.node
@@ -122,8 +123,8 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
                 }),
             },
             Action::AwaitSessions(_) => {
-                // After a mark, the node reports when its environment has closed. After a signal, no session is waited
-                // for.
+                // After a mark, wait for the node's report that its environment has closed. After a signal, do not wait
+                // for sessions.
                 let awaits = self.node.as_ref().is_some_and(|node| node.is_closing());
                 (!awaits).then_some(Event::Idle)
             }
@@ -146,7 +147,8 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
             }
             Action::Record(verdict) => Some(self.record(verdict)),
             Action::Announce => Some(Event::Announced { cleanly: self.announce() }),
-            // The node does this itself: when it closes, its sshd accepts no connection, and people at shells are told.
+            // The node does this itself: when it closes, its sshd accepts no connections, and users at shells get a
+            // message.
             Action::Restart(..) | Action::StopListening | Action::HangUp(..) => None,
         };
         let late = if is_closing { self.marks() } else { Vec::new() };
@@ -165,7 +167,7 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
         Event::Broken
     }
 
-    /// Sleeps until something happens. Returns the events.
+    /// Sleeps until something happens, and returns the events.
     fn wait(&mut self) -> Result<Vec<Event>> {
         let mut sources = vec![PollFd::new(&self.signals, PollFlags::IN), PollFd::new(&self.watch, PollFlags::IN)];
         sources.extend(self.node.iter().flat_map(|node| node.sources()));
@@ -194,7 +196,7 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
         Ok(events)
     }
 
-    /// Returns the events that follow from the node's report.
+    /// Returns the events that result from a report of the node.
     fn told(&mut self, told: Told) -> Vec<Event> {
         match told {
             Told::Listening(host_key) => {
@@ -260,7 +262,7 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
         self.files.as_ref().is_some_and(|files| matches!(files.verdict(), Ok(Some(Verdict::Failed))))
     }
 
-    /// Returns events for new marks in the image root parent.
+    /// Returns the events that result from new marks in the image root parent.
     fn marks(&mut self) -> Vec<Event> {
         let found = self.files.as_ref().map(SignalFiles::verdict);
         let verdict = match found {
@@ -283,7 +285,8 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
         vec![Event::Marked(verdict)]
     }
 
-    /// Connects to the node, and begins to send the image.
+    /// Connects to the node, and begins to send the image or, if upstream's prepare has started a container, to watch
+    /// it.
     fn prepare(&mut self) -> Result<()> {
         let (Some(files), Some(wanted)) = (&self.files, self.wanted.take()) else { return Ok(()) };
         if files.stands(EXITING)? {
@@ -331,7 +334,7 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
         }
         if verdict == Verdict::Failed {
             succeeded(files.retract(Verdict::Complete.signal_file()));
-            // Nobody has marked the image: write the reason, which the sidecar reports.
+            // A signal ended the job and nobody has marked the image: write this reason, which the sidecar reports.
             if let (Some(signal), false) = (self.stopped_by, self.machine.is_given_up()) {
                 let why = format!("the build environment received {signal}\n");
                 let _ = files.parent().replace(verdict.signal_file(), why.as_bytes());
@@ -349,20 +352,20 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
     }
 }
 
-/// Progress of the node.
+/// State of the node's part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
-    /// The node receives the image, and opens it.
+    /// The node is receiving the image and opening it.
     Opening,
-    /// People can log in.
+    /// Users can log in.
     Open,
-    /// The environment has closed; if the image is complete, the node packs and sends it.
+    /// The environment has closed. If the image is complete, the node packs and sends it.
     Closed,
-    /// The node is removing everything, since this time.
+    /// The node has been removing everything since this time.
     Ending(Instant),
 }
 
-/// A node, and the files on their way to it and from it.
+/// A node, the files that are being sent to it, and those that are being received from it.
 struct Node {
     program: Program,
     listen: Vec<(Option<IpAddr>, u16)>,
@@ -375,7 +378,7 @@ struct Node {
 }
 
 impl Node {
-    /// Connects, starts this program there, and begins to send the image.
+    /// Connects, starts this program on the node, and begins to send the image.
     fn begin(wanted: Wanted, image: File, size: u64, state: &Path, heed: Heed<'_>) -> Result<Self> {
         let Wanted { to, job, task, listen, boot, silence, .. } = wanted;
         let has_script = matches!(&task, Task::Customize(order) if order.script.is_some());
@@ -394,10 +397,10 @@ impl Node {
         match (message, self.step) {
             (Message::Failed { why }, _) => Err(self.program.refused(why)),
             (Message::Listening { port, host_key }, Step::Opening) => {
-                // The key becomes a line of known_hosts, so it must be nothing but a key.
+                // The key becomes a line of known_hosts, so refuse anything else than a single key.
                 let host_key = public_keys::host_key(&host_key)
                     .ok_or_else(|| self.program.refused("it has sent a host key that is none"))?;
-                // The node expects signs of life during the forwarding.
+                // Send keepalives during the forwarding: without them, the node would consider the connection lost.
                 let Program { connection, channel, .. } = &mut self.program;
                 let (host, channel) = (connection.host(), RefCell::new(channel));
                 let heed = || {
@@ -409,7 +412,7 @@ impl Node {
                     Ok(()) => {
                         tracing::info!("the environment on {host} is open, and can be reached on port {}", here.port());
                     }
-                    // If a script has marked the image at once, sshd is closed by now.
+                    // If the script has already marked the image, sshd may have closed by now.
                     Err(error) if self.has_script && !error.to_string().contains("administratively prohibited") => {
                         tracing::warn!("the environment on {host} is open to its script alone: {error}");
                     }
@@ -489,7 +492,7 @@ impl Far for Node {
     }
 }
 
-/// Logs an error without stopping. Returns whether there was none.
+/// Logs an error and continues. Returns whether there was no error.
 fn succeeded(result: Result<()>) -> bool {
     result.inspect_err(|e| tracing::error!("{e}")).is_ok()
 }

@@ -1,5 +1,5 @@
 //! `ims-sshd node --shell`: the command to which an administrator may restrict IMS's key on a node. It answers the
-//! questions that IMS asks each node, and runs jobs of exactly this version. Nothing else can be done with the key.
+//! questions that IMS asks each node, and runs jobs of exactly this version. The key then permits nothing else.
 
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -11,27 +11,28 @@ use crate::remote::message::is_of_log;
 use crate::remote::provision::{self, Programs};
 use crate::sys::architecture::Architecture;
 
-/// Path that answers IMS when it looks for podman on a node. A job of this program does not use podman.
+/// Answer to IMS's question for the path of podman. It makes IMS accept the node, although jobs of this program do not
+/// use podman.
 const PODMAN: &str = "/usr/bin/podman";
 
-/// A request that the other side may make.
+/// A request that the near side or IMS may send.
 #[derive(Debug, PartialEq, Eq)]
 enum Request<'a> {
-    /// `uname -i`.
+    /// `uname -i`: the architecture.
     Architecture,
-    /// `which podman`.
+    /// `which podman`: the path of podman.
     Podman,
-    /// The number of jobs.
+    /// The number of jobs on this node.
     Load,
-    /// Check whether the programs with these digests are there.
+    /// Check whether this node has the programs with these digests.
     Look(&'a [String]),
-    /// Receive programs.
+    /// Receive the programs; always refused, since the node runs the installed programs.
     Take,
-    /// Run the program at this path as a job's far side, with these variables.
+    /// Run the program at this path as the far side of a job, with these variables.
     Job(&'a str, &'a [String]),
 }
 
-/// Parses a command line, given as `line` and as the `words` that it was split into.
+/// Parses a command line, given as the text `line` and split into `words`.
 fn parse<'a>(line: &str, words: &'a [String]) -> Option<Request<'a>> {
     match line {
         "uname -i" => return Some(Request::Architecture),
@@ -55,7 +56,7 @@ fn parse<'a>(line: &str, words: &'a [String]) -> Option<Request<'a>> {
     }
 }
 
-/// Carries out what `SSH_ORIGINAL_COMMAND` asks for.
+/// Carries out the command in `SSH_ORIGINAL_COMMAND`.
 pub(crate) fn run() -> Result<u8> {
     let line = std::env::var("SSH_ORIGINAL_COMMAND").unwrap_or_default();
     let words = shell_words::split(&line).unwrap_or_default();

@@ -1,5 +1,5 @@
-//! Carries the pod's configuration of sshd over to a build node. Settings that cannot take effect there are refused if
-//! they restrict access or features, and cause a warning otherwise.
+//! Copies the settings of the pod's sshd to the sshd on a build node. Of the settings that cannot take effect there,
+//! those that restrict access or features are refused, and the others cause a warning.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -10,8 +10,9 @@ use crate::sshd::accept_env;
 use crate::sshd::effective::Effective;
 use crate::sshd::public_keys;
 
-/// Keywords whose values are carried over to sshd on the node; no others are. Every sshd that this program supports
-/// knows them, except for the last three. An sshd that does not know one of those exits with an error that names it.
+/// Keywords whose values the node's sshd gets from the pod's sshd; it gets no others. Every supported version of sshd
+/// knows these keywords, except for the last three. An sshd that does not know one of the three exits with an error
+/// that names it.
 const CARRIED: [&str; 44] = [
     "acceptenv",
     "allowagentforwarding",
@@ -59,8 +60,8 @@ const CARRIED: [&str; 44] = [
     "unusedconnectiontimeout",
 ];
 
-/// Keywords that need not be carried over: they are used in the pod, the environment's sshd has its own value for them,
-/// or they concern logs or files that the node's sshd has itself.
+/// Keywords that are not copied, without a warning: they are used in the pod, the environment's sshd has its own value
+/// for them, or they concern logs or files that the node's sshd itself has.
 const ELSEWHERE: [&str; 17] = [
     "addressfamily",
     "authorizedkeysfile",
@@ -81,7 +82,7 @@ const ELSEWHERE: [&str; 17] = [
     "xauthlocation",
 ];
 
-/// Returns the lines of the pod's sshd configuration that take effect on the node.
+/// Returns the lines of the pod's sshd configuration that the node's sshd gets.
 pub(super) fn carried(sshd: &Effective, settings: &Settings, keys: &str) -> Result<Vec<(String, String)>> {
     let jailed = settings.job.jailed;
     for (keyword, shown) in [("allowusers", "AllowUsers"), ("denyusers", "DenyUsers")] {
@@ -130,7 +131,7 @@ pub(super) fn carried(sshd: &Effective, settings: &Settings, keys: &str) -> Resu
     Ok(lines)
 }
 
-/// Reason why nothing that depends on a client's address or host name can take effect on a node.
+/// Reason why settings that depend on a client's address or host name cannot take effect on a node.
 const ONE_ADDRESS: &str = "every client has the address 127.0.0.1 there";
 
 fn refused(what: &str, why: &str) -> Error {
@@ -140,7 +141,8 @@ fn refused(what: &str, why: &str) -> Error {
     ))
 }
 
-/// Returns the subsystem for file transfers, run by sshd's own server. Other subsystems are programs of the pod.
+/// Returns the subsystem for file transfers, changed to use sshd's internal server. Returns `None` for other
+/// subsystems, which are programs of the pod.
 fn sftp(value: &str) -> Option<String> {
     let (name, command) = value.split_once(' ')?;
     let (server, options) = command.split_once(' ').unwrap_or((command, ""));
@@ -151,7 +153,8 @@ fn sftp(value: &str) -> Option<String> {
     None
 }
 
-/// Lines of sshd's configuration on the node. The other side has chosen them, so unknown keywords are refused.
+/// Returns the lines as text for sshd's configuration on the node. The near side chose the lines, so unknown keywords
+/// are refused.
 pub(super) fn lines(carried: &[(String, String)]) -> Result<String> {
     let mut text = String::new();
     for (keyword, value) in carried {
@@ -161,12 +164,12 @@ pub(super) fn lines(carried: &[(String, String)]) -> Result<String> {
         }
         text.extend([keyword, " ", value, "\n"]);
     }
-    // Keys and lines are meant for root, so no other account of the node may log in.
+    // The keys and lines are meant for root, so do not let other accounts of the node log in.
     text.push_str("Match User *,!root\n    DenyUsers *\n");
     Ok(text)
 }
 
-/// Addresses on which the pod's sshd would listen; `None` for all.
+/// Returns the addresses and ports on which the pod's sshd would listen; `None` as an address means all addresses.
 pub(super) fn listen(sshd: &Effective) -> Result<Vec<(Option<IpAddr>, u16)>> {
     let parse = |text: &str| {
         let wrong = || Error::bad_input(format!("cannot listen on ListenAddress {text}: it is no address of this pod"));

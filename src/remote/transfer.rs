@@ -1,4 +1,5 @@
-//! Files on a channel: the length is sent before a file and its digest after it. A file is accepted only if both match.
+//! Sends files over a channel: first the length, then the content, then the digest. The receiver accepts a file only if
+//! length and digest match.
 
 use std::fs::File;
 use std::io::{Read, Seek, Write};
@@ -10,7 +11,7 @@ use crate::remote::channel::Channel;
 use crate::remote::message::{Message, Part};
 use crate::transfer::checksum::hex;
 
-/// Maximum number of bytes that are read at once.
+/// Maximum number of bytes that are read from a file at once.
 const CHUNK: usize = 256 << 10;
 
 /// A file that is being sent.
@@ -21,14 +22,14 @@ pub(crate) struct Sending {
 }
 
 impl Sending {
-    /// Announces the file, which is open at its beginning.
+    /// Begins to send `file`, whose offset must be 0, by announcing its length.
     pub(crate) fn begin(channel: &mut Channel, part: Part, file: File) -> Result<Self> {
         let left = file.metadata().attempt(|| format!("read the length of the {}", part.name()))?.len();
         channel.say(&Message::File { part, size: left });
         Ok(Self { file, left, digest: Context::new(&SHA256) })
     }
 
-    /// Sends as much as the other side takes now. Returns whether all was sent.
+    /// Sends as much as the other side accepts now. Returns whether everything was sent.
     pub(crate) fn go_on(&mut self, channel: &mut Channel) -> Result<bool> {
         let mut bytes = vec![0; CHUNK];
         while self.left > 0 && !channel.is_full() {
@@ -51,7 +52,7 @@ impl Sending {
 
 /// A file that is being received.
 pub(crate) struct Receiving {
-    /// Kind of the file.
+    /// The file's role in the job.
     pub(crate) part: Part,
     file: File,
     left: u64,
@@ -59,13 +60,13 @@ pub(crate) struct Receiving {
 }
 
 impl Receiving {
-    /// Begins to receive `size` bytes into the empty `file`; fails if there is no room for them.
+    /// Begins to receive `size` bytes into the empty `file`. Fails if the file system has no room for them.
     pub(crate) fn begin(part: Part, size: u64, file: File) -> Result<Self> {
         check_room(part, size, &file)?;
         Ok(Self { part, file, left: size, digest: Context::new(&SHA256) })
     }
 
-    /// Writes data to the file.
+    /// Writes received data to the file.
     pub(crate) fn take(&mut self, data: &[u8]) -> Result<()> {
         self.count(data)?;
         self.file.write_all(data).attempt(|| receiving(self.part))
@@ -80,7 +81,7 @@ impl Receiving {
         Ok(())
     }
 
-    /// Checks length and digest. The file is not synced to disk.
+    /// Checks the length and the digest. The file is not synced to disk.
     pub(crate) fn finish(self, sha256: &str) -> Result<(Part, File)> {
         let refused = |why: &str| Err(Error::new(receiving(self.part)).because(why));
         if self.left > 0 {
@@ -93,7 +94,7 @@ impl Receiving {
     }
 }
 
-/// Fails if `size` bytes do not fit into the file system of `file`.
+/// Fails if the file system of `file` has no room for `size` more bytes.
 pub(crate) fn check_room(part: Part, size: u64, file: &File) -> Result<()> {
     let room = rustix::fs::fstatvfs(file).attempt(|| receiving(part))?;
     let free = room.f_bavail.saturating_mul(room.f_frsize);
@@ -104,7 +105,7 @@ pub(crate) fn check_room(part: Part, size: u64, file: &File) -> Result<()> {
     Ok(())
 }
 
-/// Checks a file that another program has received.
+/// Checks the length and digest of a file that another program has received.
 pub(crate) fn check_whole(part: Part, file: &File, size: u64, sha256: &str) -> Result<()> {
     let attempted = || receiving(part);
     let mut copy = file.try_clone().attempt(attempted)?;
