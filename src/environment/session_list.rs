@@ -52,7 +52,7 @@ pub(crate) struct Session {
 
 impl Session {
     /// Logs the beginning of the session. Only the first session of a connection is logged at a level that is shown by
-    /// default: Ansible runs several for each task.
+    /// default: Ansible runs several sessions for each task.
     fn log_beginning(&self, is_first: bool) {
         let Self { pid, client, port, key, terminal, request, .. } = self;
         if is_first {
@@ -102,7 +102,7 @@ pub(crate) struct SessionList {
     sources: Sources<Option<RawFd>>,
     /// Maximum number of connections; sessions beyond it are not logged.
     most_connections: usize,
-    /// True once a connection was refused, which is logged once.
+    /// True once a connection has been refused: only the first refusal is logged.
     was_full: bool,
     /// Sessions without a helper, each with the start time of its first process.
     found: Vec<(Session, u64)>,

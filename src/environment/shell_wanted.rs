@@ -6,8 +6,8 @@ use crate::job::action::Action;
 use crate::volume::layout::BUILD_FAILED;
 use crate::volume::signal_files::SignalFiles;
 
-/// Returns whether the job needs a shell. A create job needs one only to inspect a failed build, if ENABLE_DEBUG asks
-/// for that.
+/// Returns whether the job needs a shell. A create job needs a shell only to inspect a failed build, and only if
+/// ENABLE_DEBUG is true.
 pub(super) fn is_wanted(settings: &Settings) -> Result<bool> {
     if settings.job.action == Some(Action::Customize) {
         return Ok(true);

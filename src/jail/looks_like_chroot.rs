@@ -30,7 +30,7 @@ pub(super) fn show_root_of_init(run: &Tree, (proc, link): (&Tree, &str)) -> Resu
     show().attempt(|| "mount a link on /proc/1/root of the jail")
 }
 
-/// Where the jail shows the container's /proc, covers the name of the container's first process (/proc/1/comm) with the
+/// If the jail shows the container's /proc, covers the name of the container's first process (/proc/1/comm) with the
 /// name of the jail's init.
 pub(super) fn show_name_of_init(proc: &Tree) -> Result<()> {
     let show = || -> io::Result<()> {

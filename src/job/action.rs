@@ -1,4 +1,5 @@
-//! Kind of a job: customize or create. Any other value of `IMS_ACTION` is refused, with the known ones.
+//! Kind of a job: customize or create. Any other value of `IMS_ACTION` is refused, and the error names the known
+//! values.
 
 use crate::job::variables::{Case, Reader};
 
