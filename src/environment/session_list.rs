@@ -18,9 +18,10 @@ use crate::sys::process::Entry;
 use crate::sys::seqpacket::{Listener, Packets};
 use crate::sys::tree::Tree;
 
-/// Number of descriptors that connections of sessions must leave free: without a free descriptor, the supervisor could
-/// neither read a mark nor end a process.
-const RESERVED: u64 = 48;
+/// Number of descriptors that connections of sessions must leave free: about 34 are open for the environment itself, and
+/// 16 during the grace period. Without a free one, the supervisor could neither read a mark nor end a process, and would
+/// see no session in /proc.
+const RESERVED: u64 = 64;
 
 /// How long a connection without a session is remembered. `ControlPersist` keeps Ansible's connections open for a
 /// minute.
