@@ -26,6 +26,7 @@ mod parsing;
 mod peers;
 mod publishing;
 mod reading;
+mod remote;
 mod report;
 mod sizes;
 mod transfers;
@@ -39,7 +40,7 @@ use report::{Bound, Report, Unit};
 /// A group: name, heading on the page, function.
 type Group = (&'static str, &'static str, fn(usize, &mut Report));
 
-const GROUPS: [Group; 13] = [
+const GROUPS: [Group; 14] = [
     ("entering", "Entering a jail and running /bin/true", entering::entering),
     ("making", "Making a jail", making::making),
     ("connections", "ssh host true", connections::connections),
@@ -51,6 +52,7 @@ const GROUPS: [Group; 13] = [
     ("publishing", "From a source to a published image", publishing::publishing),
     ("packing", "Packing in proportion to the change", publishing::packing),
     ("creating", "From a recipe to a published image", creating::creating),
+    ("remote", "On a build node", remote::remote),
     ("sizes", "Sizes", sizes::sizes),
     ("reading", "Reading and planning", reading::reading),
 ];

@@ -13,12 +13,17 @@ use testbed::{Environment, Image, LIMIT, Mode, Volume, succeed, wait_until};
 /// Starts an entrypoint that has made its preparations and waits for `ready`.
 pub fn waiting(volume: Volume, mode: Mode) -> Environment {
     let environment = volume.start(mode);
+    until_it_waits(&environment);
+    environment
+}
+
+/// Waits until an entrypoint waits for `ready`.
+pub fn until_it_waits(environment: &Environment) {
     // The entrypoint locks the directory before it waits; /proc/locks shows that.
     let lock = format!(" FLOCK  ADVISORY  WRITE {} ", environment.entrypoint.id());
     wait_until("the entrypoint to wait for 'ready'", || {
         std::fs::read_to_string("/proc/locks").unwrap().contains(&lock)
     });
-    environment
 }
 
 /// The ways to open an image root that are compared: jailed, plain, and sshd's own `ChrootDirectory`. The first two run

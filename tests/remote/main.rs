@@ -3,7 +3,6 @@
 mod builds;
 mod clients;
 mod faults;
-mod figures;
 mod jobs;
 mod offloaded;
 mod remote;

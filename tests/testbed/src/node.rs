@@ -10,6 +10,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;
 
 use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
@@ -346,6 +347,10 @@ impl Drop for Node {
     fn drop(&mut self) {
         let _ = self.holder.kill();
         let _ = self.holder.wait();
-        wait_until("the node to end", || !Path::new(&format!("/proc/{}", self.pid)).exists());
+        wait_until("the node to end", || {
+            // The benchmarks are the first process of a PID namespace, to which it falls now.
+            let _ = waitpid(Pid::from_raw(self.pid), Some(WaitPidFlag::WNOHANG));
+            !Path::new(&format!("/proc/{}", self.pid)).exists()
+        });
     }
 }
