@@ -47,6 +47,8 @@ cd root
 mount -t proc proc proc
 mount --rbind /sys sys
 mount --rbind /dev dev
+umount -R -l dev/shm
+mount -t tmpfs -o mode=1777 tmpfs dev/shm
 mount -t tmpfs -o mode=0755 tmpfs run
 mount -t tmpfs -o "mode=1777,$4" tmpfs tmp
 mkdir -p run/sshd root/.ssh .old
