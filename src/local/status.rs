@@ -5,7 +5,6 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags};
 use serde_json::{Value, json};
 
 use crate::environment::stage::{self, Stage};
@@ -18,10 +17,8 @@ use crate::log::output::{say, say_json};
 use crate::log::redaction::MASK;
 use crate::printable::Printable;
 use crate::publish::identity::Record;
-use crate::session::report::{Packet, SOCKET};
+use crate::session::report;
 use crate::sshd::daemon::Daemon;
-use crate::sys::poll;
-use crate::sys::seqpacket::Packets;
 use crate::transfer::without_query;
 use crate::verdict::Verdict;
 use crate::volume::layout::{
@@ -365,7 +362,11 @@ fn name_of(report: &Value) -> String {
 /// Adds the report of the run's supervisor, if the run has one.
 fn with_report(mut run: Value) -> Value {
     let report = run["image_root_parent"].as_str().and_then(|parent| ask_at(&StateDirectory::place(Path::new(parent))));
-    if let (Some(run), Some(Value::Object(report))) = (run.as_object_mut(), report) {
+    if let (Some(run), Some(Value::Object(mut report))) = (run.as_object_mut(), report) {
+        // A run on a node records its state itself, and how to log in before it is open.
+        if run.contains_key("node") {
+            report.remove("state");
+        }
         run.extend(report);
     }
     run
@@ -415,11 +416,7 @@ fn report_of(parent: &Path) -> Result<Value> {
 
 /// Asks the supervisor whose state directory is `state` for its report; `None` if no supervisor answers in time.
 fn ask_at(state: &Path) -> Option<Value> {
-    let packets = Packets::connect(&state.join(SOCKET)).ok()?;
-    packets.send(&Packet::Status.to_bytes()).ok()?;
-    let limit = Duration::from_secs(2);
-    poll::wait(&mut [PollFd::new(&packets, PollFlags::IN)], limit).ok().filter(|ready| *ready > 0)?;
-    serde_json::from_slice(&packets.receive().ok()??).ok()
+    serde_json::from_slice(&report::ask(state, Duration::from_secs(2))?).ok()
 }
 
 fn in_words(report: &Value) -> String {
@@ -473,7 +470,7 @@ fn in_words(report: &Value) -> String {
         let _ = writeln!(text, "  clean up: ims-sshd entrypoint {line}, as a restarted container does");
     }
     if report["node"].is_string() && report["sessions"].is_null() && report["state"] == Stage::Serving.name() {
-        text += "  sessions: on the node, and not listed here\n";
+        text += "  sessions: on the node, which does not list them\n";
     }
     for session in report["sessions"].as_array().into_iter().flatten() {
         let column = |name| word(&session[name]).unwrap_or_default();

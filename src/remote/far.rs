@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags};
+use serde_json::Value;
 
 use crate::error::{Attempt, Error, Result};
 use crate::image::boot::Names;
@@ -52,6 +53,11 @@ pub(super) trait Far {
     /// Returns whether the environment has closed, so that the far side is sending its results.
     fn has_closed(&self) -> bool;
 
+    /// Asks the environment for its report. Returns whether it will answer.
+    fn ask(&mut self) -> bool {
+        false
+    }
+
     /// Makes the far side end and remove everything of the job.
     fn end(&mut self);
 
@@ -66,6 +72,8 @@ pub(super) enum Told {
     Listening(String),
     /// The environment has closed, with this verdict and exit code.
     Closed(Verdict, u8),
+    /// The environment's report; null if it has none.
+    Report(Value),
     /// Nothing of the job is left on the node.
     Gone,
 }

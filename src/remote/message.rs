@@ -6,6 +6,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use ring::rand::{SecureRandom, SystemRandom};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::transfer::checksum::hex;
@@ -37,6 +38,13 @@ pub(crate) enum Message {
         port: u16,
         /// Public host key of that sshd, in OpenSSH's format.
         host_key: String,
+    },
+    /// To the node: report the environment.
+    Ask,
+    /// From the node: the report that `ims-sshd status` prints there; null if the environment is not open.
+    Report {
+        /// The environment's report.
+        report: Value,
     },
     /// To the node: a user has marked the image with this verdict.
     Mark(Judged),
@@ -310,6 +318,8 @@ mod tests {
             Message::Built { failure: Some("no".into()) },
             Message::Hello(Hello { arch: "x86_64".into(), kernel: "6".into(), free: 1, refusals: vec!["no".into()] }),
             Message::File { part: Part::Source, size: 0 },
+            Message::Report { report: serde_json::json!({ "sessions": [{ "client": "127.0.0.1" }] }) },
+            Message::Report { report: Value::Null },
             Message::Mark(Judged::Failed),
             Message::Closed { verdict: Judged::Complete, exit_code: 0 },
             Message::Packed { parts: vec![Part::Image, Part::Kernel] },

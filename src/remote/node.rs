@@ -4,6 +4,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -11,6 +12,7 @@ use nix::sched::CloneFlags;
 use nix::sys::signal::Signal;
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::OFlags;
+use serde_json::Value;
 
 use crate::error::{Attempt, Error, Result};
 use crate::remote::channel::{Channel, Frame};
@@ -18,16 +20,22 @@ use crate::remote::hello::hello;
 use crate::remote::inside::{self, Stage};
 use crate::remote::job_directory::{IMAGE, JobDirectory, RESULTS};
 use crate::remote::message::{Judged, Message, Order, Part, Task, is_job_id, is_of_log};
+use crate::remote::node_root::PARENT;
 use crate::remote::shell;
 use crate::remote::transfer::{Receiving, Sending};
+use crate::session::report;
 use crate::sys::poll;
 use crate::sys::signals::{Signals, unblock_signals};
 use crate::sys::tree::Tree;
 use crate::verdict::Verdict;
 use crate::volume::layout::{ARCHIVE, REMOTE_RECIPE};
+use crate::volume::state_directory::StateDirectory;
 
 /// Time limit for the order to arrive, and for the other side to read the last message.
 const SOON: Duration = Duration::from_secs(30);
+
+/// Time for the environment to report. `ims-sshd status` waits for twice as long.
+const TIME_TO_REPORT: Duration = Duration::from_secs(1);
 
 /// Interval at which time limits are checked.
 const TICK: Duration = Duration::from_millis(500);
@@ -71,6 +79,16 @@ struct Inside {
     channel: Channel,
     /// True once the process has reported how the job ended.
     is_told: bool,
+}
+
+impl Inside {
+    /// The environment's report, if it is open.
+    fn report(&self) -> Option<Value> {
+        let state = StateDirectory::place(Path::new(PARENT));
+        let state =
+            Path::new("/proc").join(self.child.id().to_string()).join("root").join(state.strip_prefix("/").ok()?);
+        serde_json::from_slice(&report::ask(&state, TIME_TO_REPORT)?).ok()
+    }
 }
 
 impl Drop for Inside {
@@ -155,6 +173,10 @@ impl Node {
                 match frame {
                     Frame::Message(Message::End) => return Ok(()),
                     Frame::Message(Message::Mark(judged)) => mark(&image, judged)?,
+                    Frame::Message(Message::Ask) => {
+                        let report = self.inside.as_ref().and_then(Inside::report).unwrap_or_default();
+                        self.channel.say(&Message::Report { report });
+                    }
                     _ => return Err(unexpected()),
                 }
             }

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::OFlags;
+use serde_json::{Value, json};
 
 use crate::environment::state_machine::{Action, Event, Machine, State};
 use crate::environment::supervisor::Outcome;
@@ -25,8 +26,10 @@ use crate::remote::far::{Far, Told, Wanted, give_names, unless_signalled};
 use crate::remote::message::{Judged, Message, Order, Part, Task};
 use crate::remote::program::{Incoming, Program};
 use crate::remote::transfer::Sending;
+use crate::session::report::SOCKET;
 use crate::sshd::public_keys;
 use crate::sys::poll;
+use crate::sys::seqpacket::{Listener, Packets};
 use crate::sys::signals::Signals;
 use crate::verdict::Verdict;
 use crate::volume::layout::{ARCHIVE, EXITING, POD_ERROR, READY, REMOTE_PARTS, REMOTE_PORT, SSHD_LISTENING};
@@ -59,6 +62,9 @@ pub(crate) fn run(
         wanted: Some(wanted),
         listening: Some(listening),
         node: None,
+        host: String::new(),
+        listener: None,
+        asking: Vec::new(),
         is_broken: false,
         stopped_by: None,
     };
@@ -76,6 +82,11 @@ struct Relay<W, L> {
     wanted: Option<W>,
     listening: Option<L>,
     node: Option<Box<dyn Far>>,
+    /// Name of the node, once there is one.
+    host: String,
+    /// Socket for `ims-sshd status`, and the clients that wait for an answer.
+    listener: Option<Listener>,
+    asking: Vec<Packets>,
     /// True after an error. The file 'pod_error' then tells the sidecar about it.
     is_broken: bool,
     /// The signal that ended the job.
@@ -114,7 +125,7 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
     fn carry_out(&mut self, action: Action) -> Vec<Event> {
         let is_closing = matches!(action, Action::Release | Action::Record(_) | Action::Announce);
         let answer = match action {
-            Action::Prepare => match self.prepare() {
+            Action::Prepare => match self.prepare().and_then(|()| self.listen()) {
                 Ok(()) => None,
                 Err(_) if self.is_marked_failed() => Some(Event::Marked(Verdict::Failed)),
                 Err(error) => Some(match self.signals.next() {
@@ -138,7 +149,8 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
                 }
             },
             Action::Release => {
-                self.node = None;
+                (self.node, self.listener) = (None, None);
+                self.asking.clear();
                 let mut cleanly = succeeded(StateDirectory::of(&self.parent).and_then(|state| state.remove()));
                 for name in REMOTE_PARTS {
                     cleanly &= succeeded(self.files.as_ref().map_or(Ok(()), |files| files.remove(name)));
@@ -170,6 +182,7 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
     /// Sleeps until something happens, and returns the events.
     fn wait(&mut self) -> Result<Vec<Event>> {
         let mut sources = vec![PollFd::new(&self.signals, PollFlags::IN), PollFd::new(&self.watch, PollFlags::IN)];
+        sources.extend(self.listener.iter().map(|listener| PollFd::new(listener, PollFlags::IN)));
         sources.extend(self.node.iter().flat_map(|node| node.sources()));
         let _ = poll::wait(&mut sources, LOOK_EVERY / 2);
         drop(sources);
@@ -183,6 +196,7 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
             State::Preparing | State::Serving | State::Grace | State::Ending => events.extend(self.marks()),
             _ => {}
         }
+        self.ask();
         if let Some(node) = &mut self.node {
             match node.turn(self.files.as_ref(), &self.signals) {
                 Ok(None) => {}
@@ -215,11 +229,54 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
                     .advise("its messages are above");
                 vec![self.broken(&error)]
             }
+            Told::Report(report) => {
+                self.answer(&report);
+                Vec::new()
+            }
             Told::Closed(verdict, _) => vec![Event::Marked(verdict), Event::Idle],
             Told::Gone => {
                 self.node = None;
                 vec![Event::AllEnded]
             }
+        }
+    }
+
+    fn listen(&mut self) -> Result<()> {
+        let path = StateDirectory::of(&self.parent)?.path().join(SOCKET);
+        self.listener = Some(Listener::bind(&path).attempt(|| format!("listen at {}", path.display()))?);
+        Ok(())
+    }
+
+    /// Passes the questions of `ims-sshd status` on.
+    fn ask(&mut self) {
+        let known = self.asking.len();
+        self.asking.extend(std::iter::from_fn(|| self.listener.as_ref()?.accept()));
+        let is_asked = self.asking.len() > known;
+        if is_asked && !self.node.as_mut().is_some_and(|node| node.ask()) {
+            self.answer(&Value::Null);
+        }
+    }
+
+    /// Answers with what is known here, and what the node has said of sessions.
+    fn answer(&mut self, there: &Value) {
+        let mut report = json!({
+            "image_root_parent": self.parent,
+            "state": self.machine.state().stage().name(),
+            "node": self.host,
+            "verdict": self.machine.verdict().map(Verdict::signal_file),
+        });
+        for field in ["since", "tier", "job", "sessions"] {
+            if !there[field].is_null() {
+                report[field] = there[field].clone();
+            }
+        }
+        for client in self.asking.drain(..) {
+            // A socket that is closed with a packet unread is reset, and the answer lost.
+            let mut question = [PollFd::new(&client, PollFlags::IN)];
+            if poll::wait(&mut question, LOOK_EVERY / 10).is_ok_and(|ready| ready > 0) {
+                let _ = client.receive();
+            }
+            let _ = client.send(report.to_string().as_bytes());
         }
     }
 
@@ -308,6 +365,7 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
             }
         };
         std::fs::write(state.node(), &wanted.to.host).attempt(|| format!("write {}", state.node().display()))?;
+        self.host.clone_from(&wanted.to.host);
         if files.stands(REMOTE_PORT)? {
             let attempted = || format!("read {}", files.path().join(REMOTE_PORT).display());
             let text = files.parent().read(REMOTE_PORT, 16).attempt(attempted)?;
@@ -389,6 +447,10 @@ impl Node {
     }
 
     fn heard(&mut self, frame: Frame, files: Option<&SignalFiles>, signals: &Signals) -> Result<Option<Told>> {
+        // It may come between the parts of the results.
+        if let Frame::Message(Message::Report { report }) = frame {
+            return Ok(Some(Told::Report(report)));
+        }
         let parent = files.map(SignalFiles::parent).filter(|_| self.step == Step::Closed);
         let Some(message) = self.incoming.take(frame, parent)? else {
             return Ok(None);
@@ -449,6 +511,14 @@ impl Far for Node {
 
     fn has_closed(&self) -> bool {
         self.step == Step::Closed
+    }
+
+    fn ask(&mut self) -> bool {
+        let is_open = self.step == Step::Open;
+        if is_open {
+            self.program.channel.say(&Message::Ask);
+        }
+        is_open
     }
 
     fn end(&mut self) {

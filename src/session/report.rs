@@ -4,10 +4,13 @@
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::time::Duration;
 
 use nix::sys::wait::WaitStatus;
+use rustix::event::{PollFd, PollFlags};
 
 use crate::session::request::Request;
+use crate::sys::poll;
 use crate::sys::seqpacket::Packets;
 
 /// The beginning of a session.
@@ -126,6 +129,15 @@ impl Report {
             let _ = packets.send(&Packet::End(how).to_bytes());
         }
     }
+}
+
+/// Asks the supervisor with the state directory `state` for its report, which is JSON; `None` if no supervisor answers
+/// within `limit`.
+pub(crate) fn ask(state: &Path, limit: Duration) -> Option<Vec<u8>> {
+    let packets = Packets::connect(&state.join(SOCKET)).ok()?;
+    packets.send(&Packet::Status.to_bytes()).ok()?;
+    poll::wait(&mut [PollFd::new(&packets, PollFlags::IN)], limit).ok().filter(|ready| *ready > 0)?;
+    packets.receive().ok()?
 }
 
 /// Name of the supervisor's socket in its state directory.

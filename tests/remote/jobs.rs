@@ -1,7 +1,7 @@
 //! Jobs that end well.
 
 use std::os::unix::fs::PermissionsExt;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use testbed::job::*;
 use testbed::node::Lab;
@@ -32,13 +32,15 @@ fn image_is_changed_and_packed_on_the_node_and_published_from_the_pod() {
         remote.wait_for("sshd_listening");
         wait_until("'waiting_on_user'", || remote.job.ims.status() == "waiting_on_user");
         assert_eq!(node.jobs(), [remote.directory()]);
-        let status = ims_sshd(&["status", parent.to_str().unwrap()], &[]).output().unwrap();
-        let status = text(&status.stdout);
-        for line in
-            [format!("  node: root@{}\n", node.address), "  sessions: on the node, and not listed here\n".into()]
-        {
-            assert!(status.contains(&line), "{status}");
-        }
+        let status = || text(&ims_sshd(&["status", parent.to_str().unwrap()], &[]).output().unwrap().stdout);
+        let mut session = remote.ssh(&[]);
+        let session = Ended::killed(session.stdin(Stdio::piped()).arg("cat; exit").spawn().unwrap());
+        wait_until("the session in the status", || status().contains("cat; exit"));
+        let (shown, tier) = (status(), if mode == Mode::Jailed { "namespace" } else { "plain" });
+        assert!(shown.contains(": serving since 20") && shown.contains(&format!(", tier {tier}")), "{shown}");
+        assert!(shown.contains(&format!("  node: root@{}\n  127.0.0.1  since 20", node.address)), "{shown}");
+        drop(session);
+        wait_until("the session's end in the status", || !status().contains("cat; exit"));
         let root = if mode == Mode::Jailed { "" } else { "/mnt/image/image-root" };
         assert_eq!(remote.says(&format!("cat {root}/etc/cray/ca/certificate_authority.crt")), "authority");
         assert_eq!(remote.says(&format!("cat {root}/etc/resolv.conf")), "nameserver 192.0.2.53");

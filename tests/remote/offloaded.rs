@@ -112,7 +112,8 @@ fn people_change_an_image_on_a_node_and_it_is_published_from_here() {
     assert_eq!(status["node"], "builder");
     let shown = ims_sshd(&["status", machine.source.to_str().unwrap()], &[]).output().unwrap();
     assert!(text(&shown.stdout).contains("  node: builder\n"), "{shown:?}");
-    assert!(text(&shown.stdout).contains("  sessions: on the node, and not listed here\n"), "{shown:?}");
+    let asked = machine.status();
+    assert_eq!((&asked["tier"], &asked["sessions"]), (&"namespace".into(), &Value::Array(Vec::new())), "{asked}");
     assert_eq!(lab.nodes[0].jobs().len(), 1);
     assert_eq!(machine.says(&status, "echo $COLOUR"), "blue");
     machine.says(&status, "echo changed > /etc/changed; touch /etc/left-out");
