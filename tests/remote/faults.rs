@@ -16,13 +16,16 @@ use crate::remote::Remote;
 const SILENCE: Duration = Duration::from_secs(5);
 const SOON: Duration = Duration::from_secs(2);
 
+/// Marks an image whose packing takes a while.
+const COMPLETE: &str = "head -c 100000000 /dev/urandom > /more; touch /tmp/complete";
+
 #[test]
 fn both_sides_end_alone_when_the_network_between_them_fails() {
     let lab = Lab::new();
     let node = &lab.nodes[0];
     let before = node.state();
-    for moment in ["connecting", "sending", "open", "receiving"] {
-        let mut remote = if ["sending", "receiving"].contains(&moment) {
+    for moment in ["connecting", "providing", "sending", "open", "packing", "receiving"] {
+        let mut remote = if ["sending", "packing", "receiving"].contains(&moment) {
             Remote::large(&lab, node)
         } else {
             Remote::new(&lab, node, Mode::Jailed)
@@ -35,6 +38,16 @@ fn both_sides_end_alone_when_the_network_between_them_fails() {
                 remote.start(&[]);
                 remote.job.volume.touch("ready");
             }
+            "providing" => {
+                let place = node.path("/var/lib/ims-sshd");
+                let is_begun = |entry: std::fs::DirEntry| entry.file_name().to_string_lossy().starts_with(".new.");
+                remote.start(&[]);
+                remote.job.volume.touch("ready");
+                wait_until("the program on the node", || {
+                    std::fs::read_dir(&place).is_ok_and(|mut entries| entries.any(|entry| entry.is_ok_and(is_begun)))
+                });
+                lab.cut(node);
+            }
             "sending" => {
                 remote.start(&[]);
                 remote.job.volume.touch("ready");
@@ -43,6 +56,12 @@ fn both_sides_end_alone_when_the_network_between_them_fails() {
             }
             "open" => {
                 remote.open();
+                lab.cut(node);
+            }
+            "packing" => {
+                remote.open();
+                remote.run(COMPLETE);
+                remote.wait_for_log("is packed there");
                 lab.cut(node);
             }
             _ => {
@@ -54,11 +73,13 @@ fn both_sides_end_alone_when_the_network_between_them_fails() {
             }
         }
         let began = Instant::now();
-        remote.fails(
-            1,
-            if moment == "connecting" { "cannot connect to the build node" } else { "cannot go on with the job" },
-        );
-        let limit = if moment == "connecting" { 2 * SILENCE } else { SILENCE };
+        let (words, limit) = match moment {
+            "connecting" => ("cannot connect to the build node", 2 * SILENCE),
+            // ssh's own signs of life begin when it has been silent for as long.
+            "providing" => ("the build node", 2 * SILENCE),
+            _ => ("cannot go on with the job", SILENCE),
+        };
+        remote.fails(1, words);
         assert!(began.elapsed() < limit + SOON, "{moment}: {:?}\n{}", began.elapsed(), remote.log());
         wait_within(SILENCE + SOON, "the node's part to end", || node.jobs().is_empty());
         assert!(began.elapsed() < limit + 2 * SOON, "{moment}: {:?}", began.elapsed());
@@ -73,7 +94,7 @@ fn signal_ends_the_job_on_both_sides_at_any_moment() {
     let node = &lab.nodes[0];
     let before = node.state();
     for (kind, code) in [(Signal::SIGTERM, 143), (Signal::SIGKILL, 137)] {
-        for moment in ["waiting", "connecting", "sending", "open", "receiving"] {
+        for moment in ["waiting", "connecting", "sending", "opening", "open", "packing", "receiving"] {
             let mut remote =
                 if moment == "open" { Remote::new(&lab, node, Mode::Jailed) } else { Remote::large(&lab, node) };
             remote.start(&[]);
@@ -88,11 +109,16 @@ fn signal_ends_the_job_on_both_sides_at_any_moment() {
             match moment {
                 "connecting" => remote.wait_for_log("has the host key"),
                 "sending" => remote.wait_for_log("is able"),
+                "opening" => remote.wait_for_log("the image is on the node"),
                 "open" => remote.wait_for("sshd_listening"),
-                "receiving" => {
+                "packing" | "receiving" => {
                     remote.wait_for("sshd_listening");
-                    remote.run("touch /tmp/complete");
-                    remote.wait_for(".ims-sshd.remote.image");
+                    remote.run(COMPLETE);
+                    if moment == "packing" {
+                        remote.wait_for_log("is packed there");
+                    } else {
+                        remote.wait_for(".ims-sshd.remote.image");
+                    }
                 }
                 _ => {}
             }
@@ -122,9 +148,14 @@ fn node_program_that_is_ended_fails_the_job_and_the_next_one_removes_what_is_lef
     for (kind, line, moment) in [
         ("KILL", outer, "sending"),
         ("TERM", outer, "sending"),
+        ("KILL", outer, "opening"),
+        ("TERM", outer, "opening"),
         ("KILL", outer, "open"),
         ("TERM", outer, "open"),
         ("KILL", inner, "open"),
+        ("KILL", outer, "packing"),
+        ("TERM", outer, "packing"),
+        ("KILL", inner, "packing"),
         ("KILL", outer, "receiving"),
         ("TERM", outer, "receiving"),
     ] {
@@ -132,14 +163,18 @@ fn node_program_that_is_ended_fails_the_job_and_the_next_one_removes_what_is_lef
             if moment == "open" { Remote::new(&lab, node, Mode::Jailed) } else { Remote::large(&lab, node) };
         remote.start(&[]);
         remote.job.volume.touch("ready");
-        if moment == "sending" {
-            remote.wait_for_log("is able");
-        } else {
-            remote.wait_for("sshd_listening");
+        match moment {
+            "sending" => remote.wait_for_log("is able"),
+            "opening" => remote.wait_for_log("the image is on the node"),
+            _ => remote.wait_for("sshd_listening"),
         }
-        if moment == "receiving" {
-            remote.run("touch /tmp/complete");
-            remote.wait_for(".ims-sshd.remote.image");
+        if ["packing", "receiving"].contains(&moment) {
+            remote.run(COMPLETE);
+        }
+        match moment {
+            "packing" => remote.wait_for_log("is packed there"),
+            "receiving" => remote.wait_for(".ims-sshd.remote.image"),
+            _ => {}
         }
         let (number, _) = node.processes().into_iter().find(|(_, found)| found.ends_with(line)).unwrap();
         let began = Instant::now();
@@ -239,6 +274,47 @@ fn image_that_is_altered_or_cut_off_on_the_way_is_neither_opened_nor_published()
     }
 }
 
+/// In place of ssh: nothing passes in either direction from the moment on that the node is told to end.
+const SILENT_END: &str = r#"#!/usr/bin/python3
+import os, subprocess, sys, threading
+if not sys.argv[-1].endswith(' node'):
+    os.execv('/usr/bin/ssh', ['ssh'] + sys.argv[1:])
+ssh = subprocess.Popen(['/usr/bin/ssh'] + sys.argv[1:], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+is_cut = threading.Event()
+def copy(source, to):
+    while data := os.read(source, 65536):
+        if b'"is":"end"' in data:
+            is_cut.set()
+        if is_cut.is_set():
+            threading.Event().wait()
+        view = memoryview(data)
+        while view:
+            view = view[os.write(to, view):]
+    os.close(to)
+threading.Thread(target=copy, args=(0, ssh.stdin.fileno()), daemon=True).start()
+copy(ssh.stdout.fileno(), 1)
+sys.exit(ssh.wait())
+"#;
+
+#[test]
+fn node_that_is_lost_after_the_results_have_come_changes_nothing_about_them() {
+    let lab = Lab::new();
+    let node = &lab.nodes[0];
+    let before = node.state();
+    let (_, path) = in_place_of_ssh(&lab, SILENT_END);
+    let mut remote = Remote::new(&lab, node, Mode::Jailed);
+    remote.start(&[("PATH", &path)]);
+    remote.job.volume.touch("ready");
+    remote.wait_for("sshd_listening");
+    remote.run("touch /tmp/complete");
+    remote.wait_for("transfer.sqsh");
+    wait_until("the node's part to end", || node.jobs().is_empty());
+    assert_eq!(remote.end(), 0, "{}", remote.log());
+    assert!(remote.log().contains("has not said that it removed everything"), "{}", remote.log());
+    assert!(remote.job.volume.signal("complete").exists() && !remote.job.volume.signal("pod_error").exists());
+    node.is_as_before(&before);
+}
+
 #[test]
 fn node_that_is_not_able_is_refused_before_the_image_is_sent() {
     let small = NodeOptions { tmp: "size=1M", ..NodeOptions::default() };
@@ -265,6 +341,17 @@ fn node_that_is_not_able_is_refused_before_the_image_is_sent() {
         remote.job.volume.touch("ready");
         remote.fails(1, words);
         lab.nodes[number].is_as_before(&before[number]);
+    }
+    for program in ["/usr/lib/openssh/sftp-server", "/usr/bin/ssh-keygen"] {
+        let program = lab.nodes[0].path(program);
+        std::fs::rename(&program, program.with_extension("own")).unwrap();
+        let mut remote = Remote::new(&lab, &lab.nodes[0], Mode::Jailed);
+        remote.start(&[]);
+        remote.job.volume.touch("ready");
+        let name = program.file_name().unwrap().to_str().unwrap();
+        remote.fails(1, name);
+        assert!(remote.log().contains("cannot use the build node"), "{}", remote.log());
+        std::fs::rename(program.with_extension("own"), &program).unwrap();
     }
     let uname = lab.nodes[0].path("/usr/bin/uname");
     std::fs::rename(&uname, uname.with_extension("own")).unwrap();

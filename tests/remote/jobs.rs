@@ -63,6 +63,28 @@ fn image_is_changed_and_packed_on_the_node_and_published_from_the_pod() {
 }
 
 #[test]
+fn image_marked_failed_on_a_node_sets_error_and_is_not_published() {
+    let lab = Lab::new();
+    let node = &lab.nodes[0];
+    let before = node.state();
+    for mode in [Mode::Jailed, Mode::Plain] {
+        let mut remote = Remote::new(&lab, node, mode);
+        let sidecar = remote.job.sidecar(mode, &[("REMOTE_BUILD_NODE", node.address.as_str())]).spawn().unwrap();
+        remote.start(&[]);
+        remote.wait_for("sshd_listening");
+        wait_until("'waiting_on_user'", || remote.job.ims.status() == "waiting_on_user");
+        remote.run(if mode == Mode::Jailed { "touch /tmp/failed" } else { "touch /mnt/image/failed" });
+        assert_eq!(remote.end(), 0, "{}", remote.log());
+        let output = sidecar.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        assert_eq!(remote.job.ims.statuses(), ["waiting_on_user", "error"]);
+        remote.job.nothing_is_left();
+        assert!(!remote.job.volume.signal("transfer.sqsh").exists());
+        node.is_as_before(&before);
+    }
+}
+
+#[test]
 fn plain_session_changes_nothing_of_the_node() {
     let lab = Lab::new();
     let node = &lab.nodes[0];
