@@ -40,8 +40,9 @@ const TYPE: &str = "tbz";
 const PACKAGE_MANAGERS: [(&str, &str); 5] =
     [("zypper", "zypper"), ("dnf", "dnf"), ("dnf4", "dnf"), ("dnf5", "dnf5"), ("apt", "apt-get")];
 
-/// Replacement for xz that discards the archive. kiwi-ng always creates an archive of the image root with `tar … | xz
-/// -f …`, but the archive is not used. Other calls of xz (with a file, or to decompress) go to the machine's own xz.
+/// Replacement for xz that discards the archive. kiwi-ng always creates an archive of the image root, with
+/// `tar … | xz -f …`, but the archive is not used. Other calls of xz (with a file, or to decompress) go to the
+/// machine's own xz.
 const NO_ARCHIVE: &str = "#!/bin/sh\n[ \"$1\" != -f ] || [ ! -p /dev/stdin ] || exec cat > /dev/null\nexec XZ \"$@\"\n";
 
 /// Shell functions for the scripts that kiwi-ng runs outside the image root. These scripts unpack Debian's base-files
@@ -102,8 +103,8 @@ const STAGES: [(&str, &str); 7] = [
 /// Number of bytes at the end of kiwi-ng's log that are searched for the output of a failed script.
 const LONGEST_TAIL: u64 = 64 << 10;
 
-/// Words of package managers about a package with a device node, which cannot be made in a user namespace. dnf gives no
-/// reason.
+/// Parts of package managers' errors when a package contains a device node, which cannot be created in a user
+/// namespace. dnf's error names no reason.
 const DEVICE_NODE: [&str; 3] = ["cpio: mknod failed", "error creating device", "Error unpacking rpm package"];
 
 /// Maximum length, in characters, of a script's line that an error quotes.
@@ -735,7 +736,7 @@ fn tell_output(output: impl Read, mut out: impl Write) -> Option<String> {
         let text = text.trim_end_matches(['\n', '\r']).rsplit('\r').next().unwrap_or_default();
         let text = redaction::without_secrets(text);
         error.hear(&text);
-        // In one piece, among the lines of others.
+        // Write the line in one call, so that it does not mix with lines of other processes.
         let _ = out.write_all(format!("{}\n", Printable(&text)).as_bytes());
         if let Some((_, stage)) = STAGES.iter().find(|(begins, _)| is_info(&text) && text.contains(begins)) {
             tracing::info!("{stage}");
@@ -793,7 +794,7 @@ fn end_of(volume: &Tree, name: &str, length: u64) -> std::io::Result<Vec<u8>> {
     Ok(text)
 }
 
-/// Adds to an error of kiwi-ng the cause that only its log has.
+/// Adds the cause to an error of kiwi-ng, if only kiwi-ng's log contains the cause.
 fn with_cause(error: String, log: &str) -> String {
     let cause = match silent_script(&error) {
         Some(script) => Some(what_it_said(script, log)),
@@ -806,9 +807,9 @@ fn with_cause(error: String, log: &str) -> String {
     }
 }
 
-/// Returns the first error of dpkg in the end of kiwi-ng's log, and the line below it, which has the cause.
+/// Returns the first error of dpkg in `log`, the end of kiwi-ng's log, with the next line, which contains the cause.
 fn what_dpkg_said(log: &str) -> Option<String> {
-    // kiwi-ng writes the name of its phase before each.
+    // Skip the name of the phase, which kiwi-ng writes before each line of dpkg.
     let mut lines = log.lines().filter_map(|line| line.split_once(" | ")?.1.split_once(": ")).map(|(_, said)| said);
     let first = lines.find(|said| said.starts_with("dpkg: error"))?;
     let said = format!("{first} {}", lines.next().unwrap_or_default().trim());

@@ -113,7 +113,7 @@ const AUTHORITIES: [(&str, &str); 3] = [
     ("/etc/pki/ca-trust/source/anchors", "update-ca-trust"),
 ];
 
-/// Debian's file of all authorities, and the directory of single ones.
+/// Debian's file with all CA certificates; next, its directory with a file for each certificate.
 const DEBIAN_BUNDLE: &str = "/etc/ssl/certs/ca-certificates.crt";
 const DEBIAN_CERTIFICATES: &str = "/etc/ssl/certs";
 
@@ -331,7 +331,7 @@ fn make_namespaces() -> Result<()> {
         }
         failed.because(e)
     })?;
-    // In some containers namespaces can be made, and nothing can be mounted in them.
+    // Try out a mount: some containers permit new namespaces, but no mounts in them.
     let attributes = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID;
     mounts::make_all_private()
         .and_then(|()| Detached::filesystem("tmpfs", &[], attributes).map(drop))
@@ -582,8 +582,8 @@ fn tell_untrusted(tool: &str, why: &str) {
     );
 }
 
-/// Adds a certificate to Debian's files, if they are there. Debian's tool would make them anew: it is a shell script
-/// that starts four programs for each authority, a second in all.
+/// Adds a certificate to Debian's files; returns false if they do not exist. Debian's own tool would take about a
+/// second: it rebuilds the files with a shell script that starts four programs for each certificate.
 fn add_to_debian_bundle(authority: &Path) -> io::Result<bool> {
     let mut bundle = match File::options().append(true).open(DEBIAN_BUNDLE) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),

@@ -98,7 +98,7 @@ pub(crate) fn fill_in(recipe: &Tree, values: Option<&Values>) -> Result<()> {
     Ok(())
 }
 
-/// Returns the names that a template asks for, none if it cannot be read.
+/// Returns the names of the values that a template uses; none if the template cannot be read.
 fn asked(recipe: &Tree, name: &str) -> BTreeSet<String> {
     let text = recipe.read(name.trim_start_matches("./"), LONGEST_TEMPLATE).unwrap_or_default();
     let text = String::from_utf8(text).unwrap_or_default();

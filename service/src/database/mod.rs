@@ -24,16 +24,16 @@ mod migrations;
 /// Result of a statement.
 pub type Result<T> = std::result::Result<T, sqlx::Error>;
 
-/// Place of the records.
+/// Location of the database.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Place<'a> {
-    /// A file of SQLite.
+    /// Path of an SQLite file.
     File(&'a Path),
-    /// A PostgreSQL server.
+    /// URL of a PostgreSQL database.
     Url(&'a str),
 }
 
-/// The records.
+/// An open database with the records.
 pub struct Database {
     pool: AnyPool,
     /// Lock that the only writer of SQLite holds; `None` for PostgreSQL. Waiting for this lock is fair and has no
@@ -217,7 +217,7 @@ impl Database {
     }
 }
 
-/// A change that has begun.
+/// A change in progress (a transaction).
 pub struct Change {
     transaction: Transaction<'static, Any>,
     _writer: Option<OwnedMutexGuard<()>>,
