@@ -4,13 +4,15 @@
 //! version of its tables, which also locks these tables against other changes, also those of other replicas. Readers
 //! compare versions to see whether a list in memory is current.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 use std::str::FromStr;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Bytes;
+use futures_util::TryStreamExt;
 use ims_sshd::error::{Error, Result as Started};
 use sqlx::any::{AnyConnectOptions, AnyPoolOptions};
 use sqlx::{Any, AnyPool, Row, Transaction};
@@ -39,7 +41,9 @@ pub struct Database {
     /// Lock that the only writer of SQLite holds; `None` for PostgreSQL. Waiting for this lock is fair and has no
     /// timeout, unlike waiting for SQLite's own lock.
     writer: Option<Arc<tokio::sync::Mutex<()>>>,
-    lists: Mutex<HashMap<Kind, List>>,
+    /// The last list of each table. The lock is held while one is read, so that many clients at once cost the memory of
+    /// one list.
+    lists: BTreeMap<Kind, tokio::sync::Mutex<Option<List>>>,
     identity: String,
 }
 
@@ -48,17 +52,21 @@ pub struct Database {
 pub struct List {
     /// Version of the table when the list was read.
     pub version: i64,
-    /// Records as JSON.
-    pub records: Arc<Vec<String>>,
-    /// Body of the answer with all records, built when it is first requested.
-    whole: Arc<OnceLock<Bytes>>,
+    /// Body of an answer with all records. It is cached, since CFS requests all images before each of its calls.
+    whole: Bytes,
+    /// Where each record is in the body.
+    places: Arc<Vec<Range<usize>>>,
 }
 
 impl List {
-    /// Returns all records as the body of an answer. The body is cached, since CFS requests all images before each of
-    /// its calls.
+    /// Returns all records as the body of an answer.
     pub fn whole(&self) -> Bytes {
-        self.whole.get_or_init(|| wire::list(self.records.iter().map(String::as_str)).into()).clone()
+        self.whole.clone()
+    }
+
+    /// Returns the records as JSON.
+    pub fn records(&self) -> impl Iterator<Item = &str> {
+        self.places.iter().map(|place| std::str::from_utf8(&self.whole[place.clone()]).expect("made of texts"))
     }
 }
 
@@ -100,7 +108,8 @@ impl Database {
         });
         let pool = pool.connect_with(options).await.map_err(|e| attempted().because(e))?;
         let identity = migrations::run(&pool).await.map_err(|e| attempted().because(e))?;
-        Ok(Self { pool, writer: is_file.then(Arc::default), lists: Mutex::default(), identity })
+        let lists = Kind::ALL.into_iter().chain([Kind::Starting]).map(|kind| (kind, tokio::sync::Mutex::default()));
+        Ok(Self { pool, writer: is_file.then(Arc::default), lists: lists.collect(), identity })
     }
 
     /// Returns the current version of a table.
@@ -111,15 +120,29 @@ impl Database {
 
     /// Returns all records of a table.
     pub async fn list(&self, kind: Kind) -> Result<List> {
-        let version = self.version(kind).await?;
-        if let Some(list) = self.lists.lock().expect("no panic").get(&kind).filter(|list| list.version == version) {
+        let mut version = self.version(kind).await?;
+        let mut kept = self.lists[&kind].lock().await;
+        if kept.as_ref().is_none_or(|list| list.version != version) {
+            // While this request waited, another one may have read the list anew.
+            version = self.version(kind).await?;
+        }
+        if let Some(list) = kept.as_ref().filter(|list| list.version == version) {
             return Ok(list.clone());
         }
+        let (mut whole, mut places) = (String::from("["), Vec::new());
         let rows = sqlx::query("SELECT body FROM records WHERE kind = $1 ORDER BY place").bind(kind.name());
-        let rows = rows.fetch_all(&self.pool).await?;
-        let records = rows.iter().map(|row| row.try_get(0)).collect::<Result<_>>()?;
-        let list = List { version, records: Arc::new(records), whole: Arc::default() };
-        self.lists.lock().expect("no panic").insert(kind, list.clone());
+        let mut rows = rows.fetch(&self.pool);
+        while let Some(row) = rows.try_next().await? {
+            if !places.is_empty() {
+                whole.push(',');
+            }
+            let begin = whole.len();
+            whole.push_str(row.try_get(0)?);
+            places.push(begin..whole.len());
+        }
+        whole.push_str("]\n");
+        let list = List { version, whole: whole.into(), places: Arc::new(places) };
+        *kept = Some(list.clone());
         Ok(list)
     }
 
@@ -136,7 +159,7 @@ impl Database {
 
     /// Returns all records of a table, parsed.
     pub async fn records<R: Record>(&self) -> Result<Vec<R>> {
-        self.list(R::KIND).await?.records.iter().map(|text| parsed(text)).collect()
+        self.list(R::KIND).await?.records().map(parsed).collect()
     }
 
     /// Returns the IDs of a table, in order of creation.
@@ -148,7 +171,7 @@ impl Database {
     /// Returns all records of the table `kind`. For tables without a record type of their own: [`Kind::Starting`] holds
     /// jobs.
     pub async fn all_in<R: Record>(&self, kind: Kind) -> Result<Vec<R>> {
-        self.list(kind).await?.records.iter().map(|text| parsed(text)).collect()
+        self.list(kind).await?.records().map(parsed).collect()
     }
 
     /// Random name of this database, used in ETags.

@@ -27,7 +27,7 @@ impl Service {
     /// GET of the metrics.
     pub async fn metrics_text(&self) -> Result<Response<Body>, Problem> {
         let mut jobs = BTreeMap::new();
-        for text in &*self.database.list(Kind::Jobs).await?.records {
+        for text in self.database.list(Kind::Jobs).await?.records() {
             let job: Value = serde_json::from_str(text).unwrap_or_default();
             *jobs.entry(job["status"].as_str().unwrap_or_default().to_owned()).or_insert(0) += 1;
         }

@@ -52,7 +52,7 @@ impl Service {
         let (body, next) = if wanted == Wanted::default() {
             (list.whole(), None)
         } else {
-            let (text, next) = page(&list.records, &wanted);
+            let (text, next) = page(list.records(), &wanted);
             (text.into(), next)
         };
         let mut answer = json(StatusCode::OK, body);
@@ -96,8 +96,8 @@ fn wanted(query: &str) -> Result<Wanted, Problem> {
 }
 
 /// Returns the records of one page as JSON, and the ID after which the next page begins; `None` on the last page.
-fn page(records: &[String], wanted: &Wanted) -> (String, Option<String>) {
-    let parsed = records.iter().filter_map(|text| Some((text.as_str(), serde_json::from_str::<Value>(text).ok()?)));
+fn page<'a>(records: impl Iterator<Item = &'a str>, wanted: &Wanted) -> (String, Option<String>) {
+    let parsed = records.filter_map(|text| Some((text, serde_json::from_str::<Value>(text).ok()?)));
     let mut fitting = parsed.filter(|(_, record)| {
         // Ignore the filter for a table without the field, as unknown parameters are ignored.
         wanted.filters.iter().all(|(name, value)| record.get(name).is_none_or(|field| field.as_str() == Some(value)))
@@ -140,7 +140,7 @@ mod tests {
     #[test]
     fn pages_follow_each_other_without_a_gap() {
         let records: Vec<_> = (0..5).map(|id| format!("{{\"id\":\"{id}\",\"arch\":\"{}\"}}", id % 2)).collect();
-        let get = |query: &str| page(&records, &wanted(query).unwrap());
+        let get = |query: &str| page(records.iter().map(String::as_str), &wanted(query).unwrap());
         let ids = |text: &str| {
             let list: Vec<Value> = serde_json::from_str(text).unwrap();
             list.iter().map(|record| record["id"].as_str().unwrap().to_owned()).collect::<String>()
