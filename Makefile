@@ -28,6 +28,8 @@ KIWI := kiwi==11.1.6
 # Further versions that tests build by: make test KIWIS="9.24.61 10.2.45"
 KIWIS ?=
 BENCH_PACKAGES := $(RUN_PACKAGES) $(DEMO_PACKAGES) gcc libc6-dev bubblewrap systemd-container util-linux podman runc curl rsync ansible-core
+# The stack of upstream's image management service.
+BENCH_PYTHON_PACKAGES := flask-marshmallow==1.5.0 gunicorn==27.0.1
 
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
 RUST_VERSION := $(shell sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
@@ -40,6 +42,7 @@ SOURCE := $(or $(shell git config --get remote.origin.url 2>/dev/null | sed 's|:
 CREATED ?= $(shell date -u +%Y-%m-%dT%H:%M:%SZ)
 IMAGE ?= ims-sshd:$(VERSION)
 BUILDER_IMAGE ?= ims-sshd-builder:$(VERSION)
+SERVICE_IMAGE ?= ims-service:$(VERSION)
 
 STAGE := target/stage
 SOURCES := $(shell find src sshd_config.d .cargo -type f) Cargo.toml Cargo.lock deploy/cargo-release deploy/stage deploy/sbom
@@ -55,7 +58,7 @@ TEST_PROGRAMS := lib deploy squashfs suite publish recipe remote service pod
 endif
 NEEDED := $(if $(filter squashfs suite publish recipe remote service pod,$(TEST_PROGRAMS)),install-test test-roots) \
 	$(if $(filter deploy suite publish recipe remote service pod,$(TEST_PROGRAMS)),test-python) \
-	$(if $(filter recipe service,$(TEST_PROGRAMS)),test-recipes) $(if $(filter pod,$(TEST_PROGRAMS)),test-containers)
+	$(if $(filter recipe service,$(TEST_PROGRAMS)),test-recipes) $(if $(filter service pod,$(TEST_PROGRAMS)),test-containers)
 
 .PHONY: help run build install packages uninstall check test bench image clean tools demo kiwi test-roots test-python test-recipes test-containers \
 	install-run install-demo install-test install-recipe install-bench
@@ -70,8 +73,8 @@ help:
 	@echo 'make check              quick: formatting, clippy, unit tests'
 	@echo 'make test               all tests; TEST=NAME those whose name contains NAME, with what they need'
 	@echo 'make bench              the benchmarks beside those of the peers, for docs/BENCHMARKS.md'
-	@echo 'make image              the container images, and that for recipes (IMAGE=NAME:TAG, BUILDER_IMAGE=NAME:TAG, BUILDER=…,'
-	@echo '                        RUST_IMAGE=…, BASE_IMAGE=…, BUILD_FLAGS=…)'
+	@echo 'make image              the container images: of sessions, of recipes, of the service (IMAGE=NAME:TAG, BUILDER_IMAGE=NAME:TAG,'
+	@echo '                        SERVICE_IMAGE=NAME:TAG, BUILDER=…, RUST_IMAGE=…, BASE_IMAGE=…, BUILD_FLAGS=…)'
 	@echo 'make clean              removes what was built; images for tests and for make run stay in $(CACHE)'
 
 ifdef RECIPE
@@ -156,15 +159,17 @@ test-containers: install-test install-recipe test-roots
 	$(SUDO) tests/container-images $(call quoted,$(CACHE)) $(VERSION) $(IMAGE_COMMIT)
 
 bench: install-bench kiwi build
+	deploy/cargo-release build --package ims-service
 	$(SUDO) tests/image-roots $(call quoted,$(CACHE)) debian busybox managed
 	$(SUDO) tests/debian-archive $(call quoted,$(CACHE))
 	$(SUDO) tests/container-images $(call quoted,$(CACHE)) $(VERSION) $(IMAGE_COMMIT)
+	$(SUDO) tests/python-packages $(call quoted,$(CACHE)) $(BENCH_PYTHON_PACKAGES)
 	IMS_SSHD_CACHE=$(call quoted,$(CACHE)) deploy/cargo-release bench $(AS_ROOT) --bench benchmarks
 
 image: export SOURCE := $(SOURCE)
 image:
 	@$(if $(BUILDER),,builder=$$(deploy/image-builder) && )\
-		for target in ims-sshd:$(call quoted,$(IMAGE)) builder:$(call quoted,$(BUILDER_IMAGE)); do \
+		for target in ims-sshd:$(call quoted,$(IMAGE)) builder:$(call quoted,$(BUILDER_IMAGE)) service:$(call quoted,$(SERVICE_IMAGE)); do \
 		$(or $(BUILDER),"$$builder") build $(BUILD_FLAGS) --target "$${target%%:*}" -t "$${target#*:}" \
 		$(foreach argument,RUST_IMAGE BASE_IMAGE,$(if $($(argument)),--build-arg $(call quoted,$(argument)=$($(argument))))) \
 		--build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) --build-arg SOURCE="$$SOURCE" \

@@ -28,6 +28,7 @@ mod publishing;
 mod reading;
 mod remote;
 mod report;
+mod service;
 mod sizes;
 mod transfers;
 
@@ -40,7 +41,7 @@ use report::{Bound, Report, Unit};
 /// A group: name, heading on the page, function.
 type Group = (&'static str, &'static str, fn(usize, &mut Report));
 
-const GROUPS: [Group; 14] = [
+const GROUPS: [Group; 15] = [
     ("entering", "Entering a jail and running /bin/true", entering::entering),
     ("making", "Making a jail", making::making),
     ("connections", "ssh host true", connections::connections),
@@ -55,6 +56,7 @@ const GROUPS: [Group; 14] = [
     ("remote", "On a build node", remote::remote),
     ("sizes", "Sizes", sizes::sizes),
     ("reading", "Reading and planning", reading::reading),
+    ("service", "The image management service", service::service),
 ];
 
 fn main() -> ExitCode {
