@@ -1,11 +1,12 @@
-# Two images: 'ims-sshd' is that of the build environment and of the containers beside it, 'builder' that of a create job's build.
+# Three images: 'ims-sshd' is that of the build environment and of the containers beside it, 'builder' that of a create job's build, 'service'
+# that of the image management service.
 #
 # The build environment's image: OpenSSH's server, what unpacks and packs an image root, and the two programs. Both bases can be replaced
 # by others of the same distribution, and named by digest: make image BASE_IMAGE=debian@sha256:… RUST_IMAGE=rust@sha256:…
 ARG RUST_IMAGE=rust:1-slim-bookworm
 ARG BASE_IMAGE=debian:bookworm-slim
 
-FROM ${RUST_IMAGE} AS build
+FROM ${RUST_IMAGE} AS crates
 WORKDIR /src
 # The crates are compiled with empty programs, in a layer that a change of the sources leaves as it is. Of the other packages of the workspace
 # cargo reads the manifests; they stay empty.
@@ -20,10 +21,25 @@ RUN mkdir -p src/bin service/src tests/testbed/src deploy/packages/src \
     && echo 'fn main() {}' | tee service/src/main.rs > deploy/packages/src/main.rs \
     && echo 'fn main() {}' | tee src/bin/ims-jail-shell.rs > src/bin/ims-sshd.rs \
     && deploy/cargo-release build --bins
-COPY . .
+
+FROM crates AS build
+COPY LICENSE ./
+COPY deploy/sbom deploy/stage deploy/
+COPY sshd_config.d sshd_config.d
+COPY src src
 # Sources may be older than the empty ones, which cargo would take for up to date.
 RUN touch src/lib.rs src/bin/*.rs && deploy/cargo-release build --bins \
     && deploy/stage "target/$(rustc --print host-tuple)/release" /stage
+
+FROM crates AS build-service
+RUN deploy/cargo-release build --package ims-service
+COPY LICENSE ./
+COPY deploy/sbom deploy/stage deploy/
+COPY deploy/systemd deploy/systemd
+COPY src src
+COPY service/src service/src
+RUN touch src/lib.rs service/src/lib.rs service/src/main.rs && deploy/cargo-release build --package ims-service \
+    && deploy/stage "target/$(rustc --print host-tuple)/release" /stage ims
 
 # Of the package's forty programs the one for the other architecture, with its licence.
 FROM ${BASE_IMAGE} AS qemu
@@ -56,6 +72,36 @@ ARG SOURCE=unknown
 ARG BASE_IMAGE
 LABEL org.opencontainers.image.title="ims-sshd-builder" \
       org.opencontainers.image.description="Builds an image root from a recipe of kiwi-ng" \
+      org.opencontainers.image.licenses="${LICENSES}" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.created="${CREATED}" \
+      org.opencontainers.image.source="${SOURCE}" \
+      org.opencontainers.image.base.name="${BASE_IMAGE}"
+
+FROM ${BASE_IMAGE} AS service
+# ssh asks remote build nodes. Python and app.py are for procedures that run a script of their own in this container.
+RUN apt-get -q update \
+    && DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends ca-certificates openssh-client python3 \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /var/cache/debconf/*-old /var/log/apt /var/log/dpkg.log
+COPY deploy/service/app.py /app/src/server/
+COPY --from=build-service /stage/bin/ /usr/bin/
+COPY --from=build-service /stage/share/ /usr/share/
+COPY deploy/sbom /tmp/
+RUN /tmp/sbom debian ims-service "$(ims --version | cut -d ' ' -f 2)" > /usr/share/doc/ims/image.cdx.json && rm /tmp/sbom \
+    && install -d -o 65534 -g 65534 /var/ims/data
+USER 65534:65534
+EXPOSE 9000
+ENTRYPOINT ["/usr/bin/ims", "serve"]
+
+ARG LICENSES=MIT
+ARG VERSION=unknown
+ARG REVISION=unknown
+ARG CREATED=unknown
+ARG SOURCE=unknown
+ARG BASE_IMAGE
+LABEL org.opencontainers.image.title="ims-service" \
+      org.opencontainers.image.description="Keeps records of images, recipes, public keys and jobs, and starts the jobs" \
       org.opencontainers.image.licenses="${LICENSES}" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}" \

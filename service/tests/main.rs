@@ -9,6 +9,7 @@ mod creation;
 mod deployment;
 mod endpoints;
 mod hostile;
+mod image;
 mod images;
 mod jobs;
 mod kubernetes;

@@ -18,7 +18,7 @@ fn instructions(text: &str) -> Vec<(String, String)> {
 
 /// What is wrong with the container file.
 fn complaints(text: &str) -> Vec<String> {
-    let known = ["FROM", "ARG", "RUN", "COPY", "ENV", "ENTRYPOINT", "EXPOSE", "LABEL", "WORKDIR"];
+    let known = ["FROM", "ARG", "RUN", "COPY", "ENV", "ENTRYPOINT", "EXPOSE", "LABEL", "USER", "WORKDIR"];
     let (mut found, mut stages, mut arguments) = (Vec::new(), Vec::new(), Vec::new());
     let instructions = instructions(text);
     for (name, rest) in &instructions {
@@ -31,7 +31,8 @@ fn complaints(text: &str) -> Vec<String> {
             "FROM" => {
                 let (base, stage) = rest.split_once(" AS ").unwrap_or((rest, ""));
                 let variable = base.strip_prefix("${").and_then(|base| base.strip_suffix('}'));
-                if !variable.is_some_and(|variable| arguments.iter().any(|known| known == variable)) {
+                let is_argument = variable.is_some_and(|variable| arguments.iter().any(|known| known == variable));
+                if !is_argument && !stages.iter().any(|stage| stage == base) {
                     complain("a base that no argument can replace");
                 }
                 stages.push(stage.to_owned());
