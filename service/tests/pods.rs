@@ -2,7 +2,7 @@
 //! programs in the pod, which report to the service itself.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,16 +12,18 @@ use ims_sshd::pod::pod_files::SSHD_CONFIG;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use testbed::job::{image, md5, squashfs_of};
+use testbed::repository_server::RepositoryServer;
 use testbed::s3_server::Bucket;
-use testbed::{cache, podman, ssh_options, succeed};
+use testbed::{cache, podman, repository, ssh_options, succeed};
 
 use crate::kubernetes::Site;
+use crate::recipes::{REPOSITORY, write};
 
 const IMAGE: &str = "localhost/ims-sshd-test/ims-sshd:latest";
 const BUILDER: &str = "localhost/ims-sshd-test/builder:latest";
 
 /// Limit of each step: podman shares two cores with the other tests.
-const LIMIT: Duration = Duration::from_mins(4);
+const LIMIT: Duration = Duration::from_mins(8);
 
 /// Runs the pods of a cluster, one at a time, as long as it lives.
 struct Kubelet<'a> {
@@ -260,8 +262,34 @@ fn post(site: &Site, kubelet: &Kubelet, kind: &str, artifact: &str) -> Value {
     });
     if kind == "customize" {
         job["ssh_containers"] = json!([{"name": "cfs-1", "jail": true}]);
+    } else {
+        job["enable_debug"] = true.into();
     }
     site.server().post("/v3/jobs", &job).good()
+}
+
+/// POST of a create job with the recipe in `tree`, whose packages this machine serves; a build that fails is opened.
+fn create(site: &Site, kubelet: &Kubelet, tree: &Path) -> Value {
+    let archive = kubelet.dir.path().join("recipe.tgz");
+    succeed(Command::new("tar").arg("-czf").arg(&archive).arg("-C").arg(tree).arg("."));
+    kubelet.bucket.put("recipe.tgz", &std::fs::read(archive).unwrap());
+    let packages = RepositoryServer::start(&REPOSITORY);
+    let values = [("PACKAGE_MANAGER", "zypper"), ("REPOSITORY", packages.url.as_str())];
+    let recipe = json!({
+        "name": "tiny", "recipe_type": "kiwi-ng", "linux_distribution": "sles15", "require_dkms": false,
+        "link": {"path": format!("s3://{}/recipe.tgz", kubelet.bucket.name), "etag": "", "type": "s3"},
+        "template_dictionary": values.map(|(key, value)| json!({"key": key, "value": value})),
+    });
+    let recipe = site.server().post("/v3/recipes", &recipe).id();
+    post(site, kubelet, "create", &recipe)
+}
+
+/// The recipe of tiny packages, with a `config.sh` that fails.
+fn broken(kubelet: &Kubelet) -> PathBuf {
+    let tree = kubelet.dir.path().join("broken");
+    succeed(Command::new("cp").arg("-aT").arg(repository().join("tests/recipe/rpm-local")).arg(&tree));
+    write(&tree, "config.sh", "echo broken > /etc/hostname; echo 'the licence server is away'; false\n");
+    tree
 }
 
 /// Asserts that nothing but the log is left of a job that has ended, and nothing at all once it is deleted.
@@ -338,5 +366,58 @@ fn customize_job_whose_container_is_killed_is_an_error_with_the_reason() {
         kubelet.wait_for(&job, pod, "error");
     });
     assert!(site.log().contains("container buildenv-sidecar ended with exit code 137"), "{}", site.log());
+    goes(&site, &job);
+}
+
+#[test]
+fn create_job_is_built_and_published() {
+    let bucket = Bucket::new();
+    let (site, _) = site(&bucket);
+    let kubelet = Kubelet::new(&site, &bucket);
+    let job = create(&site, &kubelet, &repository().join("tests/recipe/rpm-local"));
+    assert_eq!(job["ssh_containers"][0]["name"], "debug");
+    kubelet.run(&job, |pod| kubelet.wait_for(&job, pod, "success"));
+    let now = site.server().get(&format!("/v3/jobs/{}", job["id"].as_str().unwrap())).good();
+    let published = now["resultant_image_id"].as_str().unwrap();
+    assert_eq!(site.server().get(&format!("/images/{published}")).good()["name"], "compute-ö");
+    let rootfs = kubelet.dir.path().join("rootfs");
+    std::fs::write(&rootfs, bucket.get(&format!("{published}/rootfs")).body).unwrap();
+    assert_eq!(succeed(Command::new("unsquashfs").arg("-cat").arg(&rootfs).arg("etc/hostname")), "rpm-local\n");
+    goes(&site, &job);
+}
+
+#[test]
+fn create_job_whose_build_fails_is_opened_and_given_up() {
+    let bucket = Bucket::new();
+    let (site, _) = site(&bucket);
+    let kubelet = Kubelet::new(&site, &bucket);
+    let job = create(&site, &kubelet, &broken(&kubelet));
+    kubelet.run(&job, |pod| {
+        kubelet.wait_for(&job, pod, "waiting_on_user");
+        let build = "cat /mnt/image/build/image-root/etc/hostname; touch /mnt/image/failed";
+        let login = kubelet.ssh(build);
+        assert_eq!(String::from_utf8_lossy(&login.stdout), "broken\n", "{login:?}\n{}", logs(pod));
+        kubelet.wait_for(&job, pod, "error");
+        assert!(logs(pod).contains("the licence server is away"), "{}", logs(pod));
+    });
+    assert_eq!(site.server().get("/images").json().as_array().unwrap().len(), 1);
+    goes(&site, &job);
+}
+
+#[test]
+fn create_job_whose_build_is_killed_is_an_error_with_the_reason() {
+    let bucket = Bucket::new();
+    let (site, _) = site(&bucket);
+    let kubelet = Kubelet::new(&site, &bucket);
+    let tree = kubelet.dir.path().join("endless");
+    succeed(Command::new("cp").arg("-aT").arg(repository().join("tests/recipe/rpm-local")).arg(&tree));
+    write(&tree, "config.sh", "while :; do :; done\n");
+    let job = create(&site, &kubelet, &tree);
+    kubelet.run(&job, |pod| {
+        kubelet.wait_for(&job, pod, "building_image");
+        succeed(&mut podman(&["kill", &format!("{pod}-build-image")]));
+        kubelet.wait_for(&job, pod, "error");
+    });
+    assert!(site.log().contains("container build-image ended with exit code 137"), "{}", site.log());
     goes(&site, &job);
 }
