@@ -26,9 +26,7 @@ impl Groundwork {
         crate::sshd::program()?;
         crate::sshd::check_rights()?;
         let sftp = if settings.job.jailed { sftp_server::files()? } else { Vec::new() };
-        make_host_keys()?;
-        // sshd needs its privilege separation directory, which no init script creates in a container.
-        std::fs::create_dir_all("/run/sshd").attempt(|| "create the directory /run/sshd")?;
+        prepare_sshd()?;
         if !settings.job.jailed && !settings.binds.is_empty() {
             tracing::warn!("IMS_JAIL_BINDS has no effect in plain mode: sessions see the container's own files");
         }
@@ -37,8 +35,14 @@ impl Groundwork {
     }
 }
 
-/// Creates missing host keys, without which sshd does not even print its configuration.
-pub(crate) fn make_host_keys() -> Result<()> {
+/// Creates the files without which sshd does not even print its configuration: missing host keys, and the privilege
+/// separation directory, which no init script creates in a container.
+pub(crate) fn prepare_sshd() -> Result<()> {
+    std::fs::create_dir_all("/run/sshd").attempt(|| "create the directory /run/sshd")?;
+    make_host_keys()
+}
+
+fn make_host_keys() -> Result<()> {
     let attempted = || "create sshd's host keys with ssh-keygen -A";
     let began = Instant::now();
     let output = Command::new("ssh-keygen").arg("-A").stdin(Stdio::null()).output().attempt(attempted)?;

@@ -76,7 +76,7 @@ pub(crate) fn run(settings: &Settings, variables: Vec<(OsString, OsString)>) -> 
 fn wanted(settings: &Settings, variables: Vec<(OsString, OsString)>) -> Result<Wanted> {
     let to = Destination::of_job(settings.job.node.as_deref().unwrap_or_default(), settings.node_key.clone())?;
     let job = job_of_ims(settings.job.id.as_deref().unwrap_or_default())?;
-    groundwork::make_host_keys()?;
+    groundwork::prepare_sshd()?;
     let sshd = Effective::ask(&settings.sshd.asking, "root")?;
     let keys = keys(&sshd)?;
     let carried = site::carried(&sshd, settings, &keys)?;
