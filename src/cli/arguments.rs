@@ -556,7 +556,8 @@ pub fn parse() -> Arguments {
     Arguments::try_parse_from(words).unwrap_or_else(|refusal| with_owners(refusal).exit())
 }
 
-/// The refusal of an unknown option, with the commands that have the option instead of a similar option's name.
+/// The refusal of an unknown option. If other commands have that option, the tip names them; otherwise clap's tip, the
+/// name of a similar option, stays.
 fn with_owners(mut refusal: clap::Error) -> clap::Error {
     let Some(ContextValue::String(unknown)) = refusal.get(ContextKind::InvalidArg) else { return refusal };
     if refusal.kind() != ErrorKind::UnknownArgument {

@@ -186,7 +186,7 @@ const LEFT_OUT: u8 = b'x';
 const EMPTIED: u8 = b'e';
 /// Kind of the record of a path with the permissions that it gets.
 const MODE: u8 = b'm';
-/// Kind of the record of a file as it was unpacked.
+/// Kind of the record of an unpacked file, with its status when it was unpacked.
 const UNPACKED: u8 = b'f';
 /// Kind of the record of a path in the upper layer of an overlay.
 const UPPER: u8 = b'u';

@@ -1,4 +1,4 @@
-//! The container's resolv.conf, placed in the jail where programs of an image look for it.
+//! The container's resolv.conf, shown in the jail where programs of an image look for it. `build` puts it there.
 
 use std::path::{Path, PathBuf};
 

@@ -1,4 +1,4 @@
-//! The supervisor's side of a jail: tries the tiers, makes the jail, watches it and ends it.
+//! The supervisor's side of a jail: `trial` tries the tiers; `open` makes the jail, watches it and ends it.
 
 pub(crate) mod binds;
 pub(crate) mod emulation;

@@ -42,7 +42,9 @@ impl Held {
         let refuse = |why: String| Error::new(format!("mount an overlay above {}", directory.display())).because(why);
         if holds(directory, work)? {
             let why = format!("its changes would be kept inside it, in {}", work.display());
-            return Err(refuse(why).advise("name another directory with --work, or change it in place with --in-place"));
+            return Err(
+                refuse(why).advise("name another directory with --work, or change the source itself with --in-place")
+            );
         }
         if let Some(mounted) = mounts_below(directory)?.first() {
             let why = format!("the overlay would hide the mount on {}", mounted.display());

@@ -21,7 +21,10 @@ pub(crate) fn end_left_over(image_root: &Path) -> Result<()> {
     if !is_claimed(&parent)? && StateDirectory::place(&parent).exists() {
         let found = recovery::end_left_over(&StateDirectory::of(&parent)?, Some(&parent.join(SSHD_LOG)))?;
         if !found.is_empty() {
-            tracing::warn!("a customization of this image was killed before; ended: {}", found.join("; "));
+            tracing::warn!(
+                "an earlier customization of this image was killed; ended what it left: {}",
+                found.join("; ")
+            );
         }
     }
     Ok(())

@@ -174,8 +174,8 @@ pub fn prepare(settings: &Settings, source: &Source, open: Open, is_fresh: bool)
     })
 }
 
-/// Refuses to continue with the image root of a job that has ended, because the sidecar would do nothing more. If a pod
-/// starts over, only warns: the other containers start after this one, and end at once.
+/// Refuses to continue with the image root of a job that has ended, because the sidecar would do nothing more. In a pod
+/// that starts over, only warns: the other containers start after this one, find that the job has ended, and exit.
 fn refuse_ended(settings: &Settings, files: &SignalFiles) -> Result<()> {
     let Some(how) = journal::ended(files, settings) else { return Ok(()) };
     let parent = files.path().display();

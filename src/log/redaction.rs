@@ -430,7 +430,7 @@ impl Line<'_> {
     }
 }
 
-/// Returns the position after the bracket that opens here, as in `$(command word)`.
+/// Returns the position after the bracket that closes the first one, as in `$(command word)`.
 fn closing(text: &str) -> Option<usize> {
     let mut depth = 0_usize;
     for (at, c) in text.char_indices() {
@@ -473,7 +473,7 @@ fn is_escaped(text: &str, at: usize) -> bool {
     (at - text[..at].trim_end_matches('\\').len()) % 2 == 1
 }
 
-/// The quote at this position, with the backslashes or quotes that nesting puts before it.
+/// The quotation mark at this position, with what escapes it in nested quotes: `\"`, or the four characters `'\''`.
 fn quote_at(text: &str, at: usize) -> Option<&str> {
     let text = &text[at..];
     if text.starts_with(r"'\''") {

@@ -124,7 +124,7 @@ pub(crate) fn build(certificate: &[u8], epoch: u32) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Warns if a site's own specification file asks for more than this package has.
+/// Warns if a site's own spec file has lines to which nothing in the package that is built here corresponds.
 fn tell_other_specification(file: &Path) {
     let Ok(text) = std::fs::read_to_string(file) else { return };
     let other = other_lines(&text);

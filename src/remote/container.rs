@@ -106,7 +106,8 @@ enum Step {
     Clearing(Option<Running>, Instant),
 }
 
-/// A file of the container. Until all files have arrived, it has the name of the part `place`.
+/// A file that the container has made. It is stored under the file name of its part (`place`), and renamed to `name` once
+/// all files have arrived.
 struct Fetched {
     place: Part,
     name: String,

@@ -26,7 +26,7 @@ const ENOUGH: i64 = 64 << 10;
 /// Most lines kept during a gap. The last lines tell why a command has failed.
 const MOST_KEPT: usize = 100;
 
-/// Bytes that an event takes beside its text.
+/// Number of bytes that a log event counts for in addition to its text.
 const AROUND: i64 = 150;
 
 /// Logs what `host` writes to `stderr`, until its end. Reads on after the last line that is logged, so that the command

@@ -1,4 +1,4 @@
-//! The type of a file, checked before a file of an untrusted tree is opened.
+//! The type of a file. `Tree::open_regular` checks it before it opens a file of an untrusted tree.
 
 use std::fmt;
 

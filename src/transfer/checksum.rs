@@ -337,8 +337,8 @@ pub(crate) fn looks_like_md5(etag: &str) -> bool {
     etag.len() == 32 && etag.bytes().all(|b| b.is_ascii_hexdigit())
 }
 
-/// Returns whether an ETag (without quotes) and `expected` are different MD5s of the same kind: both of a whole object,
-/// or both of the MD5s of the same number of parts.
+/// Returns whether an ETag (without quotes) and `expected` are different MD5s of the same kind: both are MD5s of a whole
+/// object, or both are multipart ETags (`MD5-COUNT`) with the same number of parts.
 pub(crate) fn is_other_md5(etag: &str, expected: &str) -> bool {
     let split = |etag| str::split_once(etag, '-').map_or((etag, None), |(md5, parts)| (md5, Some(parts)));
     let ((md5, parts), (expected, expected_parts)) = (split(etag), split(expected));

@@ -257,7 +257,7 @@ impl Work {
             Some(since) if since.max(began).elapsed() >= IN_A_HURRY => {
                 let seconds = IN_A_HURRY.as_secs();
                 Err(Error::new("wait for a server any longer")
-                    .because(format!("a signal arrived, and it has not answered for {seconds} s")))
+                    .because(format!("a signal arrived, and the server has not answered for {seconds} s")))
             }
             _ => Ok(()),
         }

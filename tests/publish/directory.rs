@@ -408,7 +408,10 @@ fn leftovers_of_a_killed_customization_are_reported_and_ended() {
         });
         let output = run(dir.path(), command);
         assert!(output.status.success(), "{command:?}: {output:?}");
-        assert!(text(&output.stderr).contains("was killed before; ended: a listening sshd"), "{command:?}: {output:?}");
+        assert!(
+            text(&output.stderr).contains("was killed; ended what it left: a listening sshd"),
+            "{command:?}: {output:?}"
+        );
         assert!(sshd().is_empty(), "{command:?}");
     }
 }
