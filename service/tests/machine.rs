@@ -122,8 +122,13 @@ impl Site {
     }
 
     fn ssh(&self, job: &Job, command: &str) -> Output {
+        self.ssh_with(job, &[], command)
+    }
+
+    fn ssh_with(&self, job: &Job, options: &[&str], command: &str) -> Output {
         let mut ssh = Command::new("ssh");
         ssh.args(["-F", "none", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]);
+        ssh.args(options);
         ssh.arg("-i").arg(self.dir.path().join("key")).args(["-p", &port(job).to_string(), "root@127.0.0.1", command]);
         ssh.stdin(Stdio::null()).output().unwrap()
     }
@@ -195,6 +200,19 @@ fn image_is_changed_over_ssh_and_published() {
     assert_eq!(succeed(Command::new("unsquashfs").arg("-cat").arg(rootfs).arg("etc/motd")), "changed\n");
     site.release(&job);
     assert!(site.log().contains("sshd is listening") && site.log().contains("uploaded"), "{}", site.log());
+}
+
+#[test]
+fn sessions_have_terminals_apart_from_those_of_the_machine() {
+    let site = Site::new();
+    let job = site.open();
+    // The machine has two terminals at least, so its list is another one than that of a jail with one session.
+    let terminals = [(); 2].map(|()| nix::pty::openpty(None, None).unwrap());
+    let output = site.ssh_with(&job, &["-tt"], "tty; stty rows 33 && stty size; cd /dev/pts; echo *");
+    let shown = text(&output.stdout).replace('\r', "");
+    assert!(shown.starts_with("/dev/pts/0\n33 "), "{shown} {}", text(&output.stderr));
+    assert!(shown.contains("\n0 ptmx\n"), "{shown}");
+    drop(terminals);
 }
 
 #[test]

@@ -11,7 +11,7 @@ use crate::sys::mounts::{self, Detached};
 use crate::sys::tree::Tree;
 
 /// Puts this program, and everything it starts, into a mount namespace of its own.
-pub(crate) fn own_mounts() -> Result<()> {
+pub fn own_mounts() -> Result<()> {
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)
         .attempt(|| "create a mount namespace")
         .map_err(|e| e.advise("run it as root, with CAP_SYS_ADMIN"))?;
@@ -19,7 +19,7 @@ pub(crate) fn own_mounts() -> Result<()> {
 }
 
 /// Mounts a devpts for sessions, in this run's mount namespace only.
-pub(crate) fn own_terminals() -> Result<()> {
+pub fn own_terminals() -> Result<()> {
     let attempted = || "mount a devpts for sessions on /dev/pts";
     // Sessions must not use up the machine's 4096 terminals (kernel.pty.max).
     let options = [("ptmxmode", "0666"), ("mode", "0620"), ("gid", "5"), ("max", "1024")];

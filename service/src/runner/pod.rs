@@ -12,6 +12,7 @@ use std::process::{ExitCode, ExitStatus, Stdio};
 use std::time::Duration;
 
 use ims_sshd::error::{Attempt, Error, Result};
+use ims_sshd::local::mounts;
 use ims_sshd::sys::process::{Entry, Handle, Identity, descendants};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -174,10 +175,15 @@ pub fn run(directory: &Path) -> Result<ExitCode> {
         let reason = if e == rustix::io::Errno::EXIST { "it was run before".into() } else { e.to_string() };
         Error::new(attempted()).because(reason)
     })?;
+    // Before the first thread starts, since a thread has its own mount namespace.
+    let terminals = own_terminals();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().attempt(attempted)?;
     // Keep the lock until the end is recorded: a pod without lock and recorded end counts as killed.
     let _lock = processes.try_clone().attempt(attempted)?;
-    let failure = runtime.block_on(Run { directory, processes }.live(&pod)).err();
+    let failure = match terminals {
+        Ok(()) => runtime.block_on(Run { directory, processes }.live(&pod)).err(),
+        Err(error) => Some(error.to_string()),
+    };
     if let Some(config) = pod.environment.variables.get("SSHD_CONFIG_FILE") {
         end_sshd(Path::new(config));
     }
@@ -189,6 +195,16 @@ pub fn run(directory: &Path) -> Result<ExitCode> {
     let (new, end) = (directory.join("end.new"), directory.join(END));
     std::fs::write(&new, text).and_then(|()| std::fs::rename(&new, &end)).attempt(attempted)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Gives the job terminals of its own: root in the image would own the terminals of root on the machine and of other
+/// jobs. A container that may not mount keeps its terminals.
+fn own_terminals() -> Result<()> {
+    if let Err(error) = mounts::own_mounts() {
+        println!("ims: sessions see the terminals of this container: {error}");
+        return Ok(());
+    }
+    mounts::own_terminals()
 }
 
 struct Run<'a> {
