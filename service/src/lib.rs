@@ -6,6 +6,7 @@
 //! - [`client`]: the commands that ask a running service, with the syntax of `cray ims`.
 //! - [`serve`]: starts the service and stops it cleanly.
 //! - [`listen`]: opens the socket and the address where requests arrive, and reads or creates the token.
+//! - [`data`]: closes the data directory to other users and services.
 //! - [`http`]: the API: routes, wire format, errors, and what each request does.
 //! - [`runner`]: starts the steps of jobs, on Kubernetes or on this machine.
 //! - [`database`]: the records, stored so that they survive a kill and a power failure.
@@ -14,6 +15,7 @@
 //! - [`settings`]: variables and options.
 
 pub mod client;
+pub mod data;
 pub mod database;
 pub mod http;
 pub mod listen;

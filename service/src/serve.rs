@@ -12,6 +12,7 @@ use ims_sshd::error::{Attempt, Error, Result};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
+use crate::data;
 use crate::database::{Database, Place, files};
 use crate::http::access::Peer;
 use crate::http::{self, Service};
@@ -20,9 +21,6 @@ use crate::records::Job;
 use crate::runner::{Kubernetes, Machine, Nothing, Runner};
 use crate::settings::{On, Records, Settings};
 use crate::store::Store;
-
-/// Name of the database file in the data directory.
-const FILE: &str = "ims.sqlite";
 
 /// Interval at which leftovers of jobs are searched for.
 const CLEAR_EVERY: Duration = Duration::from_mins(2);
@@ -53,12 +51,21 @@ async fn open(records: &Records) -> Result<Database> {
     if let Some(url) = &records.database {
         return Database::open(Place::Url(url)).await;
     }
-    let attempted = || format!("use the data directory {}", records.data.display());
-    std::fs::create_dir_all(&records.data).attempt(attempted)?;
-    Database::open(Place::File(&records.data.join(FILE))).await
+    data::make(&records.data)?;
+    data::close_database(&records.data)?;
+    Database::open(Place::File(&records.data.join(data::DATABASE))).await
 }
 
 async fn run(settings: Settings) -> Result<()> {
+    // Replicas share a PostgreSQL, but no file of SQLite: each takes the jobs that it did not start for dead.
+    let _records = match &settings.records {
+        Records { database: Some(_), .. } => None,
+        Records { data, .. } => {
+            data::make(data)?;
+            Some(data::lock(data)?)
+        }
+    };
+    let mut _jobs = None;
     let database = open(&settings.records).await?;
     files::import(&database, &settings.records.data).await?;
     database.free_removals().await.attempt(|| "look for objects to remove")?;
@@ -81,7 +88,9 @@ async fn run(settings: Settings) -> Result<()> {
             let program = std::env::current_exe().attempt(|| "find this program")?;
             // Jobs reach the service by the socket, which needs neither a token nor a certificate.
             let url = socket.as_ref().map(|socket| format!("unix:{}", socket.display()));
-            Arc::new(Machine::new(&settings, url.expect("jobs here have a socket"), program)?)
+            let machine = Machine::new(&settings, url.expect("jobs here have a socket"), program)?;
+            _jobs = Some(data::lock(&settings.machine.jobs)?);
+            Arc::new(machine)
         }
         On::Kubernetes => {
             if !database.is_shared() {

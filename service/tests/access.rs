@@ -171,7 +171,8 @@ fn socket_lets_in_its_owner_alone() {
     let output = other.output().unwrap();
     assert!(!output.status.success() && text(&output.stderr).contains("Permission denied"), "{output:?}");
     // A second service does not take its place; the next one does.
-    let why = place.refused(&[]);
+    let other = place.path("other").display().to_string();
+    let why = place.refused(&["--data", &other]);
     assert!(why.contains("another service listens there"), "{why}");
     place.serve(&[]);
     succeed(&mut place.ims(&["images", "list"]));
@@ -225,6 +226,62 @@ fn clients_come_by_tls_with_token_and_authority() {
     assert!(text(table.stdout).contains("  compute  "));
     let (no_key, wrong) = (place.path("no").display().to_string(), place.refused(&["--tls-cert", &cert]));
     assert!(wrong.contains("--tls-key"), "{wrong}");
+    place.service = None;
     let wrong = place.refused(&["--socket", &no_key, "--listen", "127.0.0.1:0", "--tls-cert", &key, "--tls-key", &key]);
     assert!(wrong.contains("certificate"), "{wrong}");
+}
+
+fn mode(path: &Path) -> u32 {
+    path.metadata().unwrap().mode() & 0o777
+}
+
+#[test]
+fn records_are_closed_to_other_users() {
+    let mut place = Place::new();
+    place.serve(&[]);
+    let files = ["data/ims.sqlite", "data/ims.sqlite-wal", "data/ims.sqlite-shm"].map(|name| place.path(name));
+    assert_eq!(mode(&place.path("data")), 0o700);
+    assert_eq!(files.each_ref().map(|file| mode(file)), [0o600; 3]);
+    place.service = None;
+    // An older version has left wider modes.
+    std::fs::set_permissions(place.path("data"), Permissions::from_mode(0o777)).unwrap();
+    std::fs::set_permissions(&files[0], Permissions::from_mode(0o644)).unwrap();
+    place.serve(&[]);
+    assert_eq!(mode(&place.path("data")), 0o755);
+    assert_eq!(files.each_ref().map(|file| mode(file)), [0o600; 3]);
+}
+
+#[test]
+fn data_of_another_user_and_a_linked_database_are_refused() {
+    let place = Place::new();
+    std::fs::create_dir(place.path("data")).unwrap();
+    std::os::unix::fs::chown(place.path("data"), Some(1234), None).unwrap();
+    let why = place.refused(&[]);
+    assert!(why.contains("it belongs to the user 1234"), "{why}");
+    std::os::unix::fs::chown(place.path("data"), Some(0), None).unwrap();
+    std::os::unix::fs::symlink("/dev/null", place.path("data/ims.sqlite")).unwrap();
+    let why = place.refused(&[]);
+    assert!(why.contains("ims.sqlite: it is a symbolic link"), "{why}");
+}
+
+#[test]
+fn damaged_database_is_told_at_once_with_its_name() {
+    let place = Place::new();
+    std::fs::create_dir(place.path("data")).unwrap();
+    std::fs::write(place.path("data/ims.sqlite"), "no database ".repeat(1000)).unwrap();
+    let log = place.refused(&[]);
+    assert!(log.contains("data/ims.sqlite: ") && log.contains("file is not a database"), "{log}");
+}
+
+#[test]
+fn second_service_on_the_same_data_or_jobs_is_refused() {
+    let mut place = Place::new();
+    let jobs = place.path("jobs").display().to_string();
+    place.serve(&["--runner", "machine", "--jobs", &jobs]);
+    let (socket, data) = (place.path("other.sock"), place.path("other"));
+    let [socket, data] = [&socket, &data].map(|path| path.to_str().unwrap());
+    let log = place.refused(&["--socket", socket]);
+    assert!(log.contains("/data alone: another service is using it"), "{log}");
+    let log = place.refused(&["--socket", socket, "--data", data, "--runner", "machine", "--jobs", &jobs]);
+    assert!(log.contains("/jobs alone: another service is using it"), "{log}");
 }

@@ -15,7 +15,7 @@ use axum::body::Bytes;
 use futures_util::TryStreamExt;
 use ims_sshd::error::{Error, Result as Started};
 use sqlx::any::{AnyConnectOptions, AnyPoolOptions};
-use sqlx::{Any, AnyPool, Row, Transaction};
+use sqlx::{Any, AnyPool, Connection, Row, Transaction};
 use tokio::sync::OwnedMutexGuard;
 
 use crate::records::{Kind, Location, Record, wire};
@@ -82,6 +82,24 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Timeout for a connection to a file of SQLite: longer, since a file is always reachable, but a busy disk is slow.
 const PATIENCE_WITH_DISKS: Duration = Duration::from_mins(1);
 
+/// SQLite's codes of a damaged file: SQLITE_CORRUPT and SQLITE_NOTADB.
+const DAMAGED: [i32; 2] = [11, 26];
+
+/// Fails if the file is damaged. The pool would retry until its timeout, and then tell only of the timeout.
+async fn probe(options: &AnyConnectOptions) -> Result<()> {
+    let read = async {
+        let mut connection = sqlx::AnyConnection::connect_with(options).await?;
+        sqlx::query("SELECT count(*) FROM sqlite_master").execute(&mut connection).await?;
+        connection.close().await
+    };
+    let code = |error: &sqlx::Error| error.as_database_error()?.code()?.parse::<i32>().ok();
+    // Other failures may pass: another program may hold the lock. The low byte of an extended code is the plain one.
+    read.await.or_else(|error| {
+        let is_damaged = code(&error).is_some_and(|code| DAMAGED.contains(&(code & 0xff)));
+        if is_damaged { Err(error) } else { Ok(()) }
+    })
+}
+
 impl Database {
     /// Opens the database and brings its tables to the newest version.
     pub async fn open(place: Place<'_>) -> Started<Self> {
@@ -93,6 +111,9 @@ impl Database {
         let is_file = matches!(place, Place::File(_));
         let attempted = || Error::new(format!("open the database {name}"));
         let options = AnyConnectOptions::from_str(&url).map_err(|e| attempted().because(e))?;
+        if is_file && let Err(error) = probe(&options).await {
+            return Err(attempted().because(error).advise("restore it from a backup"));
+        }
         let patience = if is_file { PATIENCE_WITH_DISKS } else { PATIENCE };
         let pool = AnyPoolOptions::new().max_connections(CONNECTIONS).acquire_timeout(patience);
         let pool = pool.after_connect(move |connection, _| {
