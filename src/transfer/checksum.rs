@@ -2,10 +2,8 @@
 
 use std::fmt::Write as _;
 use std::fs::File;
-use std::io::{self, Read, Seek, Write};
-use std::ops::Range;
-use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::io::{Read, Seek, Write};
+use std::sync::mpsc::sync_channel;
 
 use md5::{Digest, Md5};
 use reqwest::header::{ETAG, HeaderMap, HeaderName};
@@ -16,7 +14,6 @@ use crate::job::variables::{Checked, Reader};
 use crate::sys::named::can_be_changed;
 use crate::sys::tree::Tree;
 use crate::transfer::Work;
-use crate::transfer::md5_lanes::{LANES, Md5s};
 use crate::transfer::progress::Progress;
 
 /// Expected checksums of a source, in hexadecimal.
@@ -121,10 +118,10 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
     })
 }
 
-/// Number of bytes of a file that are hashed at a time, small enough to stay in a processor's cache.
+/// Maximum number of pieces of a file that are in use at a time.
+const PIECES: usize = 6;
+/// Size of a piece in bytes, small enough to stay in a processor's cache.
 const PIECE: usize = 256 << 10;
-/// Number of bytes of a part that are hashed at a time, together with those of other parts.
-const PIECE_OF_PART: usize = 64 << 10;
 
 /// Checksums of a file.
 #[derive(Debug)]
@@ -151,23 +148,50 @@ pub(crate) struct Parts {
 /// A SHA-256.
 pub(crate) type Sha256 = [u8; digest::SHA256_OUTPUT_LEN];
 
-/// Checksums of a file and, if `parts` is given, of its parts. One thread computes the MD5, which takes the longest,
-/// and another thread everything else. Each thread reads the file itself: whichever comes second finds the data in the
-/// page cache.
+/// Checksums of a file, which is read once from its start; also those of its parts, if `parts` is given. Each kind is
+/// computed on a thread of its own.
 pub(crate) fn sums_of(work: &Work, file: &File, what: &str, parts: Option<Parts>) -> Result<OfFile> {
-    let is_stopped = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let others = scope.spawn(|| Others { file, is_stopped: &is_stopped, buffer: vec![0; PIECE] }.sums(parts));
-        let mut md5 = Md5::new();
-        let read = read_through(work, file, what, |piece| {
-            md5.update(&piece);
-            Ok(piece)
+        // Pieces go from one thread to the next, and come back to be filled again. There are so few that no thread ever
+        // waits for room in a channel.
+        let [(free, unused), (to_whole, whole), (to_parts, of_parts)] =
+            std::array::from_fn(|_| sync_channel::<Vec<u8>>(PIECES));
+        let sum_of_whole = scope.spawn({
+            let free = free.clone();
+            move || {
+                let next = if parts.is_some() { to_parts } else { free };
+                let mut sum = digest::Context::new(&digest::SHA256);
+                for piece in whole {
+                    sum.update(&piece);
+                    // If reading has failed, nobody takes the piece any more.
+                    let _ = next.send(piece);
+                }
+                hex(sum.finish().as_ref())
+            }
         });
-        is_stopped.store(read.is_err(), Ordering::Relaxed);
-        let others = others.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        read?;
-        let (sha256, parts, etag_of_parts) = others.attempt(|| format!("read {what}"))?;
-        Ok(OfFile { md5: format!("{:x}", md5.finalize()), sha256, parts, etag_of_parts })
+        let sums_of_parts = scope.spawn(move || {
+            let mut sums = OfParts::new(parts.unwrap_or(Parts { length: u64::MAX, are_signed: false }));
+            for piece in of_parts {
+                sums.update(&piece);
+                let _ = free.send(piece);
+            }
+            sums.finish()
+        });
+        let (mut md5, mut made) = (Md5::new(), 1);
+        read_through(work, file, what, |piece| {
+            md5.update(&piece);
+            to_whole.send(piece).attempt(|| format!("compute the SHA-256 of {what}"))?;
+            if made < PIECES {
+                made += 1;
+                return Ok(Vec::new());
+            }
+            unused.recv().attempt(|| format!("compute the SHA-256 of {what}"))
+        })?;
+        drop(to_whole);
+        let sha256 = sum_of_whole.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        let (sums, etag) = sums_of_parts.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        let etag_of_parts = parts.map(|_| etag);
+        Ok(OfFile { md5: format!("{:x}", md5.finalize()), sha256, parts: sums, etag_of_parts })
     })
 }
 
@@ -181,102 +205,59 @@ pub(crate) fn sha256_of_file(work: &Work, file: &File, what: &str) -> Result<Str
     Ok(hex(sum.finish().as_ref()))
 }
 
-/// Computes all checksums of a file except its MD5.
-struct Others<'a> {
-    file: &'a File,
-    /// Set when nobody waits for the checksums any more.
-    is_stopped: &'a AtomicBool,
-    buffer: Vec<u8>,
+/// Computes the checksums of each part of the bytes passed so far.
+struct OfParts {
+    /// Length of a part in bytes.
+    length: u64,
+    /// Bytes that the current part still lacks.
+    left: u64,
+    /// SHA-256 of the current part, if parts are signed, and its MD5.
+    current: (Option<digest::Context>, Md5),
+    done: Vec<Sha256>,
+    /// MD5 of the MD5s of the completed parts, and the number of these parts.
+    md5s: (Md5, u64),
 }
 
-impl Others<'_> {
-    /// SHA-256 of the file and of its parts, and the ETag of the parts.
-    fn sums(mut self, parts: Option<Parts>) -> io::Result<(String, Vec<Sha256>, Option<String>)> {
-        let size = self.file.metadata()?.len();
-        let Parts { length, are_signed } = parts.unwrap_or(Parts { length: u64::MAX, are_signed: false });
-        let (mut whole, mut sums) = (digest::Context::new(&digest::SHA256), Vec::new());
-        let (mut md5_of_md5s, mut count, mut start) = (Md5::new(), 0, 0);
-        while start < size {
-            // Take as many parts as can have their MD5s computed at once, or the remaining ones.
-            let end = start.saturating_add(length.saturating_mul(LANES as u64));
-            let is_full = end <= size;
-            let mut part = start;
-            while part < size.min(end) {
-                let mut sha256 = are_signed.then(|| digest::Context::new(&digest::SHA256));
-                let mut md5 = (parts.is_some() && !is_full).then(Md5::new);
-                let end = part.saturating_add(length).min(size);
-                self.read(part..end, |piece| {
-                    whole.update(piece);
-                    if let Some(sum) = &mut sha256 {
-                        sum.update(piece);
-                    }
-                    if let Some(sum) = &mut md5 {
-                        sum.update(piece);
-                    }
-                })?;
-                sums.extend(sha256.map(finished));
-                if let Some(sum) = md5 {
-                    md5_of_md5s.update(sum.finalize());
-                }
-                (part, count) = (end, count + 1);
-            }
-            if is_full {
-                for sum in self.md5s(start, length)? {
-                    md5_of_md5s.update(sum);
-                }
-            }
-            start = end;
-        }
-        let etag = parts.map(|_| format!("{:x}-{count}", md5_of_md5s.finalize()));
-        Ok((hex(whole.finish().as_ref()), sums, etag))
+impl OfParts {
+    fn new(Parts { length, are_signed }: Parts) -> Self {
+        let sha256 = are_signed.then(|| digest::Context::new(&digest::SHA256));
+        Self { length, left: length, current: (sha256, Md5::new()), done: Vec::new(), md5s: (Md5::new(), 0) }
     }
 
-    /// Reads a range of the file in pieces.
-    fn read(&mut self, range: Range<u64>, mut each: impl FnMut(&[u8])) -> io::Result<()> {
-        let mut at = range.start;
-        while at < range.end {
-            self.heed()?;
-            let piece = &mut self.buffer[..shorter(range.end - at, PIECE)];
-            self.file.read_exact_at(piece, at)?;
-            each(piece);
-            at += piece.len() as u64;
-        }
-        Ok(())
-    }
-
-    /// MD5s of [`LANES`] consecutive parts of `length` bytes each, the first of which begins at `start`.
-    fn md5s(&mut self, start: u64, length: u64) -> io::Result<[[u8; 16]; LANES]> {
-        let (mut sums, mut at) = (Md5s::new(), 0);
-        let mut buffers: [_; LANES] = std::array::from_fn(|_| vec![0; PIECE_OF_PART]);
-        loop {
-            self.heed()?;
-            let size = shorter(length - at, PIECE_OF_PART);
-            for (part, piece) in (0..).zip(&mut buffers) {
-                self.file.read_exact_at(&mut piece[..size], start + part * length + at)?;
+    fn update(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let (now, later) =
+                bytes.split_at(usize::try_from(self.left).map_or(bytes.len(), |left| left.min(bytes.len())));
+            if let Some(sha256) = &mut self.current.0 {
+                sha256.update(now);
             }
-            let pieces = buffers.each_ref().map(|piece| &piece[..size]);
-            at += size as u64;
-            if at == length {
-                return Ok(sums.finish(pieces));
+            self.current.1.update(now);
+            self.left -= now.len() as u64;
+            if self.left == 0 {
+                self.end();
             }
-            sums.update(pieces);
+            bytes = later;
         }
     }
 
-    fn heed(&self) -> io::Result<()> {
-        if self.is_stopped.load(Ordering::Relaxed) { Err(io::ErrorKind::Interrupted.into()) } else { Ok(()) }
+    fn end(&mut self) {
+        if let Some(sha256) = &mut self.current.0 {
+            let ended = std::mem::replace(sha256, digest::Context::new(&digest::SHA256));
+            let mut sum = Sha256::default();
+            sum.copy_from_slice(ended.finish().as_ref());
+            self.done.push(sum);
+        }
+        self.md5s.0.update(self.current.1.finalize_reset());
+        self.md5s.1 += 1;
+        self.left = self.length;
     }
-}
 
-/// The shorter of two lengths.
-fn shorter(length: u64, most: usize) -> usize {
-    usize::try_from(length).map_or(most, |length| length.min(most))
-}
-
-fn finished(sum: digest::Context) -> Sha256 {
-    let mut bytes = Sha256::default();
-    bytes.copy_from_slice(sum.finish().as_ref());
-    bytes
+    fn finish(mut self) -> (Vec<Sha256>, String) {
+        if self.left < self.length {
+            self.end();
+        }
+        (self.done, format!("{:x}-{}", self.md5s.0.finalize(), self.md5s.1))
+    }
 }
 
 /// Reads a file in pieces, and passes each piece to `each`, which returns a buffer for the next one.

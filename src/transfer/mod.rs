@@ -2,7 +2,6 @@
 
 pub mod checksum;
 pub(crate) mod confinement;
-mod md5_lanes;
 pub mod network;
 pub mod progress;
 
