@@ -36,6 +36,7 @@ RUN deploy/cargo-release build --package ims-service
 COPY LICENSE ./
 COPY deploy/sbom deploy/stage deploy/
 COPY deploy/systemd deploy/systemd
+COPY sshd_config.d sshd_config.d
 COPY src src
 COPY service/src service/src
 RUN touch src/lib.rs service/src/lib.rs service/src/main.rs && deploy/cargo-release build --package ims-service \
