@@ -25,6 +25,9 @@ use crate::store::Store;
 /// Interval at which leftovers of jobs are searched for.
 const CLEAR_EVERY: Duration = Duration::from_mins(2);
 
+/// Time without a change after which a file that is being written counts as left by a killed process.
+const UNFINISHED_FOR: Duration = Duration::from_mins(2);
+
 /// Pause before retrying to record a job's death after the database has failed.
 const RECORD_AGAIN: Duration = Duration::from_secs(5);
 
@@ -106,6 +109,15 @@ async fn run(settings: Settings) -> Result<()> {
     let cut_off = service.starts(age).await;
     let sweeping = service.clone();
     let sweep = tokio::spawn(async move { sweeping.sweep().await });
+    let finishing = service.clone();
+    let finish = tokio::spawn(async move {
+        // Files that a kill has just left are too young at first.
+        for pause in [Duration::ZERO, UNFINISHED_FOR] {
+            tokio::time::sleep(pause).await;
+            let service = finishing.clone();
+            let _ = tokio::task::spawn_blocking(move || service.store.remove_unfinished(UNFINISHED_FOR)).await;
+        }
+    });
     let clearing = service.clone();
     let clear = tokio::spawn(async move {
         // Clear in the background, so that a slow cluster does not delay the service.
@@ -141,7 +153,7 @@ async fn run(settings: Settings) -> Result<()> {
             }
         }
     );
-    for task in [sweep, clear, watching, stopped] {
+    for task in [sweep, finish, clear, watching, stopped] {
         task.abort();
     }
     service.database.close().await;

@@ -19,6 +19,9 @@ pub struct Directory {
     key: hmac::Key,
 }
 
+/// Number of attempts to create a file in a directory that others keep removing.
+const TRIES: usize = 100;
+
 /// Prefix of the paths under which the service itself serves downloads.
 pub const DOWNLOADS: &str = "/downloads/";
 
@@ -66,18 +69,21 @@ impl Directory {
     }
 
     pub(super) async fn put(&self, at: &Location, content: Vec<u8>) -> Result<String> {
-        self.write(at, |new| Box::pin(async move { tokio::fs::write(new, content).await })).await
+        self.write(at, 0o777, |new| Box::pin(tokio::fs::write(new, &content))).await
     }
 
     pub(super) async fn copy(&self, from: &Location, to: &Location) -> Result<String> {
         self.head(from).await?;
         let from = self.file(from)?;
+        // Only root may reach the files of an image, since one of them is its /etc/shadow.
+        let mode = tokio::fs::metadata(from.parent().expect("below the root")).await.map_err(|e| failure(&e))?.mode();
         // A hard link needs no space. It is safe, since a file of the store is replaced and never written to again.
-        self.write(to, |new| {
+        self.write(to, mode & 0o777, |new| {
+            let from = &from;
             Box::pin(async move {
-                match tokio::fs::hard_link(&from, &new).await {
+                match tokio::fs::hard_link(from, &new).await {
                     Ok(()) => Ok(()),
-                    Err(_) => tokio::fs::copy(&from, &new).await.map(drop),
+                    Err(_) => tokio::fs::copy(from, &new).await.map(drop),
                 }
             })
         })
@@ -85,16 +91,28 @@ impl Directory {
     }
 
     /// Creates a new file, which `content` fills, and renames it to the object's file, so that no reader finds a part.
-    async fn write<C>(&self, at: &Location, content: C) -> Result<String>
+    /// Creates missing directories with `mode`.
+    async fn write<'a, C>(&self, at: &Location, mode: u32, content: C) -> Result<String>
     where
-        C: FnOnce(PathBuf) -> std::pin::Pin<Box<dyn Future<Output = std::io::Result<()>> + Send>> + Send,
+        C: Fn(PathBuf) -> std::pin::Pin<Box<dyn Future<Output = std::io::Result<()>> + Send + 'a>> + Send,
     {
         let file = self.file(at)?;
         let directory = file.parent().expect("below the root").to_owned();
-        tokio::fs::create_dir_all(&directory).await.map_err(|e| failure(&e))?;
         let new = directory.join(format!(".{}", crate::records::new_id()));
+        let mut filled = Ok(());
+        for _ in 0..TRIES {
+            filled = async {
+                tokio::fs::DirBuilder::new().recursive(true).mode(mode).create(&directory).await?;
+                content(new.clone()).await
+            }
+            .await;
+            // The removal of another object removes directories that are empty at that moment.
+            if !filled.as_ref().is_err_and(|error| error.kind() == ErrorKind::NotFound) {
+                break;
+            }
+        }
         let written = async {
-            content(new.clone()).await?;
+            filled?;
             tokio::fs::File::open(&new).await?.sync_all().await?;
             tokio::fs::rename(&new, &file).await?;
             // If both names are hard links to one file, the rename did nothing and the new name still exists.
@@ -106,6 +124,12 @@ impl Directory {
             return Err(failure(&error));
         }
         Ok(self.head(at).await?.etag)
+    }
+
+    /// Removes files that a killed process was writing. The last change of such a file is at least `age` ago, since
+    /// another process may still be writing a younger one.
+    pub(super) fn remove_unfinished(&self, age: Duration) {
+        remove_unfinished(&self.root, SystemTime::now() - age);
     }
 
     pub(super) async fn remove(&self, at: &Location) -> Result<()> {
@@ -140,6 +164,37 @@ impl Directory {
         let at = Location { bucket: bucket.to_owned(), key: key.to_owned() };
         (expires.parse::<u64>().ok()? >= now).then(|| self.file(&at).ok())?
     }
+}
+
+/// Removes unfinished files below `directory` whose last change was before `before`.
+fn remove_unfinished(directory: &Path, before: SystemTime) {
+    let entries = match std::fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) => return tracing::warn!("cannot look for unfinished files in {}: {error}", directory.display()),
+    };
+    for entry in entries.flatten() {
+        let Ok(metadata) = entry.metadata() else { continue };
+        let path = entry.path();
+        if metadata.is_dir() {
+            remove_unfinished(&path, before);
+            continue;
+        }
+        let name = entry.file_name();
+        let is_unfinished = name.to_str().and_then(|name| name.strip_prefix('.')).is_some_and(is_id);
+        // A hard link changes the ctime of the file, and not its mtime.
+        let changed = UNIX_EPOCH + Duration::from_secs(u64::try_from(metadata.ctime()).unwrap_or_default());
+        if is_unfinished && metadata.is_file() && changed <= before {
+            match std::fs::remove_file(&path) {
+                Ok(()) => tracing::info!("removed an unfinished file: {}", path.display()),
+                Err(error) => tracing::warn!("cannot remove the unfinished file {}: {error}", path.display()),
+            }
+        }
+    }
+}
+
+/// Returns whether a text is an ID as [`crate::records::new_id`] makes them.
+fn is_id(text: &str) -> bool {
+    uuid::Uuid::parse_str(text).is_ok_and(|id| id.to_string() == text)
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -191,6 +246,23 @@ mod tests {
         assert!(matches!(store.head(&at("b", "link/passwd")).await, Err(Failure::Refused(_))));
         let left: Vec<_> = std::fs::read_dir(directory.path().join("b/deleted/x")).unwrap().collect();
         assert_eq!(left.len(), 1, "{left:?}");
+    }
+
+    #[test]
+    fn unfinished_files_are_removed_and_objects_are_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Directory::open(directory.path()).unwrap();
+        let id = crate::records::new_id();
+        std::fs::create_dir_all(directory.path().join("b/k")).unwrap();
+        let [unfinished, hidden, named] =
+            [format!("b/k/.{id}"), "b/k/.profile".into(), format!("b/k/{id}")].map(|at| directory.path().join(at));
+        for file in [&unfinished, &hidden, &named] {
+            std::fs::write(file, "x").unwrap();
+        }
+        store.remove_unfinished(Duration::from_hours(1));
+        assert!(unfinished.exists(), "it may still be written to");
+        store.remove_unfinished(Duration::ZERO);
+        assert!(!unfinished.exists() && hidden.exists() && named.exists());
     }
 
     #[test]

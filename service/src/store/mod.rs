@@ -109,6 +109,13 @@ impl Store {
         }
     }
 
+    /// Removes files that a killed process was writing in a directory, and that nobody has changed for the time `age`.
+    pub fn remove_unfinished(&self, age: Duration) {
+        if let Self::Directory(directory) = self {
+            directory.remove_unfinished(age);
+        }
+    }
+
     /// Returns a URL at which an object can be read without credentials during the time `valid`. For a store in a
     /// directory, this is a path below the service's own URL.
     pub async fn signed_url(&self, at: &Location, valid: Duration) -> Result<String> {
