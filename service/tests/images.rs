@@ -253,6 +253,7 @@ fn sts_server() -> (String, std::sync::Arc<std::sync::Mutex<Vec<String>>>) {
     use std::io::{BufRead, BufReader, Read, Write};
     let heads = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
     let kept = heads.clone();
+    let is_end = |head: &String| head.starts_with("POST /b/deleted/k?uploadId=");
     let address = testbed::listen(move |mut connection| {
         let mut reader = BufReader::new(connection.try_clone().unwrap());
         let lines: Vec<_> = reader.by_ref().lines().map_while(Result::ok).take_while(|line| !line.is_empty()).collect();
@@ -261,6 +262,10 @@ fn sts_server() -> (String, std::sync::Arc<std::sync::Mutex<Vec<String>>>) {
         std::io::copy(&mut reader.take(length.unwrap_or(0)), &mut std::io::sink()).unwrap();
         kept.lock().unwrap().push(lines.join("\n"));
         let body = match request.split(' ').next().unwrap() {
+            "HEAD" if request.contains("/deleted/") && !kept.lock().unwrap().iter().any(is_end) => {
+                let _ = write!(connection, "HTTP/1.1 404 Not Found\r\nconnection: close\r\n\r\n");
+                return;
+            }
             "HEAD" => {
                 let headers = "content-length: 6442450944\r\netag: \"e\"\r\nx-amz-meta-md5sum: m";
                 let _ = write!(connection, "HTTP/1.1 200 OK\r\n{headers}\r\nconnection: close\r\n\r\n");

@@ -15,6 +15,7 @@ mod jobs;
 mod kubernetes;
 mod lasting;
 mod machine;
+mod moves;
 mod nodes;
 mod packages;
 mod pods;

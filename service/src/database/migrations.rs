@@ -9,17 +9,20 @@ use crate::records::Kind;
 const IDENTITY: &str = "";
 
 /// Statements that upgrade each version to the next.
-const VERSIONS: &[&[&str]] = &[&[
-    "CREATE TABLE kinds (kind TEXT PRIMARY KEY, version BIGINT NOT NULL)",
-    "CREATE TABLE records (kind TEXT NOT NULL, id TEXT NOT NULL, place BIGINT NOT NULL, link TEXT NOT NULL, \
+const VERSIONS: &[&[&str]] = &[
+    &[
+        "CREATE TABLE kinds (kind TEXT PRIMARY KEY, version BIGINT NOT NULL)",
+        "CREATE TABLE records (kind TEXT NOT NULL, id TEXT NOT NULL, place BIGINT NOT NULL, link TEXT NOT NULL, \
         body TEXT NOT NULL, PRIMARY KEY (kind, id))",
-    "CREATE INDEX records_in_order ON records (kind, place)",
-    "CREATE INDEX records_by_link ON records (kind, link)",
-    "CREATE TABLE removals (bucket TEXT NOT NULL, object TEXT NOT NULL, due BIGINT NOT NULL, \
+        "CREATE INDEX records_in_order ON records (kind, place)",
+        "CREATE INDEX records_by_link ON records (kind, link)",
+        "CREATE TABLE removals (bucket TEXT NOT NULL, object TEXT NOT NULL, due BIGINT NOT NULL, \
         PRIMARY KEY (bucket, object))",
-    "CREATE TABLE imports (file TEXT PRIMARY KEY, state TEXT NOT NULL)",
-    "CREATE TABLE set_aside (kind TEXT NOT NULL, body TEXT NOT NULL, reason TEXT NOT NULL, moved TEXT NOT NULL)",
-]];
+        "CREATE TABLE imports (file TEXT PRIMARY KEY, state TEXT NOT NULL)",
+        "CREATE TABLE set_aside (kind TEXT NOT NULL, body TEXT NOT NULL, reason TEXT NOT NULL, moved TEXT NOT NULL)",
+    ],
+    &["CREATE TABLE claims (name TEXT PRIMARY KEY, owner TEXT NOT NULL, due BIGINT NOT NULL)"],
+];
 
 /// Upgrades the tables to the newest version and returns the name of this database. Several replicas may call it at
 /// once.

@@ -205,29 +205,28 @@ impl Database {
         self.writer.is_none()
     }
 
-    /// Makes every planned removal due if only this process uses the database. Called at the start, when no request can
-    /// be working on the objects.
+    /// Ends every claim and makes every planned removal due, if only this process uses the database. Called at the
+    /// start, when no request can be working on the objects.
     pub async fn free_removals(&self) -> Result<()> {
         if !self.is_shared() {
-            sqlx::query("UPDATE removals SET due = 0").execute(&self.pool).await?;
+            for statement in ["UPDATE removals SET due = 0", "DELETE FROM claims"] {
+                sqlx::query(statement).execute(&self.pool).await?;
+            }
         }
         Ok(())
     }
 
-    /// Returns whether the removal of an object is due. In a shared database, the entry of the object stays locked
-    /// until the returned change ends. Otherwise no change is returned, and the caller begins one once the object is
-    /// removed.
-    pub async fn lock_removal(&self, at: &Location, now: i64) -> Result<(bool, Option<Change>)> {
-        let statement = "SELECT due FROM removals WHERE bucket = $1 AND object = $2 AND due <= $3";
-        if self.is_shared() {
-            let mut change = self.change(&[]).await?;
-            let statement = format!("{statement} FOR UPDATE SKIP LOCKED");
-            let select = sqlx::query(&statement).bind(at.bucket.as_str()).bind(at.key.as_str()).bind(now);
-            let row = select.fetch_optional(&mut *change.transaction).await?;
-            return Ok((row.is_some(), Some(change)));
-        }
-        let select = sqlx::query(statement).bind(at.bucket.as_str()).bind(at.key.as_str()).bind(now);
-        Ok((select.fetch_optional(&self.pool).await?.is_some(), None))
+    /// Returns whether the removal of an object is planned.
+    pub async fn is_planned(&self, at: &Location) -> Result<bool> {
+        let select = sqlx::query("SELECT due FROM removals WHERE bucket = $1 AND object = $2");
+        let select = select.bind(at.bucket.as_str()).bind(at.key.as_str());
+        Ok(select.fetch_optional(&self.pool).await?.is_some())
+    }
+
+    /// Returns the IDs and the links' paths of all records of a table that have a link.
+    pub async fn links(&self, kind: Kind) -> Result<Vec<(String, String)>> {
+        let rows = sqlx::query("SELECT id, link FROM records WHERE kind = $1 AND link <> ''").bind(kind.name());
+        rows.fetch_all(&self.pool).await?.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect()
     }
 
     /// Begins a change of the tables `kinds`. It is rolled back unless it is committed.
@@ -247,11 +246,12 @@ impl Database {
         Ok(change)
     }
 
-    /// Returns objects whose removal was due at `now` (seconds since 1970).
+    /// Returns objects whose removal was due at `now` (seconds since 1970), and that nobody has claimed.
     pub async fn removals(&self, now: i64) -> Result<Vec<Location>> {
-        let rows =
-            sqlx::query("SELECT bucket, object FROM removals WHERE due <= $1 ORDER BY bucket, object LIMIT 1000");
-        let rows = rows.bind(now).fetch_all(&self.pool).await?;
+        let statement = "SELECT bucket, object FROM removals WHERE due <= $1 AND NOT EXISTS \
+            (SELECT 1 FROM claims WHERE name = 's3://' || bucket || '/' || object AND claims.due > $2) \
+            ORDER BY bucket, object LIMIT 1000";
+        let rows = sqlx::query(statement).bind(now).bind(now).fetch_all(&self.pool).await?;
         rows.iter().map(|row| Ok(Location { bucket: row.try_get(0)?, key: row.try_get(1)? })).collect()
     }
 
@@ -352,13 +352,29 @@ impl Change {
         Ok(())
     }
 
-    /// Plans to remove an object that is about to be created, so that a kill leaves no object behind. Returns false if
-    /// another request is working on the object.
-    pub async fn claim(&mut self, at: &Location, now: i64, due: i64) -> Result<bool> {
-        let statement = "INSERT INTO removals (bucket, object, due) VALUES ($1, $2, $3) \
-            ON CONFLICT (bucket, object) DO UPDATE SET due = excluded.due WHERE removals.due <= $4";
-        let insert = sqlx::query(statement).bind(at.bucket.as_str()).bind(at.key.as_str()).bind(due).bind(now);
+    /// Claims the record or object `name` for `owner` until `due`. Returns false if another owner's claim is valid.
+    pub async fn claim(&mut self, name: &str, owner: &str, now: i64, due: i64) -> Result<bool> {
+        let statement = "INSERT INTO claims (name, owner, due) VALUES ($1, $2, $3) ON CONFLICT (name) DO UPDATE \
+            SET owner = excluded.owner, due = excluded.due WHERE claims.due <= $4";
+        let insert = sqlx::query(statement).bind(name).bind(owner).bind(due).bind(now);
         Ok(insert.execute(&mut *self.transaction).await?.rows_affected() > 0)
+    }
+
+    /// Renews all claims of `owner`, and returns how many there are.
+    pub async fn renew_claims(&mut self, owner: &str, due: i64) -> Result<u64> {
+        let update = sqlx::query("UPDATE claims SET due = $1 WHERE owner = $2").bind(due).bind(owner);
+        Ok(update.execute(&mut *self.transaction).await?.rows_affected())
+    }
+
+    /// Ends all claims of `owner`.
+    pub async fn end_claims(&mut self, owner: &str) -> Result<()> {
+        sqlx::query("DELETE FROM claims WHERE owner = $1").bind(owner).execute(&mut *self.transaction).await.map(drop)
+    }
+
+    /// Returns whether a request has claimed the record or object `name`.
+    pub async fn is_claimed(&mut self, name: &str, now: i64) -> Result<bool> {
+        let select = sqlx::query("SELECT due FROM claims WHERE name = $1 AND due > $2").bind(name).bind(now);
+        Ok(select.fetch_optional(&mut *self.transaction).await?.is_some())
     }
 
     /// Takes objects off the list of planned removals, because they are to stay or have been removed.

@@ -120,10 +120,16 @@ impl Service {
     }
 }
 
-/// Fails if another record already has the link.
+/// Fails if another record already has the link, or if a request moves or removes the object.
 async fn taken(change: &mut crate::database::Change, kind: Kind, link: &Link, id: &str) -> Result<(), Problem> {
     if change.is_linked(kind, &link.path, id).await? {
         let detail = format!("cannot use the link {}: another {} has it", link.path, kind.noun());
+        return Err(Problem::unprocessable(detail));
+    }
+    if let Some(at) = link.location()
+        && change.is_claimed(&at.to_string(), super::moves::now()).await?
+    {
+        let detail = format!("cannot use the link {}: another request moves its object; try again later", link.path);
         return Err(Problem::unprocessable(detail));
     }
     Ok(())

@@ -22,6 +22,7 @@ use problem::Problem;
 use routes::{Target, Version};
 
 pub mod access;
+mod claims;
 mod create;
 mod delete;
 mod health;
@@ -33,6 +34,7 @@ mod metrics;
 mod moves;
 mod nodes;
 pub mod openapi;
+mod owners;
 pub mod problem;
 pub mod routes;
 
@@ -59,16 +61,13 @@ pub struct Service {
     metrics: Metrics,
     /// Held from the choice of a node until the start of the job is recorded, so that the next choice counts this job.
     choosing: tokio::sync::Mutex<()>,
-    /// Held while objects are claimed and while a due object is removed, so that no object is claimed during its
-    /// removal.
-    sweeping: tokio::sync::Mutex<()>,
 }
 
 impl Service {
     /// A service that has not answered any request yet.
     pub fn new(settings: Settings, database: Database, store: Store, runner: Arc<dyn Runner>, access: Access) -> Self {
-        let (metrics, choosing, sweeping) = Default::default();
-        Self { settings, database, store, runner, access, metrics, choosing, sweeping }
+        let (metrics, choosing) = Default::default();
+        Self { settings, database, store, runner, access, metrics, choosing }
     }
 }
 

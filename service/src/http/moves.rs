@@ -3,22 +3,22 @@
 //!
 //! The database has a list of objects to remove. Copies are put on the list before they are created. The change that
 //! lets a record point to the copies also takes them off the list, and puts the originals on it. Objects that a kill
-//! leaves on the list are removed at the next start, or by another replica once their entries are due.
+//! leaves on the list are removed at the next start, or by another replica once their entries are due and nobody claims
+//! the objects.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures_util::future::join_all;
 
 use super::Service;
+use super::claims::lease;
 use super::jobs::LONGEST_START;
 use super::links::AT_ONCE;
 use super::problem::Problem;
 use crate::database::Change;
 use crate::records::{Kind, Location};
 use crate::store::Failure;
-
-/// Time for which an object that a replica is working on is protected from removal by other replicas.
-const LEASE: Duration = Duration::from_mins(2);
 
 /// Pause between two searches for due removals.
 const SWEEP: Duration = Duration::from_secs(20);
@@ -32,82 +32,99 @@ pub struct Copy {
     pub to: Location,
 }
 
+/// What there is before a copy is made.
+enum Found {
+    /// Nothing to copy.
+    NoOriginal,
+    /// The original only.
+    Original,
+    /// The copy too, with its ETag.
+    Copy(String),
+}
+
 /// Copies of objects, planned for removal until [`Service::keep`] takes them off the list.
 pub struct Copies {
-    /// Objects that this request creates and that did not exist before.
+    /// Objects that this request creates, or that an interrupted move has left.
     new: Vec<Location>,
     /// ETags of all copies, in the order of the request; `None` for an original that is missing.
     pub etags: Vec<Option<String>>,
 }
 
 impl Service {
-    /// Copies objects. A missing original is an error unless `may_miss` is true. If the destination of a copy exists,
-    /// it is overwritten if `replace` is true. Otherwise it is used as the copy if the sizes are equal, and is an error
-    /// if not.
-    pub async fn copy(&self, copies: &[Copy], may_miss: bool, replace: bool) -> Result<Copies, Problem> {
+    /// Copies objects, all of which are claimed. An existing object is never overwritten: it is an error with 409, unless
+    /// it is the same as the original, and has been left by an interrupted move or is brought back by an undelete. A
+    /// missing original is an error unless this is a soft delete.
+    pub async fn copy(&self, copies: &[Copy], is_delete: bool) -> Result<Copies, Problem> {
         let mut new = Vec::new();
-        let mut there = Vec::new();
+        let mut found = Vec::new();
         for group in copies.chunks(AT_ONCE) {
-            let heads = join_all(group.iter().map(|copy| self.store.head(&copy.to))).await;
-            for (copy, head) in group.iter().zip(heads) {
-                match head {
-                    Ok(object) => there.push(Some(object)),
+            let heads =
+                group.iter().map(async |copy| (self.store.head(&copy.from).await, self.store.head(&copy.to).await));
+            for (copy, (original, there)) in group.iter().zip(join_all(heads).await) {
+                let original = match original {
+                    Ok(original) => original,
+                    Err(Failure::Missing) if is_delete => {
+                        found.push(Found::NoOriginal);
+                        continue;
+                    }
+                    Err(Failure::Missing) => return Err(missing(&copy.from)),
+                    Err(failure) => return Err(self.told(failed(&copy.from, &failure))),
+                };
+                match there {
+                    Ok(there) => {
+                        let is_left = self.database.is_planned(&copy.to).await?;
+                        let is_same = there.size == original.size && there.etag == original.etag;
+                        if !is_same || (is_delete && !is_left) {
+                            let detail = format!("cannot move {}: another object is at {}", copy.from, copy.to);
+                            return Err(Problem::conflict(detail));
+                        }
+                        if is_left {
+                            new.push(copy.to.clone());
+                        }
+                        found.push(Found::Copy(there.etag));
+                    }
                     Err(Failure::Missing) => {
                         new.push(copy.to.clone());
-                        there.push(None);
+                        found.push(Found::Original);
                     }
                     Err(failure) => return Err(self.told(failed(&copy.to, &failure))),
                 }
             }
         }
-        // A manifest may list an object twice, and claiming an object twice would fail.
+        // A manifest may list an object twice.
         new.sort();
         new.dedup();
-        self.claim(&new).await?;
-        let work = async {
-            let mut etags = Vec::new();
-            for (group, there) in copies.chunks(AT_ONCE).zip(there.chunks(AT_ONCE)) {
-                let made = group.iter().zip(there).map(async |(copy, there)| {
-                    if let Some(object) = there.as_ref().filter(|_| !replace) {
-                        let original = self.store.head(&copy.from).await?;
-                        if original.size == object.size {
-                            return Ok(object.etag.clone());
-                        }
-                        return Err(Failure::Refused(format!("another object is at {}", copy.to)));
+        let mut change = self.database.change(&[]).await?;
+        self.plan(&mut change, &new).await?;
+        change.commit().await?;
+        let mut made = Copies { new, etags: Vec::new() };
+        for (group, found) in copies.chunks(AT_ONCE).zip(found.chunks(AT_ONCE)) {
+            let etags = group.iter().zip(found).map(async |(copy, found)| match found {
+                Found::NoOriginal => Ok(None),
+                Found::Copy(etag) => Ok(Some(etag.clone())),
+                Found::Original => self.store.copy(&copy.from, &copy.to).await.map(Some),
+            });
+            for (copy, etag) in group.iter().zip(join_all(etags).await) {
+                let problem = match etag {
+                    Ok(etag) => {
+                        made.etags.push(etag);
+                        continue;
                     }
-                    self.store.copy(&copy.from, &copy.to).await
-                });
-                for (copy, made) in group.iter().zip(join_all(made).await) {
-                    match made {
-                        Ok(etag) => etags.push(Some(etag)),
-                        Err(Failure::Missing) if may_miss => etags.push(None),
-                        Err(Failure::Missing) => {
-                            let detail = format!("cannot move {}: there is no such object", copy.from);
-                            return Err(Problem::unprocessable(detail));
-                        }
-                        Err(failure) => return Err(self.told(failed(&copy.from, &failure))),
-                    }
-                }
-            }
-            Ok(etags)
-        };
-        let done = self.renewing(&new, work).await;
-        let mut copies = Copies { new, etags: Vec::new() };
-        match done {
-            Ok(etags) => {
-                copies.etags = etags;
-                Ok(copies)
-            }
-            Err(problem) => {
-                self.undo(copies).await;
-                Err(problem)
+                    Err(Failure::Missing) => missing(&copy.from),
+                    Err(failure) => self.told(failed(&copy.from, &failure)),
+                };
+                self.undo(made).await;
+                return Err(problem);
             }
         }
+        Ok(made)
     }
 
     /// Writes one more object and adds it to the copies, so that it is kept or removed with them.
     pub async fn put_beside(&self, copies: &mut Copies, at: &Location, content: Vec<u8>) -> Result<String, Problem> {
-        self.claim(std::slice::from_ref(at)).await?;
+        let mut change = self.database.change(&[]).await?;
+        self.plan(&mut change, std::slice::from_ref(at)).await?;
+        change.commit().await?;
         copies.new.push(at.clone());
         self.store.put(at, content).await.map_err(|failure| self.told(failed(at, &failure)))
     }
@@ -117,7 +134,7 @@ impl Service {
         Ok(change.forget_removal(&copies.new).await?)
     }
 
-    /// Removes copies that no record points to, after a failure.
+    /// Removes copies that no record points to, after a failure. Call it only while they are claimed.
     pub async fn undo(&self, copies: Copies) {
         self.remove_planned(&copies.new).await;
     }
@@ -127,8 +144,10 @@ impl Service {
         Ok(change.plan_removal(objects, now() + lease()).await?)
     }
 
-    /// Removes objects that are on the list. Objects that cannot be removed now stay on the list.
-    pub async fn remove_planned(&self, objects: &[Location]) {
+    /// Removes objects that are on the list, and returns whether all are removed. Objects that cannot be removed now
+    /// stay on the list.
+    pub async fn remove_planned(&self, objects: &[Location]) -> bool {
+        let mut are_all_removed = true;
         for group in objects.chunks(AT_ONCE) {
             let removed = join_all(group.iter().map(|at| self.store.remove(at))).await;
             let mut gone = Vec::new();
@@ -140,6 +159,7 @@ impl Service {
                         self.metrics.store_failed();
                         tracing::warn!("cannot remove {at}: {failure}; will try again");
                         left.push(at.clone());
+                        are_all_removed = false;
                     }
                 }
             }
@@ -153,6 +173,7 @@ impl Service {
                 tracing::warn!("cannot record the removal of objects: {error}; they are removed again later");
             }
         }
+        are_all_removed
     }
 
     /// Removes due objects and the leftovers of interrupted job starts, repeatedly until the service stops.
@@ -166,69 +187,42 @@ impl Service {
         }
     }
 
-    /// Removes the objects whose removal is due now.
-    pub async fn sweep_once(&self) -> crate::database::Result<()> {
-        for at in self.database.removals(now()).await? {
-            // Keep the lock during the removal, so that no request can claim and rewrite the object at the same time.
-            let _one = self.sweeping.lock().await;
-            let (is_due, locked) = self.database.lock_removal(&at, now()).await?;
-            if !is_due {
-                continue;
-            }
-            let removed = self.store.remove(&at).await;
-            let mut change = match locked {
-                Some(change) => change,
-                None => self.database.change(&[]).await?,
+    /// Removes the objects whose removal is due now, except those that a record names.
+    pub async fn sweep_once(&self) -> Result<(), Problem> {
+        let due = self.database.removals(now()).await?;
+        if due.is_empty() {
+            return Ok(());
+        }
+        let named = self.named(&due.iter().flat_map(|at| [at.clone(), other(at)]).collect()).await?;
+        for at in due {
+            // Whoever has claimed the object meanwhile decides about it.
+            let Ok(claim) = self.claim(BTreeSet::from([at.to_string()])).await else { continue };
+            self.holding(&claim, self.sweep_one(&at, &named)).await?;
+        }
+        Ok(())
+    }
+
+    async fn sweep_one(&self, at: &Location, named: &BTreeSet<Location>) -> Result<(), Problem> {
+        if !self.database.is_planned(at).await? {
+            return Ok(());
+        }
+        // The object may be the only copy of one that a record names.
+        let other = other(at);
+        let is_only = named.contains(&other)
+            && match self.store.head(&other).await {
+                Ok(_) => false,
+                Err(Failure::Missing) => true,
+                Err(failure) => return Err(self.told(failed(&other, &failure))),
             };
-            match removed {
-                Ok(()) => {
-                    change.forget_removal(std::slice::from_ref(&at)).await?;
-                    tracing::info!("removed an object that no record points to: {at}");
-                }
-                Err(failure) => {
-                    self.metrics.store_failed();
-                    tracing::warn!("cannot remove {at}: {failure}; will try again");
-                    change.plan_removal(std::slice::from_ref(&at), now() + lease()).await?;
-                }
-            }
+        if named.contains(at) || is_only {
+            let mut change = self.database.change(&[]).await?;
+            change.forget_removal(std::slice::from_ref(at)).await?;
             change.commit().await?;
+            tracing::warn!("did not remove {at}: a record needs it");
+        } else if self.remove_planned(std::slice::from_ref(at)).await {
+            tracing::info!("removed an object that no record points to: {at}");
         }
         Ok(())
-    }
-
-    /// Puts objects that are about to be created on the list of removals. Fails if another request is working on one of
-    /// them.
-    async fn claim(&self, objects: &[Location]) -> Result<(), Problem> {
-        let _one = self.sweeping.lock().await;
-        let mut change = self.database.change(&[]).await?;
-        for at in objects {
-            if !change.claim(at, now(), now() + lease()).await? {
-                let detail = format!("cannot write {at}: another request is working on it; try again later");
-                return Err(Problem::conflict(detail));
-            }
-        }
-        change.commit().await?;
-        Ok(())
-    }
-
-    /// Runs `work`, and renews the claim of `objects` until `work` has finished.
-    async fn renewing<T>(&self, objects: &[Location], work: impl Future<Output = T>) -> T {
-        let mut work = std::pin::pin!(work);
-        loop {
-            tokio::select! {
-                done = &mut work => return done,
-                () = tokio::time::sleep(LEASE / 4) => {
-                    let renewed = async {
-                        let mut change = self.database.change(&[]).await?;
-                        change.plan_removal(objects, now() + lease()).await?;
-                        change.commit().await
-                    };
-                    if let Err(error) = renewed.await {
-                        tracing::warn!("cannot renew the claim of {} objects: {error}", objects.len());
-                    }
-                }
-            }
-        }
     }
 
     /// Returns whether a record of the table links to `path`.
@@ -242,12 +236,17 @@ fn failed(at: &Location, failure: &Failure) -> Problem {
     Problem::failed(format!("cannot move {at}: {failure}"))
 }
 
-fn lease() -> i64 {
-    i64::try_from(LEASE.as_secs()).expect("two minutes")
+fn missing(at: &Location) -> Problem {
+    Problem::unprocessable(format!("cannot move {at}: there is no such object"))
+}
+
+/// Returns the location of an object before or after its soft delete.
+fn other(at: &Location) -> Location {
+    at.when_undeleted().unwrap_or_else(|| at.when_deleted())
 }
 
 /// Seconds since 1970.
-fn now() -> i64 {
+pub fn now() -> i64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(now.as_secs()).unwrap_or(i64::MAX)
 }
