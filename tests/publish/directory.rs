@@ -389,7 +389,9 @@ fn leftovers_of_a_killed_customization_are_reported_and_ended() {
         &["package", "--kernel", "vmlinuz", "--archive", "packed.sqsh", &root],
         &["customize", &root, "--work", "work", "--", "true"],
     ] {
-        let mut customize = ims_sshd(&["customize", &root, "--in-place"], &[]);
+        // Another test's run may take over the name of a killed run that kept nothing.
+        let variables = [("IMS_JAIL_HOSTNAME", format!("left-{}", std::process::id()))];
+        let mut customize = ims_sshd(&["customize", &root, "--in-place"], &variables);
         let mut killed = Ended::new(customize.stdout(Stdio::piped()).spawn().unwrap());
         let mut lines = std::io::BufRead::lines(std::io::BufReader::new(killed.stdout.take().unwrap()));
         assert!(lines.any(|line| line.unwrap().contains("ims-sshd complete")));
