@@ -38,7 +38,7 @@ struct Container {
     address: SocketAddr,
 }
 
-/// What outlives a container: its volume, its store and its cluster.
+/// The parts that outlive a container: its volume, its store and its cluster.
 struct Site {
     data: TempDir,
     bucket: Bucket,

@@ -166,7 +166,7 @@ fn jobs_on_kubernetes_outlive_kills_without_an_orphan() {
     for id in &ended {
         assert_eq!(site.status(&json!({ "id": id })), "success");
     }
-    // What starts and deletions have left is removed, and what jobs that have ended still held.
+    // Remove the remains of starts and deletions, and everything that ended jobs still hold.
     testbed::wait_within(Duration::from_mins(4), "orphans to be removed", || {
         let names = site.cluster.names();
         let is_known = |name: &String| live.iter().any(|id| name.contains(id.as_str()));

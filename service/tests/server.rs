@@ -53,7 +53,7 @@ pub fn try_ask(
     exchange(TcpStream::connect(to)?, method, path, headers, body.as_ref())
 }
 
-/// As [`try_ask`], over a connection that stands.
+/// Like [`try_ask`], over a connection that is already open.
 pub fn exchange(
     mut connection: impl Read + Write,
     method: &str,

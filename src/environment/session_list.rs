@@ -99,7 +99,7 @@ pub(crate) struct SessionList {
     listener: Listener,
     /// Connections by their descriptors.
     connections: BTreeMap<RawFd, Connection>,
-    /// What wakes [`SessionList::receive`]: the connections by descriptor, and the listener as `None`.
+    /// Sources that wake [`SessionList::receive`]: the connections by descriptor, and the listener as `None`.
     sources: Sources<Option<RawFd>>,
     /// Maximum number of connections; sessions beyond it are not logged.
     most_connections: usize,

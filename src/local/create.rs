@@ -94,7 +94,7 @@ pub fn run(mut creation: Creation) -> Result<u8> {
     let wanted = fetch::Wanted { directory: recipe.clone(), source: creation.source.clone(), values, set };
     fetch::run(settings, &wanted)?;
     if creation.node.is_none() {
-        // What cannot be built is refused before its repositories are waited for.
+        // Refuse a recipe that cannot be built before its repositories are waited for.
         kiwi::Buildable::read(&open_tree(&recipe)?, &creation.profiles, settings.job.arch())?;
         repositories::run(settings, &recipe, &creation.profiles, creation.limit)?;
     }

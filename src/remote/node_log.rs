@@ -67,7 +67,7 @@ enum Output {
 
 /// Decides which lines are logged. After too many there is a gap, in which the last lines are kept.
 struct Allowance {
-    /// What may be logged now. A gap's end may use more than there is.
+    /// Number of bytes that may be logged now; negative after the end of a gap, which may use more.
     bytes: i64,
     since: Instant,
     /// Lines of the gap, if there is one.
@@ -202,7 +202,7 @@ mod tests {
         assert_eq!(outputs.remove(0), Output::LeftOut(10_001 - kept - whole));
         assert_eq!(outputs, lines(10_001 - kept, 10_001).map(Output::Line).collect::<Vec<_>>());
         assert!(allowance.wait().is_none());
-        // That was more than was allowed: the next gap begins at once.
+        // The last lines used more than was allowed: the next gap begins at once.
         assert_eq!(logged(&mut allowance, lines(0, 500), after(40)), [Output::LeftOut(0)]);
         assert!(allowance.wait().unwrap() > Duration::from_secs(40));
         let mut outputs = Vec::new();

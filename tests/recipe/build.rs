@@ -296,7 +296,7 @@ fn killed_build_leaves_no_mount_and_no_process() {
 fn kiwi_that_the_kernel_kills_is_told_with_its_signal() {
     let volume = Volume::new("zypper").with_script(WAITS);
     let mut build = waiting(&volume, volume.build_of_job(&[]));
-    // As for want of memory.
+    // Kill it as the kernel does when memory runs out.
     let log = format!("--logfile={}", volume.at("image/kiwi.log").display());
     let [kiwi] = processes_with(&log)[..] else { panic!("{:?}", processes_with(&log)) };
     kill(Pid::from_raw(kiwi.cast_signed()), Signal::SIGKILL).unwrap();

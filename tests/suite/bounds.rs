@@ -20,7 +20,7 @@ const CROWD: &str = "trap '' TERM HUP\n\
 #[test]
 fn nine_thousand_processes_are_ended_in_time_with_few_log_lines() {
     for mode in MODES {
-        // As in a pod: the kernel does not share the processors between the sessions (sched(7), autogroup).
+        // In a control group, as in a pod, the kernel does not share the processors between sessions (sched(7), autogroup).
         let group = ControlGroup::new("cpu", &[]);
         let mut environment = group.start(Volume::new(Image::Busybox), mode, &[("IMS_CLOSE_GRACE", "2")]);
         let runner = match mode {

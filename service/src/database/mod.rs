@@ -54,7 +54,7 @@ pub struct List {
     pub version: i64,
     /// Body of an answer with all records. It is cached, since CFS requests all images before each of its calls.
     whole: Bytes,
-    /// Where each record is in the body.
+    /// Position of each record in the body.
     places: Arc<Vec<Range<usize>>>,
 }
 

@@ -32,7 +32,7 @@ pub struct Copy {
     pub to: Location,
 }
 
-/// What there is before a copy is made.
+/// State of the destination before a copy is made.
 enum Found {
     /// Nothing to copy.
     NoOriginal,
@@ -195,7 +195,7 @@ impl Service {
         }
         let named = self.named(&due.iter().flat_map(|at| [at.clone(), other(at)]).collect()).await?;
         for at in due {
-            // Whoever has claimed the object meanwhile decides about it.
+            // A request that has claimed the object in the meantime decides about it.
             let Ok(claim) = self.claim(BTreeSet::from([at.to_string()])).await else { continue };
             self.holding(&claim, self.sweep_one(&at, &named)).await?;
         }
