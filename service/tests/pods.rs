@@ -302,6 +302,16 @@ fn goes(site: &Site, job: &Value) {
     assert_eq!(site.cluster.names().into_iter().filter(|name| !name.starts_with("events/")).count(), 0);
 }
 
+/// Content of a file of the image that the job has published.
+fn published_file(site: &Site, bucket: &Bucket, kubelet: &Kubelet, job: &Value, file: &str) -> String {
+    let now = site.server().get(&format!("/v3/jobs/{}", job["id"].as_str().unwrap())).good();
+    let published = now["resultant_image_id"].as_str().unwrap();
+    assert_eq!(site.server().get(&format!("/images/{published}")).good()["name"], "compute-ö");
+    let rootfs = kubelet.dir.path().join("rootfs");
+    std::fs::write(&rootfs, bucket.get(&format!("{published}/rootfs")).body).unwrap();
+    succeed(Command::new("unsquashfs").arg("-cat").arg(&rootfs).arg(file))
+}
+
 #[test]
 fn customize_job_of_cfs_is_published() {
     let bucket = Bucket::new();
@@ -329,12 +339,7 @@ fn customize_job_of_cfs_is_published() {
         assert!(kubelet.ssh("touch /tmp/complete").status.success());
         kubelet.wait_for(&job, pod, "success");
     });
-    let now = site.server().get(&format!("/v3/jobs/{}", job["id"].as_str().unwrap())).good();
-    let published = now["resultant_image_id"].as_str().unwrap();
-    assert_eq!(site.server().get(&format!("/images/{published}")).good()["name"], "compute-ö");
-    let rootfs = kubelet.dir.path().join("rootfs");
-    std::fs::write(&rootfs, bucket.get(&format!("{published}/rootfs")).body).unwrap();
-    assert_eq!(succeed(Command::new("unsquashfs").arg("-cat").arg(&rootfs).arg("etc/motd")), "changed\n");
+    assert_eq!(published_file(&site, &bucket, &kubelet, &job, "etc/motd"), "changed\n");
     goes(&site, &job);
 }
 
@@ -377,12 +382,7 @@ fn create_job_is_built_and_published() {
     let job = create(&site, &kubelet, &repository().join("tests/recipe/rpm-local"));
     assert_eq!(job["ssh_containers"][0]["name"], "debug");
     kubelet.run(&job, |pod| kubelet.wait_for(&job, pod, "success"));
-    let now = site.server().get(&format!("/v3/jobs/{}", job["id"].as_str().unwrap())).good();
-    let published = now["resultant_image_id"].as_str().unwrap();
-    assert_eq!(site.server().get(&format!("/images/{published}")).good()["name"], "compute-ö");
-    let rootfs = kubelet.dir.path().join("rootfs");
-    std::fs::write(&rootfs, bucket.get(&format!("{published}/rootfs")).body).unwrap();
-    assert_eq!(succeed(Command::new("unsquashfs").arg("-cat").arg(&rootfs).arg("etc/hostname")), "rpm-local\n");
+    assert_eq!(published_file(&site, &bucket, &kubelet, &job, "etc/hostname"), "rpm-local\n");
     goes(&site, &job);
 }
 
