@@ -136,7 +136,7 @@ check: tools
 
 test: tools $(NEEDED)
 	$(if $(TEST_PROGRAMS),,@echo "no test's name contains" $(call quoted,$(TEST)) >&2; exit 1)
-	IMS_SSHD_CACHE=$(call quoted,$(CACHE)) IMS_SSHD_TEST_KIWIS="$(KIWIS)" cargo $(AS_ROOT) test --locked --workspace \
+	IMS_SSHD_CACHE=$(call quoted,$(CACHE)) IMS_SSHD_TEST_KIWIS="$(KIWIS)" cargo $(AS_ROOT) test --locked --workspace --no-fail-fast \
 		$(if $(TEST),$(patsubst %,--test %,$(filter-out lib,$(TEST_PROGRAMS))) $(if $(filter lib,$(TEST_PROGRAMS)),--lib) $(call quoted,$(TEST)))
 
 test-roots: install-test
