@@ -210,6 +210,46 @@ fn deletion_leaves_objects_of_other_records_alone() {
 }
 
 #[test]
+fn deletion_leaves_objects_of_other_buckets_alone() {
+    let server = Server::start();
+    let store = server.store();
+    let others = ["c/rootfs", "c/deleted/manifest", "c/k/x"];
+    let listed = [others.as_slice(), &["b/k/own", "b/own"]].concat();
+    let register = |server: &Server| {
+        for at in &listed {
+            put(&store, at, at);
+        }
+        manifest(&store, "k", &listed);
+        // One of them calls itself a manifest.
+        let file = store.join("b/k/manifest.json");
+        let mut text: Value = serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
+        text["artifacts"][1]["type"] = "application/vnd.cray.image.manifest".into();
+        std::fs::write(file, text.to_string()).unwrap();
+        register(server, "k")
+    };
+    let leaves_others = |gone: &str| {
+        for at in others {
+            assert_eq!(content(&store, at).as_deref(), Some(at), "{gone}");
+        }
+        assert_eq!(files(&store.join("c")).len(), others.len(), "{gone}");
+        assert_eq!((content(&store, "b/k/own"), content(&store, "b/own")), (None, None), "{gone}");
+    };
+    let id = register(&server);
+    assert_eq!(server.delete(&format!("/v3/images/{id}")).status, 204);
+    leaves_others("softly deleted");
+    assert_eq!(server.undelete(&format!("/v3/deleted/images/{id}")).status, 204);
+    assert!(listed.iter().all(|at| content(&store, at).as_deref() == Some(at)));
+    assert_eq!(server.delete(&format!("/v3/images/{id}")).status, 204);
+    assert_eq!(server.delete(&format!("/v3/deleted/images/{id}")).status, 204);
+    leaves_others("softly deleted, then for good");
+    let id = register(&server);
+    assert_eq!(server.delete(&format!("/images/{id}")).status, 204);
+    leaves_others("deleted for good");
+    assert_eq!(files(&store).len(), others.len());
+    assert!(server.log().contains("s3://c/k/x"), "{}", server.log());
+}
+
+#[test]
 fn start_removes_no_object_that_a_record_names() {
     use ims_service::database::{Database, Place};
     use ims_service::records::Location;

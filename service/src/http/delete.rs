@@ -125,8 +125,9 @@ impl Service {
         })?;
         // If the image is deleted, its manifest lists the original manifest as an artifact, so the result includes both
         // manifests.
-        let originals = artifacts.iter().filter(|artifact| artifact.kind == MANIFEST);
-        let manifests = originals.map(|artifact| artifact.location.clone()).filter(|at| at.when_undeleted().is_some());
+        let is_deleted = |at: &Location| at.when_undeleted().is_some();
+        let originals = artifacts.iter().filter(|artifact| artifact.kind == MANIFEST && is_deleted(&at));
+        let manifests = originals.map(|artifact| artifact.location.clone()).filter(is_deleted);
         let manifests = manifests.chain([at.clone()]).collect();
         Ok((manifests, artifacts.into_iter().map(|artifact| artifact.location).chain([at]).collect()))
     }

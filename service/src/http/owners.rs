@@ -17,9 +17,9 @@ const KINDS: [Kind; 4] = [Kind::Images, Kind::DeletedImages, Kind::Recipes, Kind
 
 impl Service {
     /// Returns those of `objects` that are the record's own, so that they are moved and removed with it. A manifest can
-    /// name any object. The others stay: an object to which another record links, and an object in the directory of
-    /// another image's manifest, or of a live record an object of a deleted one, unless it also is in the directory of
-    /// one of the record's own manifests, `homes`.
+    /// name any object. The others stay: an object in another bucket than the record's own manifests, `homes`; an object
+    /// to which another record links; and an object in the directory of another image's manifest, or of a live record
+    /// an object of a deleted one, unless it also is in the directory of one of `homes`.
     pub async fn own(
         &self,
         kind: Kind,
@@ -43,11 +43,12 @@ impl Service {
         };
         let is_own = |at: &Location| {
             let is_at_home = || homes.iter().any(|home| is_beside(at, home));
-            homes.contains(at) || (!linked.contains(at) && (is_at_home() || !is_foreign(at)))
+            let is_near = homes.is_empty() || homes.iter().any(|home| home.bucket == at.bucket);
+            homes.contains(at) || (is_near && !linked.contains(at) && (is_at_home() || !is_foreign(at)))
         };
         let (own, others): (Vec<_>, Vec<_>) = objects.into_iter().partition(is_own);
         for at in others {
-            tracing::warn!("{at} belongs to another record than {id}, which names it: it stays where it is");
+            tracing::warn!("{at} is no object of the record {id}, which names it: it stays where it is");
         }
         Ok(own)
     }
