@@ -30,6 +30,9 @@ const EXPANDED: [&str; 3] = ["args", "command", "env"];
 /// Maximum size of a template file in bytes.
 const LARGEST: u64 = 1 << 20;
 
+/// Maximum length of the reason why a template is refused, in characters.
+const LONGEST_REASON: usize = 1000;
+
 /// Returns the directory of the templates for jobs of this kind, relative to the directory of all templates.
 pub(super) fn directory(recipe_type: Option<&str>) -> PathBuf {
     recipe_type.map_or_else(|| "customize".into(), |kind| Path::new("create").join(kind))
@@ -52,7 +55,9 @@ pub(super) fn render(directory: &Path, kind: Kind, is_create: bool, variables: &
         return Err(Error::new(attempted()).because(format!("it has {length} bytes; {LARGEST} are the most")));
     }
     let text = std::fs::read_to_string(&path).attempt(attempted)?;
-    parse(&text, kind, variables).map_err(|why| Error::new(attempted()).because(why))
+    // A refusal quotes the template, in which a line may be as long as the file.
+    let shortened = |why: String| why.chars().take(LONGEST_REASON).collect::<String>();
+    parse(&text, kind, variables).map_err(|why| Error::new(attempted()).because(shortened(why)))
 }
 
 /// Parses the template `text` of an object and fills it in.
@@ -154,6 +159,7 @@ fn replaced(text: &str, variables: &Variables, is_expanded: bool) -> std::result
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
     use serde_json::json;
 
     use super::*;
@@ -219,5 +225,62 @@ mod tests {
         let refused = parse("apiVersion: v1\nkind: Secret", Kind::ConfigMap, &variables()).unwrap_err();
         assert_eq!(refused, "it makes a Secret of v1: expected a ConfigMap of v1");
         assert!(parse("apiVersion: v1\nkind: ConfigMap", Kind::ConfigMap, &variables()).is_err());
+    }
+
+    /// Fills in a file with this content; a refusal has to name the file.
+    fn from_file(content: &[u8]) -> Result<Value> {
+        let directory = tempfile::tempdir().unwrap();
+        let name = "image_configmap_customize.yaml.template";
+        std::fs::write(directory.path().join(name), content).unwrap();
+        let rendered = render(directory.path(), Kind::ConfigMap, false, &variables());
+        if let Err(error) = &rendered {
+            assert!(error.to_string().contains(name) && error.to_string().len() < 2000, "{error}");
+        }
+        rendered
+    }
+
+    #[test]
+    fn hostile_template_is_refused_with_its_name() {
+        let head = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: x}\ndata:\n";
+        let bomb: Vec<_> =
+            (1..40).map(|n| format!("  a{n}: &a{n} [{}]\n", vec![format!("*a{}", n - 1); 10].join(", "))).collect();
+        let deep: Vec<_> = (0..5000).map(|n| " ".repeat(n + 1) + "a:\n").collect();
+        let hostile = [
+            format!("{head}  a: {}", "[".repeat(500_000)),
+            format!("{head}  a: {}1{}", "[".repeat(100_000), "]".repeat(100_000)),
+            format!("{head}  a: {}", "{a: ".repeat(100_000)),
+            format!("{head}{}", deep.concat()),
+            format!("{head}  {}", "- ".repeat(300_000)),
+            format!("{head}  {}", "? ".repeat(300_000)),
+            format!("{head}  a0: &a0 lol\n{}", bomb.concat()),
+            format!("{head}  a: &a [*a]"),
+            format!("{head}  a: *a"),
+            format!("{head}  a: 1\n  a: 2"),
+            format!("{head}  a: {}", "$".repeat(999_999)),
+            format!("{head}  ? [a, b]\n  : 1"),
+            format!("{head}---\na: 1"),
+            "\0".repeat(1000),
+            String::new(),
+            "null".into(),
+            "[]".into(),
+            format!("# {}", "x".repeat(2 << 20)),
+        ];
+        for text in hostile {
+            assert!(from_file(text.as_bytes()).is_err(), "{}", text.chars().take(120).collect::<String>());
+        }
+        assert!(from_file(b"a: \xff").is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn any_template_is_filled_in_or_refused(
+            valid: bool,
+            text in "([a-z0-9]{1,3}|: |- |\n {0,4}|[\\[\\]{},?|>&*!%@`'\"#~$\t\r]|<<: |&a |\\*a|!!binary |---\n|\\$id|\\$\\{|\u{0}|\u{feff}|é){0,40}",
+            any: Vec<u8>,
+        ) {
+            let head = if valid { "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: x}\ndata:\n " } else { "" };
+            let _ = from_file(&[head.as_bytes(), text.as_bytes()].concat());
+            let _ = from_file(&[head.as_bytes(), &any].concat());
+        }
     }
 }
