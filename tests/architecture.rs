@@ -42,7 +42,7 @@ const TOO_HEAVY: &[&str] = &["tokio", "notify", "clap", "reqwest", "object_store
 
 /// Floors of the service, which is a package of its own.
 const SERVICE_FLOORS: &[&str] =
-    &["client", "serve", "listen", "data", "http", "runner", "database", "store", "records", "settings"];
+    &["client", "serve", "connections", "listen", "data", "http", "runner", "database", "store", "records", "settings"];
 
 /// Crates of the service that the pod's programs must not link.
 const SERVICE_ONLY: &[&str] = &["axum", "sqlx", "kube"];

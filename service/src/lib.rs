@@ -5,6 +5,7 @@
 //!
 //! - [`client`]: the commands that ask a running service, with the syntax of `cray ims`.
 //! - [`serve`]: starts the service and stops it cleanly.
+//! - [`connections`]: accepts connections, and closes those that keep others out.
 //! - [`listen`]: opens the socket and the address where requests arrive, and reads or creates the token.
 //! - [`data`]: closes the data directory to other users and services.
 //! - [`http`]: the API: routes, wire format, errors, and what each request does.
@@ -15,6 +16,7 @@
 //! - [`settings`]: variables and options.
 
 pub mod client;
+pub mod connections;
 pub mod data;
 pub mod database;
 pub mod http;

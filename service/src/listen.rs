@@ -10,26 +10,15 @@ use std::sync::Arc;
 
 use ims_sshd::error::{Attempt, Error, Result};
 use rustix::fs::Mode;
-use tls_listener::TlsListener;
 use tokio::net::{TcpListener, UnixListener};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::rustls::{ServerConfig, crypto};
 
-use crate::http::access::{Access, OnAddress, Token};
+use crate::data::TOKEN;
+use crate::http::access::{Access, Token};
 use crate::settings::{Auth, Listen, Settings};
-
-/// An address that the service listens on.
-pub enum Remote {
-    /// Without TLS.
-    Plain(OnAddress<TcpListener>),
-    /// With TLS.
-    Tls(Box<OnAddress<TlsListener<TcpListener, TlsAcceptor>>>),
-}
-
-/// Name of the token's file in the data directory.
-const TOKEN: &str = "token";
 
 /// Minimum length of a token, in characters: a shorter one could be guessed.
 const SHORTEST_TOKEN: usize = 32;
@@ -56,9 +45,12 @@ pub fn on_socket(path: &Path) -> Result<UnixListener> {
     bound.attempt(attempted)
 }
 
-/// Listens on `address`. Also returns the bound address, which has the port that the kernel chose if `address` has port
-/// 0.
-pub async fn on_address(address: SocketAddr, listen: &Listen) -> Result<(Remote, SocketAddr)> {
+/// Listens on `address`. Also returns how to accept TLS connections there, and the bound address, which has the port that
+/// the kernel chose if `address` has port 0.
+pub async fn on_address(
+    address: SocketAddr,
+    listen: &Listen,
+) -> Result<(TcpListener, Option<TlsAcceptor>, SocketAddr)> {
     let attempted = || format!("listen on {address}");
     let tls =
         listen.tls_cert.as_deref().zip(listen.tls_key.as_deref()).map(|(cert, key)| tls(cert, key)).transpose()?;
@@ -67,11 +59,7 @@ pub async fn on_address(address: SocketAddr, listen: &Listen) -> Result<(Remote,
     if tls.is_none() && listen.auth == Auth::Token && !bound.ip().is_loopback() {
         tracing::warn!("tokens are sent to {bound} without encryption; see --tls-cert and --tls-key");
     }
-    let remote = match tls {
-        None => Remote::Plain(OnAddress(listener)),
-        Some(tls) => Remote::Tls(Box::new(OnAddress(TlsListener::new(tls, listener)))),
-    };
-    Ok((remote, bound))
+    Ok((listener, tls, bound))
 }
 
 fn tls(cert: &Path, key: &Path) -> Result<TlsAcceptor> {

@@ -4,19 +4,16 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
-use axum::extract::connect_info::Connected;
-use axum::serve::{IncomingStream, Listener};
 use chrono::TimeDelta;
-use ims_sshd::error::{Attempt, Error, Result};
+use ims_sshd::error::{Attempt, Result};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
+use crate::connections::{self, Connections};
 use crate::data;
 use crate::database::{Database, Place, files};
-use crate::http::access::Peer;
 use crate::http::{self, Service};
-use crate::listen::{self, Remote};
+use crate::listen;
 use crate::records::Job;
 use crate::runner::{Kubernetes, Machine, Nothing, Runner};
 use crate::settings::{On, Records, Settings};
@@ -79,9 +76,9 @@ async fn run(settings: Settings) -> Result<()> {
     let mut settings = settings;
     let remote = match settings.listen.address {
         Some(address) => {
-            let (remote, address) = listen::on_address(address, &settings.listen).await?;
+            let (remote, tls, address) = listen::on_address(address, &settings.listen).await?;
             settings.listen.address = Some(address);
-            Some(remote)
+            Some((remote, tls))
         }
         None => None,
     };
@@ -137,19 +134,16 @@ async fn run(settings: Settings) -> Result<()> {
         asked.await;
         let _ = stop.send(true);
     });
-    let router = http::router(service.clone());
-    let ended = tokio::try_join!(
+    let connections = Connections::new(http::router(service.clone()), stopping);
+    tokio::join!(
         async {
-            match local {
-                Some(local) => answer_on(local, router.clone(), stopping.clone()).await,
-                None => Ok(()),
+            if let Some(local) = local {
+                connections.accept(local, None, connections::local).await;
             }
         },
         async {
-            match remote {
-                Some(Remote::Plain(remote)) => answer_on(remote, router.clone(), stopping.clone()).await,
-                Some(Remote::Tls(remote)) => answer_on(*remote, router.clone(), stopping.clone()).await,
-                None => Ok(()),
+            if let Some((remote, tls)) = remote {
+                connections.accept(remote, tls, connections::remote).await;
             }
         }
     );
@@ -157,23 +151,8 @@ async fn run(settings: Settings) -> Result<()> {
         task.abort();
     }
     service.database.close().await;
-    ended.map_err(|e| Error::new("serve").because(e))?;
     tracing::info!("stopped: all requests are answered");
     Ok(())
-}
-
-/// Answers requests on `listener` until `stopping` becomes true and all requests that have begun are answered.
-async fn answer_on<L>(listener: L, router: Router, mut stopping: watch::Receiver<bool>) -> std::io::Result<()>
-where
-    L: Listener,
-    L::Addr: std::fmt::Debug,
-    Peer: for<'a> Connected<IncomingStream<'a, L>>,
-{
-    let stopped = async move {
-        let _ = stopping.wait_for(|stop| *stop).await;
-    };
-    let router = router.into_make_service_with_connect_info::<Peer>();
-    axum::serve(listener, router).with_graceful_shutdown(stopped).await
 }
 
 /// Records the deaths of jobs that the runner reports, until the runner stops watching.

@@ -6,8 +6,9 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use clap::Parser;
+use ims_service::connections::{self, Connections};
 use ims_service::database::{Database, Place};
-use ims_service::http::access::{Access, OnAddress, Peer};
+use ims_service::http::access::Access;
 use ims_service::http::{Service, router};
 use ims_service::records::{Address, Job};
 use ims_service::runner::{Death, Failures, NewJob, Runner, Started};
@@ -93,8 +94,11 @@ impl Running {
             let service = Arc::new(Service::new(settings, database, store, runner.clone(), Access::All));
             let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
             let address = listener.local_addr().unwrap();
-            let app = router(service.clone()).into_make_service_with_connect_info::<Peer>();
-            tokio::spawn(async move { axum::serve(OnAddress(listener), app).await });
+            let app = router(service.clone());
+            tokio::spawn(async move {
+                let (_stop, stopping) = tokio::sync::watch::channel(false);
+                Connections::new(app, stopping).accept(listener, None, connections::remote).await;
+            });
             (address, service)
         });
         Self { address, runner, service, bucket, runtime, _data: data }

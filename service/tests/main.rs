@@ -6,6 +6,7 @@
 mod access;
 mod commands;
 mod creation;
+mod crowd;
 mod deployment;
 mod endpoints;
 mod hostile;

@@ -93,18 +93,31 @@ pub struct Server {
 impl Server {
     /// A service with a store in a directory.
     pub fn start() -> Self {
+        Self::start_by(&mut Command::new(env!("CARGO_BIN_EXE_ims")))
+    }
+
+    /// Like [`Self::start`], with so many descriptors.
+    pub fn with_descriptors(most: u32) -> Self {
+        let mut command = Command::new("prlimit");
+        Self::start_by(command.arg(format!("--nofile={most}")).arg(env!("CARGO_BIN_EXE_ims")))
+    }
+
+    fn start_by(program: &mut Command) -> Self {
         let data = tempfile::tempdir().unwrap();
         let store = format!("file://{}", data.path().join("store").display());
-        let mut server = Self::with(data.path(), &[("S3_ENDPOINT", &store)]);
+        let mut server = Self::by(program, data.path(), &[("S3_ENDPOINT", &store)]);
         server.data = Some(data);
         server
     }
 
     /// A service on `data`, with these variables.
     pub fn with(data: &Path, variables: &[(&str, &str)]) -> Self {
+        Self::by(&mut Command::new(env!("CARGO_BIN_EXE_ims")), data, variables)
+    }
+
+    fn by(command: &mut Command, data: &Path, variables: &[(&str, &str)]) -> Self {
         let address: SocketAddr = ([127, 0, 0, 1], free_port()).into();
         let log = std::fs::File::options().create(true).append(true).open(data.join("log")).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_ims"));
         command.arg("serve").env("IMS_LISTEN", address.to_string()).env("IMS_DATA_DIR", data);
         command.env("IMS_AUTH", "gateway").env_remove("IMS_DATABASE_URL");
         command.env("IMS_RUNNER", "none").envs(variables.iter().copied());

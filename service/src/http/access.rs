@@ -8,13 +8,10 @@ use std::fmt;
 use std::net::SocketAddr;
 
 use axum::body::Body;
-use axum::extract::connect_info::Connected;
 use axum::http::{HeaderMap, HeaderValue, Response, header};
-use axum::serve::{IncomingStream, Listener};
 use ims_sshd::error::{Attempt, Result};
 use ring::hmac;
 use ring::rand::{SecureRandom, SystemRandom};
-use tokio::net::UnixListener;
 use uuid::Uuid;
 
 use super::problem::Problem;
@@ -36,34 +33,6 @@ impl fmt::Display for Peer {
             Self::Local(None) => f.write_str("local"),
             Self::Remote(address) => write!(f, "{}", address.ip()),
         }
-    }
-}
-
-impl Connected<IncomingStream<'_, UnixListener>> for Peer {
-    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Self {
-        Self::Local(stream.io().peer_cred().ok().map(|peer| peer.uid()))
-    }
-}
-
-/// Listener on an address, as opposed to the socket.
-pub struct OnAddress<L>(pub L);
-
-impl<L: Listener<Addr = SocketAddr>> Listener for OnAddress<L> {
-    type Io = L::Io;
-    type Addr = SocketAddr;
-
-    async fn accept(&mut self) -> (Self::Io, SocketAddr) {
-        self.0.accept().await
-    }
-
-    fn local_addr(&self) -> std::io::Result<SocketAddr> {
-        self.0.local_addr()
-    }
-}
-
-impl<L: Listener<Addr = SocketAddr>> Connected<IncomingStream<'_, OnAddress<L>>> for Peer {
-    fn connect_info(stream: IncomingStream<'_, OnAddress<L>>) -> Self {
-        Self::Remote(*stream.remote_addr())
     }
 }
 

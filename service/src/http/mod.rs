@@ -1,13 +1,14 @@
 //! The API over HTTP: what each request does, and how it is answered.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::{Body, Bytes};
-use axum::extract::{ConnectInfo, State};
-use axum::http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header};
+use axum::extract::{ConnectInfo, Extension, State};
+use axum::http::{HeaderMap, HeaderValue, Method, Response, StatusCode, Uri, header};
 use futures_util::StreamExt;
+use ims_sshd::log::redaction::without_secrets;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -45,6 +46,19 @@ const LONGEST_BODY: usize = 16 << 20;
 
 /// Maximum number of bytes that are read from a body that is too large.
 const MOST_DISCARDED: usize = 256 << 20;
+
+/// Maximum length of a path or of a parameter in the log, in bytes.
+const LONGEST_SHOWN: usize = 1024;
+
+/// Maximum number of times that a parameter in the log is percent-encoded, one inside the other.
+const MOST_ENCODINGS: usize = 4;
+
+/// Time limit for the body of a request.
+const SLOWEST_BODY: Duration = Duration::from_mins(1);
+
+/// Extension of a request that comes while too many others are being answered.
+#[derive(Debug, Clone, Copy)]
+pub struct Overloaded;
 
 /// Everything that answering requests needs.
 pub struct Service {
@@ -103,6 +117,7 @@ pub fn router(service: Arc<Service>) -> Router {
 async fn answer(
     State(service): State<Arc<Service>>,
     ConnectInfo(peer): ConnectInfo<Peer>,
+    overloaded: Option<Extension<Overloaded>>,
     request: axum::extract::Request,
 ) -> Response<Body> {
     let began = Instant::now();
@@ -111,6 +126,9 @@ async fn answer(
     let name = target.map_or("none", |target| target.name());
     let answer = match service.access.refusal(peer, target, request.headers()) {
         Some(refusal) => refusal,
+        None if overloaded.is_some() && !matches!(target, Some(Target::Health)) => {
+            Problem::new(StatusCode::SERVICE_UNAVAILABLE, "there are too many requests: try again").answer()
+        }
         None => {
             let shared = service.clone();
             // Handle the request in a task of its own, so that a client that disconnects does not stop it half-way.
@@ -146,7 +164,11 @@ async fn handle(service: &Arc<Service>, request: axum::extract::Request) -> Resp
     if !allowed.split(", ").any(|name| name == method.as_str()) {
         return problem::no_such_method(allowed, matches!(target, Target::Health | Target::Release));
     }
-    let Some(body) = read(body).await else {
+    let Ok(body) = tokio::time::timeout(SLOWEST_BODY, read(body)).await else {
+        let limit = SLOWEST_BODY.as_secs();
+        return Problem::new(StatusCode::REQUEST_TIMEOUT, format!("the body has not come within {limit} s")).answer();
+    };
+    let Some(body) = body else {
         return Problem::new(StatusCode::PAYLOAD_TOO_LARGE, format!("the body has {LONGEST_BODY} bytes or more"))
             .answer();
     };
