@@ -206,3 +206,30 @@ fn the_openapi_document_in_docs_is_that_of_the_program() {
     let kept = std::fs::read_to_string(testbed::repository().join("docs/openapi.yaml")).unwrap();
     assert!(answer.body == kept, "docs/openapi.yaml is old: write it with 'ims openapi > docs/openapi.yaml'");
 }
+
+#[test]
+fn secrets_of_urls_are_not_in_the_log() {
+    let server = Server::start();
+    for target in [
+        "/v3/images?token=hidden&limit=7",
+        "/v3/images?limit=7&X-Amz-Signature=hidden",
+        "/v3/images?AWSAccessKeyId=hidden&Signature=hidden&limit=7",
+        "/v3/images?%74oken=hidden&limit=7",
+        "/v3/images?limit=7&url=https%3A%2F%2Fs3%2Fb%2Fk%3FX-Amz-Signature%3Dhidden",
+        "/v3/images?limit=7&url=https%253A%252F%252Fs3%253FX-Amz-Signature%253Dhidden%25ff",
+        "/v3/images?limit=7&url=https://me:hidden@s3/b",
+        "/v3/images?limit=7&name=Bearer+hidden",
+        "/v3/images?limit=7&password=%ffhidden",
+        "/downloads/b/k?expires=7&signature=hidden",
+        "/v3/images/x/password=hidden",
+        "/v3/images/https:%2F%2Fme:hidden@s3?limit=7",
+    ] {
+        ask(server.address, "GET", target, "", "");
+    }
+    assert_eq!(ask(server.address, "GET", "http://me:hidden@host/v3/images?name=shown", "", "").status, 200);
+    let log = server.log();
+    assert!(!log.contains("hidden"), "{log}");
+    assert_eq!(log.matches("=7").count(), 11, "{log}");
+    assert!(log.contains("\"GET /v3/images?token=***&limit=7 HTTP/1.1\" 200"), "{log}");
+    assert!(log.contains("?name=shown"), "{log}");
+}

@@ -2,4 +2,4 @@
 
 pub mod format;
 pub(crate) mod output;
-pub(crate) mod redaction;
+pub mod redaction;

@@ -185,7 +185,7 @@ pub(crate) fn without_known(text: &str) -> Cow<'_, str> {
 }
 
 /// Masks secrets in a command line or a line of a program's output.
-pub(crate) fn without_secrets(text: &str) -> String {
+pub fn without_secrets(text: &str) -> String {
     let line = Line { text, quoted: quoted(text), words: words(text) };
     let rules = [Line::named, Line::of_options, Line::read_from_stdin, Line::in_sql, Line::in_urls, Line::tokens];
     let mut found: Vec<_> = rules.iter().flat_map(|rule| rule(&line)).chain(private_keys(text)).collect();

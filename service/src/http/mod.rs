@@ -140,9 +140,7 @@ async fn answer(
         }
     };
     let (status, took) = (answer.status().as_u16(), began.elapsed());
-    // Do not log the query of a download URL: it is the signature, which is a secret.
-    let shown = if name == "downloads" { uri.path() } else { uri.path_and_query().map_or("", |shown| shown.as_str()) };
-    tracing::info!("{peer} \"{method} {shown} {version:?}\" {status} {} ms", took.as_millis());
+    tracing::info!("{peer} \"{method} {} {version:?}\" {status} {} ms", shown(&uri), took.as_millis());
     // Count only known methods: clients could otherwise fill the memory with made-up label values.
     let known = [Method::GET, Method::HEAD, Method::POST, Method::PATCH, Method::DELETE, Method::OPTIONS];
     let counted = known.iter().find(|known| **known == method).map_or("other", Method::as_str);
@@ -178,7 +176,7 @@ async fn handle(service: &Arc<Service>, request: axum::extract::Request) -> Resp
     let done = dispatch(service, &method, target, &path, query, &head.headers, &request).await;
     done.unwrap_or_else(|problem| {
         if problem.status.is_server_error() {
-            tracing::error!("{} {path}: {problem}", head.method);
+            tracing::error!("{} {}: {problem}", head.method, shown(&head.uri));
         }
         problem.answer()
     })
@@ -282,8 +280,41 @@ fn pairs(query: &str) -> Vec<(String, String)> {
     url.query_pairs().filter(|(name, _)| !name.is_empty()).map(|(name, value)| (name.into(), value.into())).collect()
 }
 
+/// Path and query of a request for the log. A path or a parameter may hold a secret, such as a presigned URL or a
+/// token.
+fn shown(uri: &Uri) -> String {
+    let path = if has_secret(uri.path()) { "***" } else { uri.path() };
+    let parameters = uri.query().into_iter().flat_map(|query| query.split('&')).map(|parameter| {
+        let (name, value) = parameter.split_once('=').unwrap_or_default();
+        if has_secret(parameter) || has_secret(value) { format!("{name}=***") } else { parameter.to_owned() }
+    });
+    let query = parameters.collect::<Vec<_>>().join("&");
+    if query.is_empty() { path.to_owned() } else { format!("{path}?{query}") }
+}
+
+/// Returns whether a text may have a secret, percent-encoded or not. One that is too long to look for it may have one.
+fn has_secret(text: &str) -> bool {
+    let mut text = text.to_owned();
+    for _ in 0..MOST_ENCODINGS {
+        if text.len() > LONGEST_SHOWN || without_secrets(&text) != text {
+            return true;
+        }
+        let plain = String::from_utf8_lossy(&percent_decoded(&text.replace('+', " "))).into_owned();
+        if plain == text {
+            return false;
+        }
+        text = plain;
+    }
+    true
+}
+
 /// Decodes a percent-encoded segment of a path. Returns an empty text, which names nothing, if the result is not UTF-8.
 fn decoded(segment: &str) -> String {
+    // PostgreSQL refuses NUL in texts.
+    String::from_utf8(percent_decoded(segment)).ok().filter(|text| !text.contains('\0')).unwrap_or_default()
+}
+
+fn percent_decoded(segment: &str) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(segment.len());
     let mut rest = segment.as_bytes();
     while let Some((first, after)) = rest.split_first() {
@@ -299,6 +330,5 @@ fn decoded(segment: &str) -> String {
             }
         }
     }
-    // PostgreSQL refuses NUL in texts.
-    String::from_utf8(bytes).ok().filter(|text| !text.contains('\0')).unwrap_or_default()
+    bytes
 }
