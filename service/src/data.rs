@@ -2,15 +2,23 @@
 
 use std::fs::{DirBuilder, File, Permissions};
 use std::io::ErrorKind;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 use ims_sshd::error::{Attempt, Error, Result};
-use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::fs::FlockOperation;
 use rustix::io::Errno;
+
+use crate::records::Kind;
 
 /// Name of the database file in the data directory.
 pub const DATABASE: &str = "ims.sqlite";
+
+/// Names of the database's files, after [`DATABASE`].
+const DATABASES: [&str; 4] = ["", "-wal", "-shm", "-journal"];
+
+/// Name of the token's file in the data directory.
+pub const TOKEN: &str = "token";
 
 /// Bits of a mode that let other users write to a directory.
 const OTHERS_WRITE: u32 = 0o022;
@@ -38,30 +46,46 @@ pub fn make(directory: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Creates the database file if it is missing, and closes it to other users. SQLite gives the files beside it the same
-/// mode. Refuses a symbolic link and a file of another user.
-pub fn close_database(directory: &Path) -> Result<()> {
-    for (suffix, create) in [("", OFlags::CREATE), ("-wal", OFlags::empty()), ("-shm", OFlags::empty())] {
-        let path = directory.join(format!("{DATABASE}{suffix}"));
+/// Refuses a file of the data directory that other users can replace or write. Missing files are fine.
+pub fn check(directory: &Path) -> Result<()> {
+    let database = DATABASES.map(|suffix| format!("{DATABASE}{suffix}"));
+    let others = Kind::ALL.into_iter().filter_map(Kind::file).chain([TOKEN]).map(str::to_owned);
+    for name in database.iter().cloned().chain(others) {
+        let path = directory.join(&name);
         let attempted = || format!("use {}", path.display());
-        match own_file(&path, create) {
-            Err(Errno::NOENT) if !suffix.is_empty() => {}
-            Err(Errno::LOOP) => {
-                let refused = Error::new(attempted()).because("it is a symbolic link");
-                return Err(refused.advise("put the file itself in its place"));
+        let found = match std::fs::symlink_metadata(&path) {
+            Err(e) if e.kind() == ErrorKind::NotFound => continue,
+            found => found.attempt(attempted)?,
+        };
+        let will_be_closed = database.contains(&name) && is_ours(found.uid());
+        let reason = match () {
+            () if found.is_symlink() => "it is a symbolic link".into(),
+            () if !found.is_file() => "it is no regular file".into(),
+            () if !is_trusted(found.uid()) => format!("it belongs to the user {}", found.uid()),
+            // The group may write: Kubernetes gives that right to the group of a volume.
+            () if found.mode() & 0o002 != 0 && !will_be_closed => "all users can write to it".into(),
+            () => continue,
+        };
+        let refused = Error::new(attempted()).because(reason);
+        return Err(refused.advise("remove it, or put a file of the service's user in its place"));
+    }
+    Ok(())
+}
+
+/// Creates the database file if it is missing, and closes it to other users. SQLite gives the files beside it the same
+/// mode.
+pub fn close_database(directory: &Path) -> Result<()> {
+    for suffix in DATABASES {
+        let path = directory.join(format!("{DATABASE}{suffix}"));
+        let attempted = || format!("close {} to other users", path.display());
+        match path.symlink_metadata() {
+            Err(_) if suffix.is_empty() => {
+                File::options().write(true).create_new(true).mode(0o600).open(&path).attempt(attempted)?;
             }
-            other => {
-                let file = other.attempt(attempted)?;
-                let found = file.metadata().attempt(attempted)?;
-                if !found.is_file() || !is_trusted(found.uid()) {
-                    let reason =
-                        format!("it is no regular file of the service's user, but of the user {}", found.uid());
-                    return Err(Error::new(attempted()).because(reason).advise("remove it, or give it to that user"));
-                }
-                if is_ours(found.uid()) && found.mode() & 0o077 != 0 {
-                    file.set_permissions(Permissions::from_mode(0o600)).attempt(attempted)?;
-                }
+            Ok(found) if is_ours(found.uid()) && found.mode() & 0o077 != 0 => {
+                std::fs::set_permissions(&path, Permissions::from_mode(0o600)).attempt(attempted)?;
             }
+            _ => {}
         }
     }
     Ok(())
@@ -80,12 +104,6 @@ pub fn lock(directory: &Path) -> Result<File> {
         }
         Err(error) => Err(Error::new(attempted()).because(error)),
     }
-}
-
-/// Opens a file for this user alone. Does not follow a symbolic link, nor wait for the other end of a named pipe.
-fn own_file(path: &Path, create: OFlags) -> std::result::Result<File, Errno> {
-    let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC | create;
-    rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR).map(File::from)
 }
 
 fn is_ours(user: u32) -> bool {

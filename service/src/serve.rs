@@ -48,10 +48,13 @@ fn runtime() -> Result<tokio::runtime::Runtime> {
 }
 
 async fn open(records: &Records) -> Result<Database> {
+    if records.database.is_none() {
+        data::make(&records.data)?;
+    }
+    data::check(&records.data)?;
     if let Some(url) = &records.database {
         return Database::open(Place::Url(url)).await;
     }
-    data::make(&records.data)?;
     data::close_database(&records.data)?;
     Database::open(Place::File(&records.data.join(data::DATABASE))).await
 }
@@ -147,6 +150,7 @@ async fn run(settings: Settings) -> Result<()> {
             }
         }
     );
+    connections.ended().await;
     for task in [sweep, finish, clear, watching, stopped] {
         task.abort();
     }

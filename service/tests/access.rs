@@ -149,7 +149,7 @@ fn token_is_the_owners_alone_and_stays_over_a_restart() {
     assert!(place.refused(&["--listen", &address]).contains("no word of 32 characters"));
     std::fs::remove_file(&file).unwrap();
     std::os::unix::fs::symlink("/etc/hostname", &file).unwrap();
-    assert!(place.refused(&["--listen", &address]).contains("other users can"));
+    assert!(place.refused(&["--listen", &address]).contains("it is a symbolic link"));
 }
 
 #[test]
@@ -262,6 +262,36 @@ fn data_of_another_user_and_a_linked_database_are_refused() {
     std::os::unix::fs::symlink("/dev/null", place.path("data/ims.sqlite")).unwrap();
     let why = place.refused(&[]);
     assert!(why.contains("ims.sqlite: it is a symbolic link"), "{why}");
+}
+
+#[test]
+fn files_that_others_can_replace_or_write_are_refused() {
+    let place = Place::new();
+    let file = place.path("data/v2.1_images.json");
+    std::fs::create_dir(place.path("data")).unwrap();
+    let refuses = |why: &str| {
+        let log = place.refused(&[]);
+        assert!(log.contains("data/v2.1_images.json: ") && log.contains(why), "{why}: {log}");
+        std::fs::remove_file(&file).unwrap();
+    };
+    std::os::unix::fs::symlink("/etc/hostname", &file).unwrap();
+    refuses("it is a symbolic link");
+    std::os::unix::fs::symlink("/nonexistent", &file).unwrap();
+    refuses("it is a symbolic link");
+    succeed(Command::new("mkfifo").arg(&file));
+    refuses("it is no regular file");
+    std::fs::write(&file, "[]").unwrap();
+    std::os::unix::fs::chown(&file, Some(1234), None).unwrap();
+    refuses("it belongs to the user 1234");
+    std::fs::write(&file, "[]").unwrap();
+    std::fs::set_permissions(&file, Permissions::from_mode(0o666)).unwrap();
+    refuses("all users can write to it");
+    for name in ["ims.sqlite", "ims.sqlite-wal", "token"] {
+        succeed(Command::new("mkfifo").arg(place.path("data").join(name)));
+        let log = place.refused(&["--listen", "127.0.0.1:0"]);
+        assert!(log.contains(&format!("data/{name}: it is no regular file")), "{log}");
+        std::fs::remove_file(place.path("data").join(name)).unwrap();
+    }
 }
 
 #[test]
