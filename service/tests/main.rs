@@ -30,4 +30,5 @@ mod server;
 mod slow_store;
 mod statuses;
 mod times;
+mod untrusted;
 mod wire;

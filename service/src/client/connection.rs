@@ -17,6 +17,9 @@ use crate::settings;
 /// Time limit for connecting.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 
+/// Maximum size of an answer, in bytes: some hundred thousand records.
+const LARGEST_ANSWER: usize = 64 << 20;
+
 /// Time limit of a request: the service may have to move the objects of a large image.
 const LIMIT: Duration = Duration::from_hours(1);
 
@@ -89,18 +92,19 @@ impl Service {
     /// Sends a request and returns the service's answer; [`Value::Null`] if the answer has no content.
     pub(super) async fn ask(&self, request: &Request) -> Result<Value> {
         let response = self.send(request, Some(LIMIT)).await?;
-        let text = response.bytes().await.map_err(|e| failed(request, &e))?;
+        let text = read(request, response).await?;
         if text.is_empty() {
             return Ok(Value::Null);
         }
         serde_json::from_slice(&text).attempt(|| format!("{}: read the answer as JSON", request.attempted))
     }
 
-    /// Sends a request, and writes the answer to `to` as it arrives.
-    pub(super) async fn copy(&self, request: &Request, to: &mut impl Write) -> Result<()> {
+    /// Sends a request, and writes each part of the answer to standard output as it arrives, as `shown` returns it.
+    pub(super) async fn copy(&self, request: &Request, mut shown: impl FnMut(&[u8]) -> Vec<u8>) -> Result<()> {
         let mut response = self.send(request, None).await?;
+        let mut to = std::io::stdout();
         while let Some(bytes) = response.chunk().await.map_err(|e| failed(request, &e))? {
-            to.write_all(&bytes).and_then(|()| to.flush()).attempt(|| "write to standard output")?;
+            to.write_all(&shown(&bytes)).and_then(|()| to.flush()).attempt(|| "write to standard output")?;
         }
         Ok(())
     }
@@ -134,13 +138,27 @@ impl Service {
         if status.is_success() {
             return Ok(response);
         }
-        let text = response.text().await.unwrap_or_default();
-        let refused = Error::new(&request.attempted).because(Printable(reason(status, &text)));
+        let text = read(request, response).await?;
+        let refused =
+            Error::new(&request.attempted).because(Printable(reason(status, &String::from_utf8_lossy(&text))));
         Err(match status {
             StatusCode::UNAUTHORIZED => refused.advise("--token names the file of the token, in the service's data"),
             _ => refused,
         })
     }
+}
+
+/// Reads an answer. Fails if it has no end that memory could hold.
+async fn read(request: &Request, mut response: Response) -> Result<Vec<u8>> {
+    let mut text = Vec::new();
+    while let Some(part) = response.chunk().await.map_err(|e| failed(request, &e))? {
+        if text.len() + part.len() > LARGEST_ANSWER {
+            let reason = format!("the answer is longer than {} MiB", LARGEST_ANSWER >> 20);
+            return Err(Error::new(&request.attempted).because(reason));
+        }
+        text.extend_from_slice(&part);
+    }
+    Ok(text)
 }
 
 fn failed(request: &Request, error: &reqwest::Error) -> Error {

@@ -8,7 +8,7 @@ mod session;
 mod shown;
 mod value;
 
-use std::io::{Read, Write};
+use std::io::{IsTerminal, Read, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -94,7 +94,12 @@ async fn jobs(service: &Service, verb: Jobs) -> Result<Value> {
         Jobs::Deleteall(filters) => service.ask(&requests::delete_jobs(&filters)).await,
         Jobs::Logs { follow, one } => {
             let id = find(service, kind, &one.id).await?;
-            service.copy(&requests::log(&id, follow), &mut std::io::stdout()).await?;
+            let (request, mut terminal) = (requests::log(&id, follow), shown::Parts::default());
+            if std::io::stdout().is_terminal() {
+                service.copy(&request, |part| terminal.shown(part)).await?;
+            } else {
+                service.copy(&request, <[u8]>::to_vec).await?;
+            }
             Ok(Value::Null)
         }
         Jobs::Ssh { identity, one, command } => {

@@ -7,6 +7,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use ims_sshd::error::{Attempt, Error, Result};
+use ims_sshd::printable::Printable;
+
+use uuid::Uuid;
 
 use super::connection::Service;
 use super::requests::JOBS;
@@ -37,7 +40,7 @@ pub(super) async fn log_in(
             status => {
                 let status = status.unwrap_or_default().to_owned();
                 if told.as_ref() != Some(&status) {
-                    eprintln!("ims: waiting for the job: its status is {status}");
+                    eprintln!("ims: waiting for the job: its status is {}", Printable(&status));
                     told = Some(status);
                 }
             }

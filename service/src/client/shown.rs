@@ -53,6 +53,35 @@ fn yaml(value: &Value) -> String {
     printable::json(&openapi::yaml(&value))
 }
 
+/// Parts of a text for a terminal. Characters that control a terminal are escaped; a part may end within a character.
+#[derive(Default)]
+pub(super) struct Parts(Vec<u8>);
+
+impl Parts {
+    /// Returns the next part, with what the last one has left.
+    pub(super) fn shown(&mut self, part: &[u8]) -> Vec<u8> {
+        self.0.extend_from_slice(part);
+        let end = match std::str::from_utf8(&self.0) {
+            Err(error) => {
+                let last = self.0.len().saturating_sub(3).max(error.valid_up_to());
+                let is_cut = |at: &usize| {
+                    std::str::from_utf8(&self.0[*at..]).is_err_and(|e| e.valid_up_to() == 0 && e.error_len().is_none())
+                };
+                (last..self.0.len()).find(is_cut).unwrap_or(self.0.len())
+            }
+            Ok(_) => self.0.len(),
+        };
+        let rest = self.0.split_off(end);
+        let text = String::from_utf8_lossy(&self.0).into_owned();
+        self.0 = rest;
+        let lines = text.split('\n').map(|line| {
+            let fields: Vec<_> = line.split('\t').map(|field| Printable(field).to_string()).collect();
+            fields.join("\t")
+        });
+        lines.collect::<Vec<_>>().join("\n").into_bytes()
+    }
+}
+
 /// TOML in the layout of Python's `toml` 0.10: fields first, then lists of tables, then tables, level by level.
 fn toml(record: &Table) -> String {
     let mut text = String::new();
@@ -197,7 +226,7 @@ fn members(record: &Table) -> String {
                         }
                     }
                 }
-                value => rows.push(vec![place, plain(value)]),
+                value => rows.push(vec![Printable(place).to_string(), plain(value)]),
             }
         }
     }
@@ -289,6 +318,20 @@ mod tests {
         let record = r#"{"id":"1","link":{"path":"p"},"ssh_containers":[{"jail":true}]}"#;
         let shown = "id                     1\nlink.path              p\nssh_containers.0.jail  true\n";
         assert_eq!(text(&serde_json::from_str(record).unwrap(), Format::Table), shown);
+    }
+
+    #[test]
+    fn parts_of_a_text_are_escaped_wherever_they_are_cut() {
+        let text = "one\ttwo\r\né\u{1f980}\u{1b}[2J\u{202e}漢\n".as_bytes();
+        let text = [text, b"\xff\xf0\x9f", text].concat();
+        let whole = Parts::default().shown(&text);
+        for length in 1..text.len() {
+            let mut parts = Parts::default();
+            let shown: Vec<_> = text.chunks(length).flat_map(|part| parts.shown(part)).collect();
+            assert_eq!(String::from_utf8(shown), String::from_utf8(whole.clone()), "{length}");
+        }
+        let shown = String::from_utf8(whole).unwrap();
+        assert!(shown.starts_with("one\ttwo\\r\né🦀\\u{1b}[2J\\u{202e}漢\n\u{fffd}\u{fffd}one"), "{shown}");
     }
 
     #[test]
