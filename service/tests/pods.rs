@@ -2,6 +2,7 @@
 //! programs in the pod, which report to the service itself.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::Mutex;
@@ -12,11 +13,13 @@ use ims_sshd::pod::pod_files::SSHD_CONFIG;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use testbed::job::{image, md5, squashfs_of};
+use testbed::node::Lab;
 use testbed::repository_server::RepositoryServer;
 use testbed::s3_server::Bucket;
 use testbed::{cache, podman, repository, ssh_options, succeed};
 
 use crate::kubernetes::Site;
+use crate::nodes::prepare;
 use crate::recipes::{REPOSITORY, write};
 
 const IMAGE: &str = "localhost/ims-sshd-test/ims-sshd:latest";
@@ -32,10 +35,16 @@ struct Kubelet<'a> {
     dir: TempDir,
     port: u16,
     key: PathBuf,
+    /// Build nodes, in whose network the pods run then.
+    lab: Option<&'a Lab>,
 }
 
 impl<'a> Kubelet<'a> {
     fn new(site: &'a Site, bucket: &'a Bucket) -> Self {
+        Self::beside(site, bucket, None)
+    }
+
+    fn beside(site: &'a Site, bucket: &'a Bucket, lab: Option<&'a Lab>) -> Self {
         let base = cache().join("tests");
         std::fs::create_dir_all(&base).unwrap();
         let dir = tempfile::tempdir_in(base).unwrap();
@@ -44,7 +53,11 @@ impl<'a> Kubelet<'a> {
         }
         let key = dir.path().join("id_ed25519");
         succeed(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&key));
-        Self { site, bucket, dir, port: testbed::free_port(), key }
+        if let Some(lab) = lab {
+            lab.lend(site.server().address);
+            lab.lend(bucket.endpoint.strip_prefix("http://").unwrap().parse().unwrap());
+        }
+        Self { site, bucket, dir, port: testbed::free_port(), key, lab }
     }
 
     /// The pod of a job as podman takes it: on this machine's network, with this machine's volumes and images.
@@ -85,6 +98,10 @@ impl<'a> Kubelet<'a> {
     }
 
     fn map(&self, name: &Value) -> Option<Value> {
+        if let Some(lab) = self.lab.filter(|_| name == "cray-ims-remote-keys") {
+            let data = json!({"private_key": std::fs::read_to_string(&lab.key).unwrap()});
+            return Some(json!({"apiVersion": "v1", "kind": "ConfigMap", "data": data}));
+        }
         self.site.cluster.all("configmaps").into_iter().find(|map| map["metadata"]["name"] == *name)
     }
 
@@ -133,7 +150,8 @@ impl<'a> Kubelet<'a> {
             scope.spawn(|| {
                 let _one = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
                 // An init container that fails ends it.
-                let _ = podman(&["play", "kube", "--quiet"]).arg(&file).output().unwrap();
+                let play = podman(&["play", "kube", "--quiet"]);
+                let _ = self.command(play).arg(&file).output().unwrap();
             });
             scope.spawn(|| {
                 while !running.is_over.load(Ordering::Relaxed) {
@@ -151,8 +169,17 @@ impl<'a> Kubelet<'a> {
         drop(running);
     }
 
+    /// A command in the network of the pods.
+    fn command(&self, given: Command) -> Command {
+        let Some(lab) = self.lab else { return given };
+        let mut command = lab.command(given.get_program().to_str().unwrap());
+        command.args(given.get_args()).envs(given.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        command.current_dir(given.get_current_dir().unwrap_or(Path::new("/"))).stdin(Stdio::null());
+        command
+    }
+
     fn ssh(&self, command: &str) -> Output {
-        let mut ssh = Command::new("ssh");
+        let mut ssh = self.command(Command::new("ssh"));
         ssh.args(ssh_options(&self.key)).args(["-p", &self.port.to_string(), "root@127.0.0.1", command]);
         ssh.stdin(Stdio::null()).output().unwrap()
     }
@@ -237,8 +264,13 @@ impl Drop for Over<'_> {
 
 /// A site with a store, in which a bootable image is registered.
 fn site(bucket: &Bucket) -> (Site, String) {
+    site_with(bucket, &[])
+}
+
+fn site_with(bucket: &Bucket, further: &[(&str, &str)]) -> (Site, String) {
     let variables = bucket.variables();
     let mut variables: Vec<_> = variables.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    variables.extend(further);
     variables.extend([("S3_BOOT_IMAGES_BUCKET", bucket.name.as_str()), ("JOB_ENABLE_DKMS", "false")]);
     let site = Site::with(&variables);
     let dir = tempfile::tempdir_in(cache()).unwrap();
@@ -340,6 +372,37 @@ fn customize_job_of_cfs_is_published() {
         kubelet.wait_for(&job, pod, "success");
     });
     assert_eq!(published_file(&site, &bucket, &kubelet, &job, "etc/motd"), "changed\n");
+    goes(&site, &job);
+}
+
+#[test]
+fn customize_job_on_a_remote_build_node_is_published() {
+    let (lab, bucket) = (Lab::new(), Bucket::new());
+    let node = &lab.nodes[0];
+    prepare(node, "x86_64");
+    let before = node.state();
+    // The service stays in this machine's network; its ssh reaches the node.
+    let programs = testbed::directory();
+    let (ssh, enter) = (programs.path().join("ssh"), lab.command("/usr/bin/ssh"));
+    let words: Vec<_> = enter.get_args().map(|word| word.to_str().unwrap()).collect();
+    std::fs::write(&ssh, format!("#!/bin/sh\nexec nsenter {} \"$@\"\n", words.join(" "))).unwrap();
+    std::fs::set_permissions(&ssh, PermissionsExt::from_mode(0o755)).unwrap();
+    let path = format!("{}:{}", programs.path().display(), std::env::var("PATH").unwrap());
+    let (site, image) = site_with(&bucket, &[("PATH", &path), ("IMS_REMOTE_KEY", lab.key.to_str().unwrap())]);
+    site.server().post("/v3/remote-build-nodes", &json!({"xname": node.address})).good();
+    let kubelet = Kubelet::beside(&site, &bucket, Some(&lab));
+    let job = post(&site, &kubelet, "customize", &image);
+    assert_eq!(job["remote_build_node"], node.address.as_str(), "{}", site.log());
+    kubelet.run(&job, |pod| {
+        kubelet.wait_for(&job, pod, "waiting_on_user");
+        assert_eq!(node.jobs(), [format!("ims_{}", job["id"].as_str().unwrap())]);
+        let changed = kubelet.ssh("echo changed > /etc/motd; echo $REMOTE_BUILD_NODE");
+        assert_eq!(String::from_utf8_lossy(&changed.stdout).trim(), node.address, "{changed:?}\n{}", logs(pod));
+        assert!(kubelet.ssh("touch /tmp/complete").status.success());
+        kubelet.wait_for(&job, pod, "success");
+    });
+    assert_eq!(published_file(&site, &bucket, &kubelet, &job, "etc/motd"), "changed\n");
+    node.is_as_before(&before);
     goes(&site, &job);
 }
 

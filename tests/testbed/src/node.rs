@@ -3,12 +3,15 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
+use std::fs::File;
 use std::io::{BufRead, BufReader};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;
 
+use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
@@ -170,6 +173,30 @@ impl Lab {
 
     fn network(&self) -> String {
         format!("--net=/proc/{}/ns/net", self.holder.id())
+    }
+
+    /// Makes a server of this machine's network, which listens on the loopback address, answer in the pod's network too.
+    pub fn lend(&self, server: SocketAddr) {
+        let network = File::open(format!("/proc/{}/ns/net", self.holder.id())).unwrap();
+        // A socket stays in the network of the thread that made it.
+        let made = std::thread::spawn(move || {
+            setns(network, CloneFlags::CLONE_NEWNET).unwrap();
+            TcpListener::bind(server).unwrap()
+        });
+        let listener = made.join().unwrap();
+        let copy = |mut from: TcpStream, mut to: TcpStream| {
+            std::thread::spawn(move || {
+                let _ = std::io::copy(&mut from, &mut to);
+                let _ = to.shutdown(Shutdown::Write);
+            });
+        };
+        std::thread::spawn(move || {
+            for there in listener.incoming().map_while(Result::ok) {
+                let Ok(here) = TcpStream::connect(server) else { continue };
+                copy(there.try_clone().unwrap(), here.try_clone().unwrap());
+                copy(here, there);
+            }
+        });
     }
 
     /// Starts a command line for a program in the pod's network.
