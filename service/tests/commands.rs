@@ -181,6 +181,10 @@ fn image_is_imported_changed_over_ssh_and_published() {
         place.says("compute-2", "echo changed > /etc/motd; cat /etc/motd; echo $IMS_JOB_ID"),
         format!("changed\n{}\n", job["id"].as_str().unwrap())
     );
+    let address = &place.json(&["jobs", "describe", "compute-2"])["ssh_containers"][0]["connection_info"];
+    let (port, host_key) = (&address["customer_access"]["port"], &address["customer_access"]["host_key"]);
+    let shown = succeed(Command::new("ssh-keyscan").args(["-t", "ed25519", "-p", &port.to_string(), "127.0.0.1"]));
+    assert!(shown.trim_end().ends_with(host_key.as_str().unwrap()), "{host_key}: {shown}");
     place.says("compute-2", "touch /tmp/complete");
     place.wait_for("compute-2", "success");
     let (image, published) = place.published("compute-2");

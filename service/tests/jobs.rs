@@ -47,7 +47,7 @@ impl Runner for Recorder {
         let mut job = new.job.clone();
         job.kubernetes_service = Some(format!("cray-ims-{}-service", job.id));
         if let Some(container) = job.ssh_containers.as_mut().and_then(|list| list.first_mut()) {
-            let address = Address { host: "h".into(), port: 22 };
+            let address = Address { host: "h".into(), port: 22, host_key: None };
             container.connection_info = Some(BTreeMap::from([("cluster.local".into(), address)]));
         }
         Ok(job)

@@ -279,6 +279,16 @@ fn damaged_source_ends_the_job_with_the_error_of_its_step() {
 }
 
 #[test]
+fn job_whose_port_somebody_else_takes_never_waits_for_users() {
+    let site = Site::new();
+    let job = site.runtime.block_on(site.machine.start(&site.job())).unwrap();
+    let _taken = std::net::TcpListener::bind(("127.0.0.1", port(&job))).unwrap();
+    site.runtime.block_on(site.machine.stored(&job));
+    site.wait_for("error");
+    assert!(!site.ims.statuses().contains(&"waiting_on_user".to_owned()), "{:?}", site.ims.statuses());
+}
+
+#[test]
 fn running_job_that_is_removed_leaves_nothing() {
     let mut site = Site::new();
     let job = site.open();

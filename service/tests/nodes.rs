@@ -150,6 +150,9 @@ fn nodes_are_probed_at_once_and_jobs_run_on_the_best() {
         assert!(output.status.success(), "{command}: {output:?}");
         text(output.stdout)
     };
+    let shown = succeed(lab.command("ssh-keyscan").args(["-t", "ed25519", "-p", &port, "127.0.0.1"]));
+    let host_key = site.job(id)["ssh_containers"][0]["connection_info"]["customer_access"]["host_key"].clone();
+    assert!(shown.trim_end().ends_with(host_key.as_str().unwrap()), "{host_key}: {shown}");
     assert_eq!(ssh("echo changed > /etc/motd; echo $REMOTE_BUILD_NODE").trim(), lab.nodes[1].address);
     ssh("touch /tmp/complete");
     wait_within(Duration::from_mins(2), "the image", || site.job(id)["status"] == "success");

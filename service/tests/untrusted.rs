@@ -2,11 +2,12 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use testbed::{Terminal, listen, text};
+use serde_json::json;
+use testbed::{Ended, Terminal, directory, free_port, listen, succeed, text, wait_until};
 
 const ID: &str = "46a2731e-a1d0-4f98-ba92-4f78c756bb12";
 
@@ -100,4 +101,59 @@ fn names_and_errors_are_escaped() {
     child.kill().unwrap();
     child.wait().unwrap();
     assert!(!said[..length].contains(&0x1b), "{:?}", String::from_utf8_lossy(&said));
+}
+
+/// A machine with an sshd and keys.
+struct Impostor {
+    dir: tempfile::TempDir,
+    port: u16,
+    _sshd: Ended,
+}
+
+impl Impostor {
+    fn start() -> Self {
+        let dir = directory();
+        let path = |name: &str| dir.path().join(name).display().to_string();
+        for name in ["host", "own"] {
+            succeed(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f", &path(name)]));
+        }
+        let port = free_port();
+        let config = format!(
+            "Port {port}\nListenAddress 127.0.0.1\nHostKey {}\nAuthorizedKeysFile {}\nPermitRootLogin yes\n\
+             StrictModes no\nPidFile none\n",
+            path("host"),
+            path("own.pub")
+        );
+        std::fs::write(path("config"), config).unwrap();
+        let sshd = Command::new("/usr/sbin/sshd").args(["-D", "-E", &path("log"), "-f", &path("config")]).spawn();
+        wait_until("sshd to listen", || TcpStream::connect(("127.0.0.1", port)).is_ok());
+        Self { _sshd: Ended::killed(sshd.unwrap()), port, dir }
+    }
+
+    fn read(&self, name: &str) -> String {
+        std::fs::read_to_string(self.dir.path().join(name)).unwrap()
+    }
+
+    /// Logs in to a job that has this host key, and whose port this sshd has.
+    fn log_in(&self, host_key: &str) -> Output {
+        let place = json!({"host": "127.0.0.1", "port": self.port, "host_key": host_key});
+        let containers = json!([{"name": "customize", "connection_info": {"customer_access": place}}]);
+        let job = json!({"id": ID, "status": "waiting_on_user", "ssh_containers": containers}).to_string();
+        let url = answering("200 OK", Box::leak(job.into_bytes().into_boxed_slice()));
+        let identity = self.dir.path().join("own").display().to_string();
+        let mut ssh = ims(&url, &["jobs", "ssh", "-i", &identity, ID, "echo", "logged-in"]);
+        ssh.env("XDG_CACHE_HOME", self.dir.path());
+        ssh.stdin(Stdio::null()).output().unwrap()
+    }
+}
+
+#[test]
+fn sessions_go_to_the_jobs_own_sshd_alone() {
+    let impostor = Impostor::start();
+    let refused = impostor.log_in(&impostor.read("own.pub"));
+    assert_eq!((refused.status.code(), text(&refused.stdout).as_str()), (Some(255), ""), "{refused:?}");
+    assert!(text(&refused.stderr).contains("Host key verification failed"), "{refused:?}");
+    assert!(!impostor.read("log").contains("Accepted"), "{}", impostor.read("log"));
+    let output = impostor.log_in(&impostor.read("host.pub"));
+    assert_eq!(text(&output.stdout), "logged-in\n", "{output:?}");
 }

@@ -13,7 +13,7 @@ use crate::transfer;
 use crate::transfer::confinement::clear_environment;
 
 /// Host key of this sshd.
-pub(crate) const HOST_KEY: &str = "ssh_host_ed25519_key";
+pub const HOST_KEY: &str = "ssh_host_ed25519_key";
 
 /// sshd's options for sessions if the site's configuration has none.
 pub const SESSIONS: &str = "PermitRootLogin yes\nAcceptEnv LANG LC_*\nSubsystem sftp internal-sftp\n";

@@ -16,7 +16,7 @@ use crate::remote::message::{Customize, Script, Task, job_of_ims};
 use crate::remote::{relay, site};
 use crate::sshd::effective::Effective;
 use crate::sys::tree::Tree;
-use crate::volume::layout::BOOT_NAMES;
+use crate::volume::layout::{BOOT_NAMES, REMOTE_HOST_KEY};
 
 /// Variables of the job that its environment on the node also gets.
 const PASSED_ON: [&str; 22] = [
@@ -70,7 +70,14 @@ pub(crate) fn run(settings: &Settings, variables: Vec<(OsString, OsString)>) -> 
         tracing::warn!("IMS_JAIL_BINDS has no effect in plain mode on a build node");
     }
     let wanted = || wanted(settings, variables);
-    relay::run(&settings.job.parent, None, wanted, |_| {}).map(|outcome| outcome.exit_code)
+    let parent = &settings.job.parent;
+    let listening = |host_key: &str| {
+        let kept = Tree::open(parent).and_then(|volume| volume.replace(REMOTE_HOST_KEY, host_key.as_bytes()));
+        if let Err(error) = kept {
+            tracing::warn!("cannot record the host key of sshd on the node: {error}");
+        }
+    };
+    relay::run(parent, None, wanted, listening).map(|outcome| outcome.exit_code)
 }
 
 fn wanted(settings: &Settings, variables: Vec<(OsString, OsString)>) -> Result<Wanted> {

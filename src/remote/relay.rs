@@ -214,12 +214,12 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
     fn told(&mut self, told: Told) -> Vec<Event> {
         match told {
             Told::Listening(host_key) => {
+                if let Some(listening) = self.listening.take() {
+                    listening(&host_key);
+                }
                 let stands = self.files.as_ref().map_or(Ok(()), |files| files.touch(SSHD_LISTENING));
                 if let Err(error) = stands {
                     return vec![self.broken(&error)];
-                }
-                if let Some(listening) = self.listening.take() {
-                    listening(&host_key);
                 }
                 vec![Event::Listening]
             }

@@ -43,6 +43,8 @@ pub(crate) const TRANSFER: &str = "transfer.sqsh";
 /// Names of the boot files of a remote job. `prepare` records them for the container that starts the packing, which
 /// does not get the variables that set these names.
 pub(crate) const BOOT_NAMES: &str = ".ims-sshd.boot";
+/// Public host key of the sshd of a remote job, which has been made on the node.
+pub const REMOTE_HOST_KEY: &str = ".ims-sshd.host-key";
 /// Report of the changes of a remote job.
 pub(crate) const REMOTE_CHANGES: &str = ".ims-sshd.changes";
 /// Squashfs of the image root that a failed remote build left behind, until it is unpacked.

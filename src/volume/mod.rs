@@ -1,7 +1,7 @@
 //! The image root parent, a directory that the containers of a pod share: its signal files and its other content.
 
 pub(crate) mod image_root;
-pub(crate) mod layout;
+pub mod layout;
 pub mod mounts_below;
 pub(crate) mod signal_files;
 pub mod state_directory;

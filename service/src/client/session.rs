@@ -1,6 +1,7 @@
 //! `ims jobs ssh`: waits until users can log in to a job, then replaces itself with ssh.
 
 use std::convert::Infallible;
+use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -47,34 +48,58 @@ pub(super) async fn log_in(
         }
         tokio::time::sleep(LOOK_EVERY).await;
     };
-    let (host, port) = address(&job)
+    let (host, port, key) = address(&job)
         .ok_or_else(|| Error::new(attempted()).because("its record names no host and port to connect to"))?;
     let mut ssh = Command::new("ssh");
     // Store host keys by job, not by address: each job has its own host key, and addresses are reused.
     ssh.args(["-l", "root", "-p", &port.to_string(), "-o", &format!("HostKeyAlias=ims-job-{id}")]);
-    ssh.args(["-o", "StrictHostKeyChecking=accept-new"]);
-    ssh.args(["-o", &format!("UserKnownHostsFile={}", known_hosts()?.display())]);
+    // Another user of the job's machine could listen on its port before its sshd, or after it.
+    let (checking, known) = match &key {
+        Some(key) => ("yes", pinned(cache()?, id, key)?),
+        None => ("accept-new", cache()?.map_or_else(|| "/dev/null".into(), |cache| cache.join("known_hosts"))),
+    };
+    ssh.args(["-o", &format!("StrictHostKeyChecking={checking}")]);
+    ssh.args(["-o", &format!("UserKnownHostsFile={}", known.display())]);
     ssh.args(identity.into_iter().flat_map(|file| [Path::new("-i"), file]));
     ssh.args(["--", &host]);
     let error = ssh.args(command).exec();
     Err(Error::new("start ssh").because(error))
 }
 
-/// Returns the host and port at which the first container of a job accepts logins.
-fn address(job: &Value) -> Option<(String, u64)> {
+/// Returns the host and port at which the first container of a job accepts logins, and its host key if it is known.
+fn address(job: &Value) -> Option<(String, u64, Option<String>)> {
     let container = job.get("ssh_containers")?.rows().first()?;
     let place = container.get("connection_info")?.get("customer_access")?;
     let Value::Number(port) = place.get("port")? else { return None };
     // Ignore a host that begins with a hyphen: ssh would take it for an option.
     let host = place.text("host").filter(|host| !host.is_empty() && !host.starts_with('-'))?;
-    Some((host.to_owned(), port.as_u64()?))
+    Some((host.to_owned(), port.as_u64()?, place.text("host_key").map(str::to_owned)))
 }
 
-/// Returns the file for the host keys of jobs; `/dev/null` for a user without a home directory.
-fn known_hosts() -> Result<PathBuf> {
+/// Writes a file of known hosts for the job `id` alone, whose host key is `key`. Returns its path.
+fn pinned(cache: Option<PathBuf>, id: &str, key: &str) -> Result<PathBuf> {
+    let attempted = || format!("keep the host key of the job {id}");
+    let job = Uuid::try_parse(id).attempt(attempted)?;
+    let cache = cache.ok_or_else(|| {
+        Error::new(attempted()).because("there is no directory for it").advise("set HOME or XDG_CACHE_HOME")
+    })?;
+    let directory = cache.join("known_hosts.d");
+    std::fs::create_dir_all(&directory).attempt(attempted)?;
+    let mut file = tempfile::NamedTempFile::new_in(&directory).attempt(attempted)?;
+    let key: Vec<_> = key.split_whitespace().take(2).collect();
+    writeln!(file, "ims-job-{id} {}", key.join(" ")).attempt(attempted)?;
+    let path = directory.join(job.to_string());
+    file.persist(&path).map_err(|e| Error::new(attempted()).because(e.error))?;
+    Ok(path)
+}
+
+/// Returns the directory for the host keys of jobs; `None` for a user without a home directory.
+fn cache() -> Result<Option<PathBuf>> {
     let cache = std::env::var_os("XDG_CACHE_HOME").filter(|path| !path.is_empty()).map(PathBuf::from);
     let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
-    let Some(cache) = cache.or_else(home).map(|cache| cache.join("ims")) else { return Ok("/dev/null".into()) };
-    std::fs::create_dir_all(&cache).attempt(|| format!("create {}", cache.display()))?;
-    Ok(cache.join("known_hosts"))
+    let cache = cache.or_else(home).map(|cache| cache.join("ims"));
+    if let Some(cache) = &cache {
+        std::fs::create_dir_all(cache).attempt(|| format!("create {}", cache.display()))?;
+    }
+    Ok(cache)
 }

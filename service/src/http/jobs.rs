@@ -252,7 +252,14 @@ impl Service {
             let released = self.runner.release(&job).await;
             released.map_err(|failures| Problem::steps("cannot release what the job holds", &failures))?;
         }
+        let host_key = status.as_deref().filter(|status| *status == "waiting_on_user");
+        let host_key = host_key.and_then(|_| self.runner.host_key(&job));
         let job = self.update_job(id, |job| {
+            for container in job.ssh_containers.iter_mut().flatten().filter(|_| host_key.is_some()) {
+                for address in container.connection_info.iter_mut().flat_map(|addresses| addresses.values_mut()) {
+                    address.host_key.clone_from(&host_key);
+                }
+            }
             job.resultant_image_id = image.or(job.resultant_image_id.take());
             job.status = status.unwrap_or_else(|| std::mem::take(&mut job.status));
         });

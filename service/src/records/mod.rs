@@ -140,6 +140,9 @@ pub struct Address {
     pub host: String,
     /// Port.
     pub port: u16,
+    /// Public host key, once users can log in, where the runner knows it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_key: Option<String>,
 }
 
 /// A job, which makes an image from a recipe or from another image.

@@ -16,6 +16,7 @@ use ims_sshd::environment::own_sshd;
 use ims_sshd::error::{Attempt, Error, Result};
 use ims_sshd::job::variables::{Program as Reader, VARIABLES};
 use ims_sshd::local::names;
+use ims_sshd::volume::layout::REMOTE_HOST_KEY;
 use ims_sshd::volume::mounts_below::refuse_mounts_below;
 use tokio::sync::mpsc;
 
@@ -168,7 +169,7 @@ impl Shared {
         pod.write(&directory)?;
         let mut started = job.clone();
         let host = self.settings.job_address.to_string();
-        let address = Address { host, port };
+        let address = Address { host, port, host_key: None };
         for container in started.ssh_containers.iter_mut().flatten() {
             let networks = ["customer_access", "cluster.local"];
             container.connection_info = Some(networks.map(|name| (name.to_owned(), address.clone())).into());
@@ -393,6 +394,15 @@ impl Runner for Machine {
 
     async fn log(&self, job: &Job, _is_followed: bool) -> std::result::Result<Option<Log>, Failures> {
         Ok(Some(Log::File(self.log_file(&job.id))))
+    }
+
+    fn host_key(&self, job: &Job) -> Option<String> {
+        let directory = self.shared.directory(&job.id);
+        let of_node = std::fs::read_to_string(directory.join(VOLUME).join(REMOTE_HOST_KEY));
+        let own = || std::fs::read_to_string(directory.join(own_sshd::HOST_KEY).with_extension("pub"));
+        let key = if job.remote_build_node.is_empty() { own() } else { of_node };
+        // Leave out the comment.
+        Some(key.ok()?.split_whitespace().take(2).collect::<Vec<_>>().join(" "))
     }
 
     async fn release(&self, job: &Job) -> std::result::Result<(), Failures> {

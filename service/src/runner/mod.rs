@@ -130,6 +130,11 @@ pub trait Runner: Send + Sync {
         Ok(None)
     }
 
+    /// Returns the public host key of the sshd that users log in to, if this runner knows it. Called once they can log in.
+    fn host_key(&self, _job: &Job) -> Option<String> {
+        None
+    }
+
     /// Releases what a job that has ended (`success`, `error`) holds, such as its address and volume, but keeps its
     /// log. Repeating the call is harmless.
     async fn release(&self, job: &Job) -> Result<(), Failures>;

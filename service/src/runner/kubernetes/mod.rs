@@ -271,7 +271,7 @@ impl Runner for Kubernetes {
         let mut job = new.job.clone();
         let service = made.remove(&Kind::Service).unwrap_or_default();
         for container in job.ssh_containers.iter_mut().flatten() {
-            let address = |host| Address { host, port: PORT };
+            let address = |host| Address { host, port: PORT, host_key: None };
             container.connection_info = Some(BTreeMap::from([
                 ("customer_access".to_owned(), address(self.customer_host(&new.job.id))),
                 ("cluster.local".to_owned(), address(self.host(&service))),
