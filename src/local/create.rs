@@ -16,18 +16,21 @@ use crate::local::source::need_root;
 use crate::local::{steps, work_directory};
 use crate::publish::manifest::say_result;
 use crate::publish::settings::Settings;
+use crate::publish::source::Source;
 use crate::recipe::{fetch, kiwi, repositories, sandbox};
 use crate::remote::build::{self as offloaded, Node};
+use crate::store::{self, Store};
+use crate::sys::named;
 use crate::transfer::interruptible;
-use crate::volume::layout::{BUILD, CREATED_IMAGE_ROOT, RECIPE};
-use crate::volume::open_tree;
+use crate::volume::layout::{CREATED_IMAGE_ROOT, KEY, PUBLICATION, RECIPE, UPLOAD};
 use crate::volume::signal_files::SignalFiles;
+use crate::volume::{holds, open_tree};
 
 /// Directory in which recipes are built, below the directory for changes.
 pub const DIRECTORY: &str = "ims-sshd.create";
 
-/// Name of the directory in which kiwi-ng builds; its layout puts the image root there.
-const BUILT: &str = "build";
+/// Records of a publication that was interrupted; the next one continues with them or rolls them back.
+const KEPT: [&str; 3] = [PUBLICATION, UPLOAD, KEY];
 
 /// Shells, of which the image root must have one, or no session can begin.
 const SHELLS: [&str; 2] = ["bin/sh", "usr/bin/sh"];
@@ -70,36 +73,10 @@ pub fn run(mut creation: Creation) -> Result<u8> {
         node.exclude = creation.exclude.iter().map(ToString::to_string).collect();
     }
     let creation = &creation;
-    let settings = &creation.settings;
-    let work = std::path::absolute(&settings.job.parent)
-        .attempt(|| format!("create the directory {}", settings.job.parent.display()))?;
-    let place = work_directory::own(&work)?;
-    let volume = open_tree(&place)?;
-    let attempted = || format!("build in {}", place.display());
-    let lock = volume.reopen().attempt(attempted)?;
-    rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
-        Error::new(attempted())
-            .because("another 'ims-sshd create' of this recipe is at work")
-            .advise("wait for its end")
-    })?;
-    if creation.node.is_none() {
-        sandbox::check_namespaces()?;
-    }
-    // Remove these, which a failed run has left behind so that its failure could be examined.
-    let clear =
-        |names: &[&str]| names.iter().try_for_each(|name| volume.remove_whole(name.as_ref())).attempt(attempted);
-    clear(&[RECIPE, BUILT, BUILD])?;
-    let (values, set) = creation.values.clone();
-    let recipe = place.join(RECIPE);
-    let wanted = fetch::Wanted { directory: recipe.clone(), source: creation.source.clone(), values, set };
-    fetch::run(settings, &wanted)?;
-    if creation.node.is_none() {
-        // Refuse a recipe that cannot be built before its repositories are waited for.
-        kiwi::Buildable::read(&open_tree(&recipe)?, &creation.profiles, settings.job.arch())?;
-        repositories::run(settings, &recipe, &creation.profiles, creation.limit)?;
-    }
+    let work = std::path::absolute(&creation.settings.job.parent)
+        .attempt(|| format!("create the directory {}", creation.settings.job.parent.display()))?;
     let wanted = kiwi::Wanted {
-        recipe,
+        recipe: work.join(RECIPE),
         profiles: creation.profiles.clone(),
         ca_rpm: None,
         authority: creation.authority.clone(),
@@ -107,25 +84,78 @@ pub fn run(mut creation: Creation) -> Result<u8> {
         signing_keys: creation.signing_keys.clone(),
         are_lines_errors: true,
     };
+    check(creation, &wanted)?;
+    let place = work_directory::own(&work)?;
+    let wanted = kiwi::Wanted { recipe: place.join(RECIPE), ..wanted };
+    let result = build_and_publish(creation, &wanted, &place);
+    // A run that has fetched nothing leaves the directory empty; remove_dir fails if anything is there.
+    let _ = std::fs::remove_dir(&place);
+    result
+}
+
+/// Refuses arguments that a later step would refuse, before any work is done.
+fn check(creation: &Creation, wanted: &kiwi::Wanted) -> Result<()> {
+    let settings = &creation.settings;
+    if let Source::Here(path) = Source::parse(&creation.source)? {
+        named::resolve(&path).map_err(|e| Error::bad_input(format!("RECIPE is '{}': {e}", path.display())))?;
+    }
+    kiwi::check_files(settings, wanted)?;
+    if creation.node.is_none() {
+        settings.packing.packer.check()?;
+        sandbox::check_namespaces()?;
+    }
+    interruptible(&settings.network, |work| work.wait(Store::check(&settings.store, &settings.network)).map(drop))
+}
+
+fn build_and_publish(creation: &Creation, wanted: &kiwi::Wanted, place: &Path) -> Result<u8> {
+    let settings = &creation.settings;
+    let url = settings.store.url.as_deref().unwrap_or_default();
+    if let Some(output) = store::named_directory(url)
+        && holds(place, &output)?
+    {
+        let why = format!("expected a directory outside {}, which is removed at the end", place.display());
+        return Err(Error::bad_input(format!("--output is '{url}': {why}")));
+    }
+    let volume = open_tree(place)?;
+    let attempted = || format!("build in {}", place.display());
+    let lock = volume.reopen().attempt(attempted)?;
+    rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
+        Error::new(attempted())
+            .because("another 'ims-sshd create' of this recipe is at work")
+            .advise("wait for its end")
+    })?;
+    // Remove what a failed run has left behind so that its failure could be examined.
+    for name in volume.names().attempt(attempted)?.iter().filter(|name| !KEPT.iter().any(|kept| *name == kept)) {
+        volume.remove_whole(name).attempt(attempted)?;
+    }
+    let (values, set) = creation.values.clone();
+    let recipe = wanted.recipe.clone();
+    let fetched = fetch::Wanted { directory: recipe.clone(), source: creation.source.clone(), values, set };
+    fetch::run(settings, &fetched)?;
+    if creation.node.is_none() {
+        // Refuse a recipe that cannot be built before its repositories are waited for.
+        kiwi::Buildable::read(&open_tree(&recipe)?, &creation.profiles, settings.job.arch())?;
+        repositories::run(settings, &recipe, &creation.profiles, creation.limit)?;
+    }
     let built = match &creation.node {
-        Some(node) => offloaded::run(settings, &wanted, node),
-        None => kiwi::run(settings, &wanted),
+        Some(node) => offloaded::run(settings, wanted, node),
+        None => kiwi::run(settings, wanted),
     };
     let is_packed = built.is_ok() && creation.node.is_some();
     if let Err(failed) = built {
-        let code = mend(creation, &place, failed)?;
+        let code = mend(creation, place, failed)?;
         if code != 0 {
             return Ok(code);
         }
     }
     if is_packed {
-        publish(settings, &place)?;
+        publish(settings, place)?;
     } else {
         steps::pack(settings, None, None, &creation.exclude, None)?;
         steps::upload(settings, None, None, None)?;
     }
     drop(volume);
-    std::fs::remove_dir_all(&place).attempt(|| format!("remove {}", place.display()))?;
+    std::fs::remove_dir_all(place).attempt(|| format!("remove {}", place.display()))?;
     Ok(0)
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
-use std::fs::DirBuilder;
+use std::fs::{DirBuilder, File};
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -670,6 +670,13 @@ impl Authority {
         };
         Ok(Self { certificate, package })
     }
+}
+
+/// Refuses named certificates, packages and keys that cannot be read.
+pub(crate) fn check_files(settings: &Settings, wanted: &Wanted) -> Result<()> {
+    Authority::read(settings, wanted)?;
+    let readable = |key: &PathBuf| File::open(key).attempt(|| format!("read the signing key {}", key.display()));
+    wanted.signing_keys.iter().try_for_each(|key| readable(key).map(drop))
 }
 
 /// Returns the files with keys with which packages may be signed: [`KEYRINGS`] if there are no others and `manager` is

@@ -72,10 +72,43 @@ fn failed_creation_keeps_what_was_built_and_the_next_one_begins_anew() {
     assert_eq!(said.matches("its package manager is 'emerge'").count(), 1, "{said}");
     assert!(!dir.path().join("out").exists());
     assert!(dir.path().join("work/ims-sshd.create/rpm-local/recipe/config.xml").exists());
+    // A run whose publication failed has left an archive and the record of it, of an image root that is gone.
+    let left = dir.path().join("work/ims-sshd.create/rpm-local");
+    for name in ["compute.sqsh", ".ims-sshd.packed"] {
+        std::fs::write(left.join(name), "left behind").unwrap();
+    }
     let output = create(dir.path(), &recipe, "./out", &["--set", "PACKAGE_MANAGER=zypper"], &[]);
     assert!(output.status.success(), "{}", text(&output.stderr));
     // Without a kernel in the image, none is published.
     assert!(dir.path().join("out/compute/manifest.json").exists());
+}
+
+#[test]
+fn unusable_arguments_are_refused_before_anything_is_created() {
+    let (dir, recipe) = prepared();
+    let missing = dir.path().join("missing");
+    let cases: [(&Path, &str, &[&str], &str); 3] = [
+        (&recipe, "./no/such", &[], "cannot write to the store ./no/such: "),
+        (&recipe, "./out", &["--signing-key", "./no.asc"], "cannot read the signing key ./no.asc: No such file"),
+        (&missing, "./out", &[], "missing': No such file"),
+    ];
+    for (recipe, output, options, reason) in cases {
+        let output = creation(dir.path(), recipe, output, &[], &[]).args(options).output().unwrap();
+        let said = text(&output.stderr);
+        assert!(!output.status.success() && said.contains(reason), "{reason}: {said}");
+        assert_eq!(std::fs::read_dir(dir.path().join("work")).unwrap().count(), 0, "{reason}: {said}");
+    }
+    // These are refused once the directory has been created, and leave none.
+    let no_recipe = dir.path().join("ca.crt");
+    let cases = [(&no_recipe, "./out", "as a recipe"), (&recipe, "./work/ims-sshd.create/rpm-local", "outside")];
+    for (recipe, output, reason) in cases {
+        let said = text(&create(dir.path(), recipe, output, &[], &[]).stderr);
+        assert!(said.contains(reason), "{reason}: {said}");
+        assert_eq!(std::fs::read_dir(dir.path().join("work/ims-sshd.create")).unwrap().count(), 0, "{said}");
+    }
+    std::fs::write(dir.path().join("ca.crt"), "").unwrap();
+    let said = text(&create(dir.path(), &recipe, "./out", &["--set", "PACKAGE_MANAGER=emerge"], &[]).stderr);
+    assert!(said.contains("it holds no certificate"), "{said}");
 }
 
 #[test]
