@@ -197,7 +197,8 @@ fn mend(creation: &Creation, place: &Path, failed: Error) -> Result<u8> {
         node: None,
         work: work_directory::DEFAULT.into(),
         exclude: Vec::new(),
-        reports: Reports { changes: None, result: false },
+        // `create` prints the result itself.
+        reports: Reports { changes: None, result: true },
     };
     let shell = Customization {
         port: None,

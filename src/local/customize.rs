@@ -21,7 +21,7 @@ use crate::local::run::{End, Fate, Run};
 use crate::local::run_directory::RunDirectory;
 use crate::local::source;
 use crate::local::unattended::Unattended;
-use crate::log::output::say;
+use crate::log::output::{say, say_aside};
 use crate::sshd::options::Options;
 use crate::sshd::public_keys::check_public_keys;
 use crate::sys::mounts::{self, Detached};
@@ -77,7 +77,7 @@ pub fn run(mut run: Run, wanted: &Customization) -> Result<u8> {
     own_mounts()?;
     let entry = run.register()?;
     let label = entry.name();
-    let in_place = run.in_place;
+    let (in_place, prints_result) = (run.in_place, run.reports.result);
     settings.in_place = in_place;
     settings.marked = match run.end {
         End::Published => Marked::PACKED,
@@ -88,7 +88,8 @@ pub fn run(mut run: Run, wanted: &Customization) -> Result<u8> {
     run.carry_out(&entry, 0, |image_root, markers| {
         settings.markers = markers;
         let shown = shown.as_deref().unwrap_or(image_root);
-        open(wanted, settings, &Opened { source: &source, image_root, shown, in_place }, &entry, label)
+        let opened = Opened { source: &source, image_root, shown, in_place, prints_result };
+        open(wanted, settings, &opened, &entry, label)
     })
 }
 
@@ -131,6 +132,8 @@ pub(super) struct Opened<'a> {
     pub(super) shown: &'a Path,
     /// True for a directory that is changed in place.
     pub(super) in_place: bool,
+    /// True if standard output is for the result alone.
+    pub(super) prints_result: bool,
 }
 
 /// Creates keys and configuration in the run's directory. Returns the command that logs in, and the port for sshd.
@@ -293,7 +296,8 @@ pub(super) fn announce(opened: &Opened, parent: &Path, login: &str, name: &str, 
     } else {
         "When done, there: touch /tmp/complete    or, to discard the changes: touch /tmp/failed\n"
     };
-    say(&format!(
+    let tell = if opened.prints_result { say_aside } else { say };
+    tell(&format!(
         "\n{open}. Log in from another terminal:\n\n    {login}\n\n\
          {}From here:        ims-sshd complete {name}    or: ims-sshd fail {name}\n\n",
         if jailed { inside } else { "" },

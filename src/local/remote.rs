@@ -264,8 +264,13 @@ impl Job<'_> {
             Some(script) => script.piped()?,
             None if command.is_empty() => {
                 let source = self.run.shown();
-                let opened =
-                    Opened { source: &source, image_root: &parent, shown: Path::new(&source), in_place: false };
+                let opened = Opened {
+                    source: &source,
+                    image_root: &parent,
+                    shown: Path::new(&source),
+                    in_place: false,
+                    prints_result: self.run.reports.result,
+                };
                 announce(&opened, Path::new(node_root::PARENT), login, &entry.name(), wanted.jailed);
                 return Ok(None);
             }

@@ -90,7 +90,7 @@ pub struct Run {
 pub struct Reports {
     /// File to write the changes to.
     pub changes: Option<PathBuf>,
-    /// True if the result is printed.
+    /// True if the result is printed, and nothing else is printed on standard output.
     pub result: bool,
 }
 

@@ -121,21 +121,24 @@ fn what_cannot_be_built_is_refused_before_its_repositories_are_waited_for() {
     assert!(began.elapsed().as_secs() < 100, "repositories are waited for 500 s: {said}");
 }
 
-/// A creation whose build fails and has opened a shell; with what it has printed.
+/// A creation whose build fails and has opened a shell; with its standard error, and the line that logs in.
 fn with_shell(dir: &Path, recipe: &Path) -> (std::process::Child, std::thread::JoinHandle<String>, String) {
     let options = ["--set", "PACKAGE_MANAGER=zypper", "--debug-shell"];
     let mut command = creation(dir, recipe, "./out", &options, &[]);
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let mut errors = child.stderr.take().unwrap();
+    let (mut errors, mut said) = (BufReader::new(child.stderr.take().unwrap()), String::new());
+    let login = loop {
+        let before = said.len();
+        assert!(errors.read_line(&mut said).unwrap() > 0, "no line that logs in: {said}");
+        let line = said[before..].trim();
+        if line.starts_with("ssh -F ") {
+            break line.to_owned();
+        }
+    };
     let errors = std::thread::spawn(move || {
-        let mut said = String::new();
         errors.read_to_string(&mut said).unwrap();
         said
     });
-    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
-    let login = lines.find(|line| line.trim_start().starts_with("ssh -F ")).expect("a line that logs in");
-    // Nobody else reads what it prints.
-    std::thread::spawn(move || lines.count());
     (child, errors, login)
 }
 
@@ -148,11 +151,14 @@ fn failed_build_opens_a_shell_and_is_published_only_if_marked_complete() {
     let cause = "config.sh failed with: it wrote nothing to standard error, and last to standard output 'the licence \
                  server is away'";
     for is_mended in [false, true] {
-        let (mut child, errors, login) = with_shell(dir.path(), &broken);
+        let (child, errors, login) = with_shell(dir.path(), &broken);
         let line = if is_mended { "echo mended > /etc/motd; touch /tmp/complete" } else { "touch /tmp/failed" };
         let session = Command::new("sh").args(["-c", &format!("{login} '{line}'")]).output().unwrap();
-        let code = child.wait().unwrap().code();
-        let errors = errors.join().unwrap();
+        let ended = child.wait_with_output().unwrap();
+        let (code, errors) = (ended.status.code(), errors.join().unwrap());
+        let result: Option<serde_json::Value> = serde_json::from_slice(&ended.stdout).ok();
+        assert_eq!(result.is_some(), is_mended, "{}", text(&ended.stdout));
+        assert_eq!(ended.stdout.is_empty(), !is_mended, "JSON and nothing else");
         assert!(session.status.success(), "{session:?}\n{errors}");
         assert_eq!(code, Some(i32::from(!is_mended)), "{errors}");
         assert_eq!(errors.matches(cause).count(), 1, "{errors}");

@@ -120,6 +120,7 @@ fn people_change_an_image_on_a_node_and_it_is_published_from_here() {
     machine.says(&status, "touch /tmp/complete");
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success(), "{output:?}\n{}", std::fs::read_to_string(machine.path("log")).unwrap());
+    serde_json::from_slice::<Value>(&output.stdout).expect("JSON and nothing else");
     let published = machine.published(&output);
     assert_eq!(std::fs::read_to_string(published.join("etc/changed")).unwrap(), "changed\n");
     assert!(!published.join("etc/left-out").exists());
