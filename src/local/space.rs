@@ -38,7 +38,7 @@ pub(crate) fn check(
         let Some(left) = space.filter(|space| *space < needed) else { continue };
         let refusal = too_small(&place, left, needed, advice);
         if resumes || image.file().is_none() {
-            tracing::warn!("the new image may not fit: {refusal}");
+            tracing::warn!("the new image may not fit in {place}: {}", refusal.reason());
         } else {
             return Err(refusal);
         }

@@ -77,7 +77,7 @@ impl Program {
                 }
                 Some(Frame::Message(Message::Failed { why })) => return Err(Error::new(attempted()).because(why)),
                 Some(_) => return Err(Error::new(attempted()).because("it does not say what it is")),
-                None => self.channel.check().map_err(|e| Error::new(attempted()).because(e))?,
+                None => self.channel.check().map_err(|e| Error::new(attempted()).because(e.reason()))?,
             }
             heed()?;
             let _ = poll::wait(&mut self.channel.sources(), LOOK_EVERY / 10);
@@ -88,7 +88,7 @@ impl Program {
     pub(super) fn check(&self) -> Result<()> {
         self.channel.check().map_err(|e| {
             let said = self.connection.last_words();
-            let error = self.refused(e);
+            let error = self.refused(e.reason());
             if said.is_empty() { error } else { error.advise(said) }
         })
     }

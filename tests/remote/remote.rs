@@ -169,6 +169,8 @@ impl<'a> Remote<'a> {
         assert_eq!(self.end(), code, "{}", self.log());
         let log = self.log();
         assert!(log.contains(words), "no '{words}' in the log:\n{log}");
+        let repeats = |line: &str| line.matches("cannot go on with the job").count() > 1;
+        assert!(!log.lines().any(repeats), "an error that repeats itself:\n{log}");
         for name in ["failed", "exiting"] {
             assert!(self.job.volume.signal(name).exists(), "no '{name}':\n{log}");
         }
