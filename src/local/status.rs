@@ -455,7 +455,7 @@ fn in_words(report: &Value) -> String {
         let line = Printable(register::resuming_line(report)).to_string();
         let masked = if line.contains(MASK) { "   (replace *** with the secret)" } else { "" };
         if register::has_source(report) {
-            let _ = writeln!(text, "  resume: {line}{masked}");
+            let _ = writeln!(text, "  {}: {line}{masked}", if kept { "resume" } else { "run again" });
         } else {
             text += "  the source does not exist: it was renamed or removed\n";
         }

@@ -158,6 +158,9 @@ fn fail_or_a_signal_ends_it_without_an_image_here_and_there() {
         assert!(!Path::new(&machine.path("store")).exists());
     }
     // The last one was killed.
+    let shown = ims_sshd(&["status", machine.source.to_str().unwrap()], &[]).output().unwrap();
+    let shown = text(&shown.stdout);
+    assert!(shown.contains("\n  run again: ") && !shown.contains("resume"), "{shown}");
     let output = machine.run(&[], &machine.source, &["true"]);
     assert!(output.status.success(), "{output:?}");
     machine.keeps_nothing();
