@@ -190,7 +190,7 @@ impl Job<'_> {
         let (port, _held) = own_sshd::port(wanted.port, wanted.listen).map_err(cleared)?;
         let address = SocketAddr::new(wanted.listen, port);
         let keys = authorized_keys(wanted.authorized_key.as_deref(), run.path()).map_err(cleared)?;
-        let order = self.order(&keys.authorized, address, image).map_err(cleared)?;
+        let order = self.order(&entry.name(), &keys.authorized, address, image).map_err(cleared)?;
         let removed = || Error::new(format!("open {}", parent.display())).because("it has been removed");
         let files = SignalFiles::open(parent)?.ok_or_else(removed)?;
         files.touch(READY)?;
@@ -218,8 +218,8 @@ impl Job<'_> {
         })
     }
 
-    /// The instructions for the node.
-    fn order(&self, keys: &Path, listen: SocketAddr, image: std::fs::File) -> Result<Wanted> {
+    /// The instructions for the node. In the jail, the image is called `label`.
+    fn order(&self, label: &str, keys: &Path, listen: SocketAddr, image: std::fs::File) -> Result<Wanted> {
         let Self { run, node, offloaded: Offloaded { wanted, .. }, environment, settings, .. } = self;
         let own = PASSED_ON.into_iter().filter_map(|name| Some((name.to_owned(), std::env::var(name).ok()?)));
         let jailed = if wanted.jailed { "True" } else { "False" };
@@ -246,6 +246,7 @@ impl Job<'_> {
                 reports_changes: run.reports.changes.is_some(),
                 sshd: None,
                 script: None,
+                image: wanted.jailed.then(|| label.to_owned()),
             }),
             image: Some(image),
             listen: vec![(Some(listen.ip()), listen.port())],

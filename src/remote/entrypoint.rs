@@ -112,6 +112,7 @@ fn wanted(settings: &Settings, variables: Vec<(OsString, OsString)>) -> Result<W
             reports_changes: false,
             sshd: Some(carried),
             script: settings.script.as_deref().map(script).transpose()?.flatten(),
+            image: None,
         }),
         image: None,
         listen: site::listen(&sshd)?,

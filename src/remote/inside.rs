@@ -247,6 +247,7 @@ fn environment(
     settings.sshd_config = config;
     settings.script = wanted.script.as_ref().map(|script| put_script(own, script)).transpose()?;
     settings.session_variables.extend(wanted.session_variables.iter().cloned());
+    settings.image.clone_from(&wanted.image);
     Ok(settings)
 }
 

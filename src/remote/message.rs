@@ -234,6 +234,8 @@ pub(crate) struct Customize {
     pub(crate) sshd: Option<Vec<(String, String)>>,
     /// The customization script.
     pub(crate) script: Option<Script>,
+    /// Name of the image, which is the host name of the jail and stands in prompt and greeting; `None` for a job's.
+    pub(crate) image: Option<String>,
 }
 
 /// A script that the environment runs once sshd listens.
@@ -299,6 +301,7 @@ mod tests {
             reports_changes: true,
             sshd: Some(vec![("permittty".into(), "no".into())]),
             script: Some(Script { text: "exit\n".into(), is_executable: true }),
+            image: None,
         });
         let build = Task::Build(Build {
             variables: Vec::new(),

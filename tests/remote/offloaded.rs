@@ -116,6 +116,13 @@ fn people_change_an_image_on_a_node_and_it_is_published_from_here() {
     assert_eq!((&asked["tier"], &asked["sessions"]), (&"namespace".into(), &Value::Array(Vec::new())), "{asked}");
     assert_eq!(lab.nodes[0].jobs().len(), 1);
     assert_eq!(machine.says(&status, "echo $COLOUR"), "blue");
+    // The image's name, and not the node's.
+    let name = status["name"].as_str().unwrap();
+    assert_eq!(machine.says(&status, "cat /proc/sys/kernel/hostname"), name);
+    let words = shell_words::split(status["login"].as_str().unwrap()).unwrap();
+    let mut shell = machine.lab.command(&words[0]);
+    let greeted = feed(shell.arg("-tt").args(&words[1..]), b"exit\n");
+    assert!(text(&greeted.stdout).contains(&format!("You are in the image root of {name}.")), "{greeted:?}");
     machine.says(&status, "echo changed > /etc/changed; touch /etc/left-out");
     machine.says(&status, "touch /tmp/complete");
     let output = child.wait_with_output().unwrap();
