@@ -15,7 +15,7 @@ use crate::environment::settings;
 use crate::environment::stage::Stage;
 use crate::error::{Attempt, Error, Result};
 use crate::image::boot;
-use crate::image::kind;
+use crate::image::kind::{self, Kind};
 use crate::image::packing::{self, Archive};
 use crate::ims::client::Ims;
 use crate::local::claim::remove_directory;
@@ -36,7 +36,7 @@ use crate::publish::prepare;
 use crate::publish::publication::{Image, Publication};
 use crate::publish::settings::Settings;
 use crate::publish::source::Source;
-use crate::remote::connection::Destination;
+use crate::remote::connection::{Connection, Destination};
 use crate::remote::far::Wanted;
 use crate::remote::message::{Customize, Task, job_without_ims};
 use crate::remote::node_root;
@@ -48,6 +48,7 @@ use crate::transfer::Work;
 use crate::verdict::Verdict;
 use crate::volume::layout::{READY, REMOTE_CHANGES, TRANSFER};
 use crate::volume::signal_files::SignalFiles;
+use crate::volume::state_directory::StateDirectory;
 
 /// Variables of this process that are passed on to the node.
 const PASSED_ON: [&str; 8] = [
@@ -180,7 +181,6 @@ impl Job<'_> {
     /// Has the node open the image, and receives the image that the node has packed.
     fn open(&self, source: &Source, entry: &Entry) -> Result<(Fate, u8)> {
         let wanted = &self.offloaded.wanted;
-        let image = prepare::squashfs(self.work, self.settings, source)?;
         let parent = self.place.path();
         let run = RunDirectory::claim("customize", parent)?;
         let cleared = |e: Error| {
@@ -190,6 +190,8 @@ impl Job<'_> {
         let (port, _held) = own_sshd::port(wanted.port, wanted.listen).map_err(cleared)?;
         let address = SocketAddr::new(wanted.listen, port);
         let keys = authorized_keys(wanted.authorized_key.as_deref(), run.path()).map_err(cleared)?;
+        self.try_node(source).map_err(cleared)?;
+        let image = prepare::squashfs(self.work, self.settings, source).map_err(cleared)?;
         let order = self.order(&entry.name(), &keys.authorized, address, image).map_err(cleared)?;
         let removed = || Error::new(format!("open {}", parent.display())).because("it has been removed");
         let files = SignalFiles::open(parent)?.ok_or_else(removed)?;
@@ -216,6 +218,20 @@ impl Job<'_> {
             (0, _) => (Fate::Discard, command.filter(|code| *code != 0).unwrap_or(1)),
             (code, _) => (Fate::Discard, code),
         })
+    }
+
+    /// Connects to the node and leaves again, if the image has to be fetched or packed first, which may take long.
+    fn try_node(&self, source: &Source) -> Result<()> {
+        if let Source::Here(path) = source
+            && kind::Opened::open(path)?.kind()? == Some(Kind::Squashfs)
+        {
+            return Ok(());
+        }
+        let state = StateDirectory::of(self.place.path())?;
+        let (to, silence) = (Destination::named(self.node)?, self.environment.node_silence);
+        let connected = Connection::open(&to, state.path(), silence, &|| self.work.heed()).map(drop);
+        state.remove()?;
+        connected
     }
 
     /// The instructions for the node. In the jail, the image is called `label`.

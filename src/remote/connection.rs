@@ -148,9 +148,7 @@ impl Connection {
                 "compare it with what 'ssh-keygen -lf' prints for the keys /etc/ssh/ssh_host_*.pub on the node: if it is \
                  the node's, replace the known one, else somebody is in its place",
             ),
-            None => Error::new(attempted())
-                .because(said)
-                .advise("see that the node is up, that it knows the key, and that its host key is the known one"),
+            None => Error::new(attempted()).because(&said).advise(advice(&said, to)),
         })?;
         if to.key.is_some() {
             tell_host_keys(&to.host, &known_hosts);
@@ -371,6 +369,28 @@ fn changed_key(said: &str) -> Option<String> {
     ))
 }
 
+/// Advice for the reader of ssh's last words.
+fn advice(said: &str, to: &Destination) -> String {
+    let host = to.host.split_once('@').map_or(&*to.host, |(_, host)| host);
+    if said.contains("Could not resolve hostname") {
+        return "name a host that ssh knows: 'ssh -G HOST' shows what it makes of a name".into();
+    }
+    if said.contains("Host key verification failed") {
+        let adding = match to.key {
+            Some(_) => format!("add the line of 'ssh-keyscan {host}' to the file known_hosts beside the key"),
+            None => format!("'ssh {}' by hand asks whether to add it to known_hosts", to.host),
+        };
+        return format!(
+            "its host key is not known here: {adding}; compare it with what 'ssh-keygen -lf' prints for the keys \
+             /etc/ssh/ssh_host_*.pub on the node"
+        );
+    }
+    if said.contains("Permission denied") {
+        return "see that the key is in authorized_keys of that user on the node".into();
+    }
+    "see that the node is up and can be reached".into()
+}
+
 /// Waits for `child` and returns its output. Kills it and fails after `limit`, or as soon as `heed` fails.
 pub(crate) fn finish(mut child: Child, limit: Duration, heed: Heed<'_>) -> Result<Output> {
     let began = Instant::now();
@@ -411,6 +431,22 @@ mod tests {
                       beside the key has another one";
         assert_eq!(changed_key(banner).as_deref(), Some(wanted));
         assert_eq!(changed_key("Host key verification failed."), None);
+    }
+
+    #[test]
+    fn advice_fits_what_ssh_says() {
+        let to = |key: Option<&str>| Destination { host: "root@n1".into(), key: key.map(PathBuf::from) };
+        let unknown = "No ED25519 host key is known for n1 and you have requested strict checking., Host key \
+                       verification failed.";
+        for (said, key, wanted) in [
+            ("ssh: Could not resolve hostname n1: Name or service not known", None, "'ssh -G HOST'"),
+            (unknown, None, "'ssh root@n1' by hand asks whether to add it to known_hosts"),
+            (unknown, Some("/etc/keys/id"), "'ssh-keyscan n1' to the file known_hosts beside the key"),
+            ("root@n1: Permission denied (publickey).", None, "authorized_keys"),
+            ("ssh: connect to host n1 port 22: Connection timed out", None, "the node is up"),
+        ] {
+            assert!(advice(said, &to(key)).contains(wanted), "{said}");
+        }
     }
 
     #[test]

@@ -47,10 +47,14 @@ impl<'a> Machine<'a> {
     }
 
     fn command(&self, arguments: &[&str], source: &Path, output: &str, further: &[&str]) -> Command {
+        self.command_on("builder", arguments, source, output, further)
+    }
+
+    fn command_on(&self, node: &str, arguments: &[&str], source: &Path, output: &str, further: &[&str]) -> Command {
         let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", self.path("bin"));
         let variables =
             [("PATH", path), ("IMAGE_COMPRESSION", "none".into()), ("REMOTE_HEARTBEAT_TIMEOUT_COUNT", "1".into())];
-        let mut command = ims_sshd(&["customize", "--node", "builder", "--json", "--output", output], &variables);
+        let mut command = ims_sshd(&["customize", "--node", node, "--json", "--output", output], &variables);
         command.args(["--work", &self.path("work")]).args(arguments).arg(source).args(further);
         let mut command = self.lab.moved(&command);
         command.current_dir(self.dir.path()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -198,6 +202,26 @@ fn command_or_script_makes_the_image_of_any_source_on_a_node() {
     assert_eq!(images(), published);
     machine.keeps_nothing();
     lab.nodes[0].is_as_before(&before);
+}
+
+#[test]
+fn directory_is_packed_only_for_a_node_that_can_be_reached() {
+    let lab = Lab::new();
+    let machine = Machine::new(&lab);
+    let strict = std::fs::read_to_string(machine.path("config")).unwrap().replace("Checking no", "Checking yes");
+    std::fs::write(machine.path("config"), strict).unwrap();
+    let tree = machine.dir.path().join("tree");
+    for (node, why, advice) in [
+        ("builder", "Host key verification failed", "'ssh builder' by hand asks"),
+        ("nowhere.invalid", "Could not resolve hostname", "'ssh -G HOST' shows"),
+    ] {
+        let mut command = machine.command_on(node, &[], &tree, &machine.path("store"), &["true"]);
+        let output = command.output().unwrap();
+        let log = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{log}");
+        assert!(log.contains(why) && log.contains(advice) && !log.contains("packing"), "{log}");
+        machine.keeps_nothing();
+    }
 }
 
 /// In place of ssh: the far side writes hostile lines to its standard error, and then more than a pipe holds.
