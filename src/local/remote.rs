@@ -213,11 +213,15 @@ impl Job<'_> {
         let command = running.take().map(|thread| thread.join().unwrap_or(1));
         remove_directory(run.path())?;
         let outcome = broken.take().map_or(outcome, Err)?;
-        Ok(match (outcome.exit_code, outcome.verdict) {
-            (0, Some(Verdict::Complete)) => (Fate::Publish, 0),
-            (0, _) => (Fate::Discard, command.filter(|code| *code != 0).unwrap_or(1)),
-            (code, _) => (Fate::Discard, code),
-        })
+        let (why, code) = match (outcome.exit_code, outcome.verdict, command) {
+            (0, Some(Verdict::Complete), _) => return Ok((Fate::Publish, 0)),
+            (0, _, Some(code)) if code != 0 => ("the command failed", code),
+            (0, ..) => ("the image was marked failed", 1),
+            (code, ..) if code > 128 => ("interrupted", code),
+            (code, ..) => ("the job on the node failed", code),
+        };
+        tracing::warn!("{why}: the image is not published, and no changes are kept");
+        Ok((Fate::Discard, code))
     }
 
     /// Connects to the node and leaves again, if the image has to be fetched or packed first, which may take long.

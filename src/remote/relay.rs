@@ -54,6 +54,7 @@ pub(crate) fn run(
         // Use no grace period on this side: the node itself gives running commands time to finish.
         machine: Machine::new(Duration::ZERO),
         parent: parent.to_owned(),
+        is_private: files.is_some(),
         files,
         old_marks: [None; 2],
         began: Instant::now(),
@@ -75,6 +76,8 @@ struct Relay<W, L> {
     machine: Machine,
     parent: PathBuf,
     files: Option<SignalFiles>,
+    /// True if no pod shares the directory, and the run itself marks the image once its command has ended.
+    is_private: bool,
     old_marks: [Option<Stamp>; 2],
     began: Instant,
     signals: Signals,
@@ -335,7 +338,10 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
         {
             return Vec::new();
         }
-        tracing::info!(verdict = verdict.signal_file(), "marked in the image root parent");
+        // The command's success is no verdict: the image may have been marked failed on the node.
+        if !self.is_private || verdict == Verdict::Failed {
+            tracing::info!(verdict = verdict.signal_file(), "marked in the image root parent");
+        }
         if let Some(node) = &mut self.node {
             node.mark(verdict);
         }

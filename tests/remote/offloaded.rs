@@ -167,6 +167,9 @@ fn fail_or_a_signal_ends_it_without_an_image_here_and_there() {
         assert_eq!(ended, code, "{how}: {}", std::fs::read_to_string(machine.path("log")).unwrap());
         lab.nodes[0].is_as_before(&before);
         assert!(!Path::new(&machine.path("store")).exists());
+        let (log, ended) = (std::fs::read_to_string(machine.path("log")).unwrap(), "no changes are kept");
+        assert_eq!(log.matches(ended).count(), usize::from(how != "killed"), "{log}");
+        assert!(!log.contains("cannot go on with the job: "), "{log}");
     }
     // The last one was killed.
     let shown = ims_sshd(&["status", machine.source.to_str().unwrap()], &[]).output().unwrap();
@@ -199,6 +202,12 @@ fn command_or_script_makes_the_image_of_any_source_on_a_node() {
     let published = images();
     let output = machine.run(&[], &machine.source, &["sh", "-c", "exit 7"]);
     assert_eq!(output.status.code(), Some(7), "{output:?}");
+    assert!(text(&output.stderr).contains("the command failed: the image is not published"), "{output:?}");
+    let output = machine.run(&[], &machine.source, &["touch", "/tmp/failed"]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let log = text(&output.stderr);
+    assert!(log.contains("the image was marked failed: the image is not published"), "{log}");
+    assert!(!log.contains("complete"), "{log}");
     assert_eq!(images(), published);
     machine.keeps_nothing();
     lab.nodes[0].is_as_before(&before);
