@@ -109,6 +109,7 @@ pub(super) enum Command {
     },
     /// Build an image from a recipe on this machine and publish it
     #[command(after_help = recipe::CREATE_EXAMPLES)]
+    #[command(mut_arg("name", |name| with_default(name, "image", "the recipe's name")))]
     Create(CreateArguments),
     /// Fetch a recipe and fill in its templates
     #[command(after_help = recipe::FETCH_EXAMPLES)]

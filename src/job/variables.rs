@@ -196,7 +196,7 @@ pub const VARIABLES: &[Variable] = &[
     Variable {
         name: "IMAGE_ROOT_ARCHIVE_NAME",
         format: "name of the new image",
-        default: "`image`; with `customize` and `enter`, the source's name",
+        default: "`image`; with `customize` and `enter`, the source's name, and with `create` the recipe's",
         readers: &[Publishing],
     },
     Variable {

@@ -98,6 +98,8 @@ fn unusable_arguments_are_refused_before_anything_is_created() {
         assert!(!output.status.success() && said.contains(reason), "{reason}: {said}");
         assert_eq!(std::fs::read_dir(dir.path().join("work")).unwrap().count(), 0, "{reason}: {said}");
     }
+    let help = text(&ims_sshd(&["create", "--help"], &[]).output().unwrap().stdout);
+    assert!(help.contains("[default: the recipe's name]"), "{help}");
     // These are refused once the directory has been created, and leave none.
     let no_recipe = dir.path().join("ca.crt");
     let cases = [(&no_recipe, "./out", "as a recipe"), (&recipe, "./work/ims-sshd.create/rpm-local", "outside")];
