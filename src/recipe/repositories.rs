@@ -14,6 +14,7 @@ use crate::error::{Attempt, Error, Result};
 use crate::ims::records::Status;
 use crate::job::variables::Reader;
 use crate::log::redaction;
+use crate::printable::listed;
 use crate::publish::settings::Settings;
 use crate::recipe::description::{Description, Repository, Selection};
 use crate::recipe::outcome;
@@ -127,16 +128,17 @@ fn wait(work: &Work, description: &Description, selection: &Selection, recipe: &
     if missing.is_empty() {
         return Ok(());
     }
+    let refused = Error::new("read all repositories of the recipe");
+    let advice = "TIMEOUT sets the time in seconds";
+    if let [(_, alias, why)] = missing.as_slice() {
+        return Err(refused.because(format!("the repository {alias} is missing: {why}")).advise(advice));
+    }
     for (_, alias, why) in &missing {
         tracing::error!("the repository {alias} is missing: {why}");
     }
     let names: Vec<_> = missing.iter().map(|(_, alias, _)| alias).collect();
-    let why =
-        format!("after {} s, {} of them missing: {}", limit.as_secs(), missing.len(), crate::printable::listed(&names));
-    let last = missing.first().map(|(_, _, why)| why.clone()).unwrap_or_default();
-    Err(Error::new("read all repositories of the recipe")
-        .because(format!("{why} ({last})"))
-        .advise("see the lines above; TIMEOUT sets the time in seconds"))
+    let why = format!("{} of them are missing: {}", missing.len(), listed(&names));
+    Err(refused.because(why).advise(format!("see the lines above; {advice}")))
 }
 
 impl Awaited {

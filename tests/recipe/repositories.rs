@@ -93,7 +93,11 @@ fn repositories_of_every_kind_are_there() {
     let output = wait(&recipe, &["--timeout", "1", "--profile", "other"], &variables);
     assert_eq!(output.status.code(), Some(1));
     assert_eq!(ims.statuses().last().unwrap(), "error");
-    assert!(text(&output.stderr).contains("the repository http://127.0.0.1:9/never is missing: for 1 s; "));
+    let said = text(&output.stderr);
+    let missing = "the recipe: the repository http://127.0.0.1:9/never is missing: for 1 s; ";
+    assert!(said.contains(missing), "{said}");
+    // At the beginning of the wait and at its end.
+    assert_eq!(said.matches("Connection refused").count(), 2, "{said}");
 }
 
 #[test]
@@ -117,7 +121,7 @@ fn repository_that_comes_later_is_waited_for_and_missing_ones_are_named_once_eac
         "the repository first is missing: for 2 s; http://127.0.0.1:",
         "the repository second is missing: for 2 s; ",
         "answers 404 Not Found",
-        "2 of them missing: first, second",
+        "2 of them are missing: first, second",
     ] {
         assert!(said.contains(line), "{line}: {said}");
     }
