@@ -12,7 +12,7 @@ use crate::jail::capabilities::lacks;
 use crate::jail::mount_table::Proc;
 use crate::jail::plan::Plan;
 use crate::jail::tier::Tier;
-use crate::jailer::open::{OpenJail, Wanted, helper_output};
+use crate::jailer::open::{OpenJail, Wanted, helper_output, program};
 use crate::sys::tree::Tree;
 use crate::volume::state_directory::StateDirectory;
 
@@ -49,6 +49,8 @@ const KINDS: [(Tier, Proc); 4] = [
 /// why no better one is possible, and what sessions lack because of that. This process has to be a subreaper (or PID
 /// 1).
 pub(crate) fn choose(wanted: &[Tier], dkms: bool, state: &StateDirectory) -> Result<Choice> {
+    // Without it no tier is possible, whatever this container may do.
+    program()?;
     let ground = Ground::new(state)?;
     let mut refused: Vec<(Tier, Error)> = Vec::new();
     for (tier, proc) in KINDS.into_iter().filter(|(tier, _)| wanted.is_empty() || wanted.contains(tier)) {

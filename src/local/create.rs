@@ -8,6 +8,7 @@ use rustix::fs::{FlockOperation, Mode, OFlags};
 
 use crate::error::{Attempt, Error, Result};
 use crate::image::exclude::Pattern;
+use crate::jailer::open;
 use crate::local::command_line::CommandLine;
 use crate::local::customize::{self, Customization};
 use crate::local::remote::publish_transferred;
@@ -100,6 +101,9 @@ fn check(creation: &Creation, wanted: &kiwi::Wanted) -> Result<()> {
         named::resolve(&path).map_err(|e| Error::bad_input(format!("RECIPE is '{}': {e}", path.display())))?;
     }
     kiwi::check_files(settings, wanted)?;
+    if creation.has_debug_shell {
+        open::program()?;
+    }
     if creation.node.is_none() {
         settings.packing.packer.check()?;
         sandbox::check_namespaces()?;

@@ -12,6 +12,7 @@ use crate::environment::stage::Stage;
 use crate::environment::supervisor;
 use crate::error::{Attempt, Error, Result};
 use crate::jail::binds::Bind;
+use crate::jailer::open;
 use crate::local::claim::remove_directory;
 use crate::local::directory::refuse_while_used;
 use crate::local::left_over::{SSHD_LOG, clear_left_over};
@@ -59,6 +60,9 @@ pub struct Customization {
 /// marked complete, 1 if it was marked failed.
 pub fn run(mut run: Run, wanted: &Customization) -> Result<u8> {
     source::need_root()?;
+    if wanted.jailed {
+        open::program()?;
+    }
     if let Some(file) = &wanted.host_script {
         let refuse = |why: String| Error::bad_input(format!("--host-script is '{}': {why}", file.display()));
         // Check the type first: opening a fifo would wait for a writer.

@@ -88,6 +88,7 @@ pub enum Answer {
 /// same signal.
 pub fn run(mut run: Run, entry: &Entry) -> Result<u8> {
     source::need_root()?;
+    open::program()?;
     let heeded = |(name, _): &(OsString, OsString)| entry.heeds_dkms || name != "JOB_ENABLE_DKMS";
     let (tiers, hostname, dkms, grace) = of_jail(std::env::vars_os().filter(heeded))?;
     let (decides, end, in_place) = (run.decides(), run.end, run.in_place);

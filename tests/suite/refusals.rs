@@ -39,6 +39,22 @@ fn invalid_values_are_reported_before_anything_starts() {
 }
 
 #[test]
+fn program_without_its_helper_says_so_once_and_opens_nothing() {
+    let apart = tempfile::tempdir_in(Path::new(&*IMS_SSHD).parent().unwrap()).unwrap();
+    let (alone, image) = (apart.path().join("ims-sshd"), apart.path().join("image"));
+    std::fs::hard_link(&*IMS_SSHD, &alone).unwrap();
+    std::fs::create_dir_all(image.join("bin")).unwrap();
+    std::fs::write(image.join("bin/sh"), "").unwrap();
+    for command in ["customize", "enter"] {
+        let output = Command::new(&alone).arg(command).arg(&image).arg("true").output().unwrap();
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert_eq!(said.matches("cannot find ims-jail-shell").count(), 1, "{said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+    }
+}
+
+#[test]
 fn options_that_cannot_work_are_refused() {
     for (options, reason) in [
         ("-D -f CONFIG", "-D keeps sshd in the foreground"),
