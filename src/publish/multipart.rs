@@ -41,7 +41,7 @@ pub(crate) struct Large<'a> {
     pub(crate) size: u64,
     /// MD5, in hexadecimal digits.
     pub(crate) md5: &'a str,
-    /// SHA-256 of each part, if the store wants them to be signed.
+    /// SHA-256 of each part, unless the store is a directory.
     pub(crate) parts: &'a [Sha256],
     /// Media type and metadata of the object.
     pub(crate) description: &'a Description,

@@ -21,7 +21,7 @@ use crate::publish::settings::Settings;
 use crate::store::error::cause;
 use crate::store::{Description, MD5, Owner, SHA256, Store};
 use crate::transfer::Work;
-use crate::transfer::checksum::{OfFile, Parts, is_other_md5, sums_of};
+use crate::transfer::checksum::{OfFile, looks_like_md5, sums_of};
 use crate::transfer::progress::size_in_words;
 
 /// Key of each file of an image, below the image's ID, and its media type.
@@ -371,7 +371,7 @@ impl Publication<'_> {
     }
 
     /// Files of an image, with their checksums. Large files also have a checksum for each part, unless the store is a
-    /// directory, which does not compare checksums of parts.
+    /// directory, which gets no requests that could be signed with them.
     fn pieces(&self, image: Image, store: &Store) -> Result<Vec<Piece>> {
         let (kernel, initrd, parameters) = match image.boot {
             Some(boot) => (Some(boot.kernel), boot.initrd, boot.parameters),
@@ -387,9 +387,8 @@ impl Publication<'_> {
         ];
         let piece = |((key, media_type), content): ((&'static str, &'static str), File)| {
             let size = content.metadata().attempt(|| format!("read the size of {key}"))?.len();
-            let parts = || Parts { length: part_of(size), are_signed: store.signs_content() };
-            let parts = (size > PART && !store.is_directory()).then(parts);
-            let sums = sums_of(self.work, &content, key, parts)?;
+            let part = (size > PART && !store.is_directory()).then(|| part_of(size));
+            let sums = sums_of(self.work, &content, key, part)?;
             Ok(Piece { key, media_type, content: content.into(), sums, size })
         };
         files.into_iter().filter_map(|(what, content)| Some((what, content?))).map(piece).collect()
@@ -419,7 +418,7 @@ impl Publication<'_> {
         let mut name = if self.is_named(store) { store.free_name(&self.directory_name()) } else { id.to_string() };
         let (mut artifacts, mut keys, mut total) = (Vec::new(), Vec::new(), 0);
         for &Piece { key, media_type, ref content, ref sums, size } in pieces {
-            let OfFile { md5, sha256, parts, etag_of_parts } = sums;
+            let OfFile { md5, sha256, parts } = sums;
             let mut metadata = vec![(MD5, md5.clone()), (SHA256, sha256.clone())];
             metadata.push(("x-shasta-ims-image-name", self.settings.name.clone()));
             metadata.extend(self.owner_metadata(id));
@@ -429,7 +428,7 @@ impl Publication<'_> {
                 let description = Description { media_type, metadata };
                 self.put(store, &Large { place: &place, content, size, md5, parts, description: &description })?;
             }
-            let etag = self.etag(store, &place, size, etag_of_parts.as_ref().unwrap_or(md5))?;
+            let etag = self.etag(store, &place, size, md5)?;
             if !is_published {
                 tracing::info!(md5, etag, "uploaded {url}");
             }
@@ -513,19 +512,19 @@ impl Publication<'_> {
         Sender { work: self.work, store, settings: &self.settings.store, directory: self.directory }
     }
 
-    /// ETag of an object that was uploaded. Refuses an object of another size, or one whose ETag is an MD5 that differs
-    /// from `expected`. Such an ETag is the MD5 of the object, or that of the MD5s of its parts followed by their
-    /// number.
-    fn etag(&self, store: &Store, place: &str, size: u64, expected: &str) -> Result<String> {
+    /// ETag of an object that was uploaded. Refuses an object of another size, or one that was uploaded in one request
+    /// and has an ETag that is an MD5 but not `md5`.
+    fn etag(&self, store: &Store, place: &str, size: u64, md5: &str) -> Result<String> {
         let attempted = format!("inspect {}", store.url_of(place));
         let refuse = |why: String| Err(Error::new(&attempted).because(why));
         let (etag, found) = self.wait(&attempted, store.head(place))?;
         if found != size {
             return refuse(format!("it has {found} bytes, expected {size}"));
         }
-        // Some stores have another kind of ETag for an object that was uploaded in parts.
-        if is_other_md5(&etag, expected) && self.wait(&attempted, store.can_have_md5(place))? {
-            return refuse(format!("its MD5 there is {etag}, expected {expected}"));
+        // The ETag of an object in parts is not its MD5; the store has compared the SHA-256 of each part.
+        let is_other = size <= PART && looks_like_md5(&etag) && !etag.eq_ignore_ascii_case(md5);
+        if is_other && self.wait(&attempted, store.can_have_md5(place))? {
+            return refuse(format!("its MD5 there is {etag}, expected {md5}"));
         }
         Ok(etag)
     }

@@ -47,16 +47,15 @@ impl Asked<'_> {
         if answer.status() == StatusCode::NOT_FOUND { Ok(()) } else { refuse(key, &answer) }
     }
 
-    /// Returns whether the ETag of an object can be made of MD5s, according to its headers, which the crate does not
-    /// show.
+    /// Returns whether the ETag of an object can be its MD5, according to its headers, which the crate does not show.
     pub(crate) async fn can_have_md5(&self, key: &Path) -> object_store::Result<bool> {
         let answer = self.ask(Method::HEAD, key, &[]).await?;
         refuse(key, &answer)?;
         Ok(etag_can_be_md5(answer.headers()))
     }
 
-    /// Uploads part `number`, and returns its ETag. If `sha256` is given, the request is signed with it, and a server
-    /// refuses a part whose content has another checksum; otherwise the content is not signed.
+    /// Uploads part `number`, and returns its ETag. The request is signed with the SHA-256 of the content: a server
+    /// refuses a part that has another one.
     pub(crate) async fn put_part(
         &self,
         key: &Path,
@@ -69,8 +68,7 @@ impl Asked<'_> {
         let mut request = self.request(Method::PUT, key, &query).await?;
         request.headers_mut().insert(CONTENT_LENGTH, content.length.into());
         let credential = self.bucket.credentials().get_credential().await?;
-        let authorizer = AwsAuthorizer::new(&credential, "s3", self.region).with_sign_payload(sha256.is_some());
-        authorizer.authorize(&mut request, sha256.map(|sum| &sum[..]));
+        AwsAuthorizer::new(&credential, "s3", self.region).authorize(&mut request, sha256.map(|sum| &sum[..]));
         let server = origin(&request);
         let answer = self.requests.send(request, Some(content)).await;
         let answer = answer.map_err(|e| unanswered(key.as_ref(), &server, &e))?;

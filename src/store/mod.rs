@@ -53,8 +53,6 @@ enum Objects {
         builder: Box<AmazonS3Builder>,
         requests: Requests,
         region: String,
-        /// True if requests sign the content of objects.
-        is_signed: bool,
     },
     Directory(Arc<Directory>),
 }
@@ -132,7 +130,6 @@ impl Store {
                 bucket: Arc::new(build(bucket, builder.clone())?),
                 builder: Box::new(builder),
                 requests: connector.requests(&HeaderMap::new())?,
-                is_signed: settings.endpoint.as_deref().is_some_and(is_plain),
                 region: settings.region.clone().unwrap_or_else(|| DEFAULT_REGION.into()),
             };
             let prefix = Path::parse(prefix.trim_matches('/')).map_err(|_| refuse())?;
@@ -264,12 +261,8 @@ impl Store {
         }
     }
 
-    /// Returns whether the content of parts is signed. If so, [`Store::put_part`] needs their checksums.
-    pub(crate) fn signs_content(&self) -> bool {
-        matches!(self.objects, Objects::S3 { is_signed: true, .. })
-    }
-
     /// Uploads part `number` of an object, and returns its ETag. Replaces a part that was uploaded before.
+    /// A bucket needs the SHA-256 of the content, a directory does not.
     pub(crate) fn put_part(
         &self,
         key: &str,
@@ -358,7 +351,7 @@ impl Store {
         }
     }
 
-    /// Returns whether the ETag of an object can be made of MD5s of its content. Always false in a directory.
+    /// Returns whether the ETag of an object can be the MD5 of its content. Always false in a directory.
     pub(crate) async fn can_have_md5(&self, key: &str) -> object_store::Result<bool> {
         let Objects::S3 { bucket, requests, region, .. } = &self.objects else { return Ok(false) };
         Asked { bucket, requests, region }.can_have_md5(&self.path(key)).await
@@ -531,15 +524,9 @@ fn s3(bucket: &str, settings: &Place, network: &Network) -> Result<(AmazonS3Buil
         builder = builder.with_token(token);
     }
     if let Some(endpoint) = &settings.endpoint {
-        // TLS protects the content already; signing it too would mean reading it once more for its checksum.
-        builder = builder.with_endpoint(endpoint).with_unsigned_payload(!is_plain(endpoint));
+        builder = builder.with_endpoint(endpoint);
     }
     Ok((builder, connector))
-}
-
-/// Returns whether a URL has no TLS.
-fn is_plain(endpoint: &str) -> bool {
-    !endpoint.starts_with("https:")
 }
 
 /// Builds HTTP clients for a store with the same TLS settings as for other servers.

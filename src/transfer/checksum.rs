@@ -130,68 +130,45 @@ pub(crate) struct OfFile {
     pub(crate) md5: String,
     /// SHA-256, in hexadecimal digits.
     pub(crate) sha256: String,
-    /// SHA-256 of each part of the file, if they are signed.
+    /// SHA-256 of each part of the file, if it was divided.
     pub(crate) parts: Vec<Sha256>,
-    /// ETag that S3 gives an object that is uploaded in these parts: the MD5 of the parts' MD5s, then their number.
-    pub(crate) etag_of_parts: Option<String>,
-}
-
-/// Division of a file into parts.
-#[derive(Clone, Copy)]
-pub(crate) struct Parts {
-    /// Length of each part but the last, in bytes.
-    pub(crate) length: u64,
-    /// True if the SHA-256 of each part is computed too.
-    pub(crate) are_signed: bool,
 }
 
 /// A SHA-256.
 pub(crate) type Sha256 = [u8; digest::SHA256_OUTPUT_LEN];
 
-/// Checksums of a file, which is read once from its start; also those of its parts, if `parts` is given. Each kind is
-/// computed on a thread of its own.
-pub(crate) fn sums_of(work: &Work, file: &File, what: &str, parts: Option<Parts>) -> Result<OfFile> {
+/// Checksums of a file, which is read once from its start; also those of its parts, if their length in bytes is given.
+/// SHA-256 and MD5 are computed on two threads.
+pub(crate) fn sums_of(work: &Work, file: &File, what: &str, part: Option<u64>) -> Result<OfFile> {
     std::thread::scope(|scope| {
-        // Pieces go from one thread to the next, and come back to be filled again. There are so few that no thread ever
+        // Pieces go to the other thread, and come back to be filled again. There are so few that neither thread ever
         // waits for room in a channel.
-        let [(free, unused), (to_whole, whole), (to_parts, of_parts)] =
-            std::array::from_fn(|_| sync_channel::<Vec<u8>>(PIECES));
-        let sum_of_whole = scope.spawn({
-            let free = free.clone();
-            move || {
-                let next = if parts.is_some() { to_parts } else { free };
-                let mut sum = digest::Context::new(&digest::SHA256);
-                for piece in whole {
-                    sum.update(&piece);
-                    // If reading has failed, nobody takes the piece any more.
-                    let _ = next.send(piece);
+        let [(free, unused), (to_sha256, pieces)] = std::array::from_fn(|_| sync_channel::<Vec<u8>>(PIECES));
+        let sha256 = scope.spawn(move || {
+            let (mut whole, mut parts) = (digest::Context::new(&digest::SHA256), part.map(OfParts::new));
+            for piece in pieces {
+                whole.update(&piece);
+                if let Some(parts) = &mut parts {
+                    parts.update(&piece);
                 }
-                hex(sum.finish().as_ref())
-            }
-        });
-        let sums_of_parts = scope.spawn(move || {
-            let mut sums = OfParts::new(parts.unwrap_or(Parts { length: u64::MAX, are_signed: false }));
-            for piece in of_parts {
-                sums.update(&piece);
+                // If reading has failed, nobody takes the piece any more.
                 let _ = free.send(piece);
             }
-            sums.finish()
+            (hex(whole.finish().as_ref()), parts.map(OfParts::finish).unwrap_or_default())
         });
         let (mut md5, mut made) = (Md5::new(), 1);
         read_through(work, file, what, |piece| {
             md5.update(&piece);
-            to_whole.send(piece).attempt(|| format!("compute the SHA-256 of {what}"))?;
+            to_sha256.send(piece).attempt(|| format!("compute the SHA-256 of {what}"))?;
             if made < PIECES {
                 made += 1;
                 return Ok(Vec::new());
             }
             unused.recv().attempt(|| format!("compute the SHA-256 of {what}"))
         })?;
-        drop(to_whole);
-        let sha256 = sum_of_whole.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        let (sums, etag) = sums_of_parts.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        let etag_of_parts = parts.map(|_| etag);
-        Ok(OfFile { md5: format!("{:x}", md5.finalize()), sha256, parts: sums, etag_of_parts })
+        drop(to_sha256);
+        let (sha256, parts) = sha256.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        Ok(OfFile { md5: format!("{:x}", md5.finalize()), sha256, parts })
     })
 }
 
@@ -205,33 +182,26 @@ pub(crate) fn sha256_of_file(work: &Work, file: &File, what: &str) -> Result<Str
     Ok(hex(sum.finish().as_ref()))
 }
 
-/// Computes the checksums of each part of the bytes passed so far.
+/// Computes the SHA-256 of each part of the bytes passed so far.
 struct OfParts {
     /// Length of a part in bytes.
     length: u64,
     /// Bytes that the current part still lacks.
     left: u64,
-    /// SHA-256 of the current part, if parts are signed, and its MD5.
-    current: (Option<digest::Context>, Md5),
+    current: digest::Context,
     done: Vec<Sha256>,
-    /// MD5 of the MD5s of the completed parts, and the number of these parts.
-    md5s: (Md5, u64),
 }
 
 impl OfParts {
-    fn new(Parts { length, are_signed }: Parts) -> Self {
-        let sha256 = are_signed.then(|| digest::Context::new(&digest::SHA256));
-        Self { length, left: length, current: (sha256, Md5::new()), done: Vec::new(), md5s: (Md5::new(), 0) }
+    fn new(length: u64) -> Self {
+        Self { length, left: length, current: digest::Context::new(&digest::SHA256), done: Vec::new() }
     }
 
     fn update(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             let (now, later) =
                 bytes.split_at(usize::try_from(self.left).map_or(bytes.len(), |left| left.min(bytes.len())));
-            if let Some(sha256) = &mut self.current.0 {
-                sha256.update(now);
-            }
-            self.current.1.update(now);
+            self.current.update(now);
             self.left -= now.len() as u64;
             if self.left == 0 {
                 self.end();
@@ -241,22 +211,18 @@ impl OfParts {
     }
 
     fn end(&mut self) {
-        if let Some(sha256) = &mut self.current.0 {
-            let ended = std::mem::replace(sha256, digest::Context::new(&digest::SHA256));
-            let mut sum = Sha256::default();
-            sum.copy_from_slice(ended.finish().as_ref());
-            self.done.push(sum);
-        }
-        self.md5s.0.update(self.current.1.finalize_reset());
-        self.md5s.1 += 1;
+        let ended = std::mem::replace(&mut self.current, digest::Context::new(&digest::SHA256));
+        let mut sum = Sha256::default();
+        sum.copy_from_slice(ended.finish().as_ref());
+        self.done.push(sum);
         self.left = self.length;
     }
 
-    fn finish(mut self) -> (Vec<Sha256>, String) {
+    fn finish(mut self) -> Vec<Sha256> {
         if self.left < self.length {
             self.end();
         }
-        (self.done, format!("{:x}-{}", self.md5s.0.finalize(), self.md5s.1))
+        self.done
     }
 }
 
@@ -318,21 +284,13 @@ pub(crate) fn looks_like_md5(etag: &str) -> bool {
     etag.len() == 32 && etag.bytes().all(|b| b.is_ascii_hexdigit())
 }
 
-/// Returns whether an ETag (without quotes) and `expected` are different MD5s of the same kind: both are MD5s of a whole
-/// object, or both are multipart ETags (`MD5-COUNT`) with the same number of parts.
-pub(crate) fn is_other_md5(etag: &str, expected: &str) -> bool {
-    let split = |etag| str::split_once(etag, '-').map_or((etag, None), |(md5, parts)| (md5, Some(parts)));
-    let ((md5, parts), (expected, expected_parts)) = (split(etag), split(expected));
-    looks_like_md5(md5) && parts == expected_parts && !md5.eq_ignore_ascii_case(expected)
-}
-
 /// Returns whether the ETag of a response is the MD5 of its content: it looks like one, and no header says otherwise.
 pub(crate) fn etag_is_md5(headers: &HeaderMap) -> bool {
     let etag = text_of(headers, ETAG.as_str()).filter(|etag| !is_weak(etag)).unwrap_or_default().trim_matches('"');
     looks_like_md5(etag) && etag_can_be_md5(headers)
 }
 
-/// Returns whether the ETag may be made of MD5s of the content: no header says otherwise.
+/// Returns whether the ETag may be the MD5 of the content: no header says otherwise.
 pub(crate) fn etag_can_be_md5(headers: &HeaderMap) -> bool {
     let mut names = headers.keys().map(HeaderName::as_str);
     // These headers mark objects that are encrypted with keys of a client or a key service (SSE-C, SSE-KMS), and
@@ -358,19 +316,13 @@ mod tests {
             let mut file = tempfile::tempfile().unwrap();
             file.write_all(&content).unwrap();
             let sha256 = |bytes: &[u8]| hex(digest::digest(&digest::SHA256, bytes).as_ref());
-            for are_signed in [false, true] {
-                let parts = Parts { length: length as u64, are_signed };
-                let found = sums_of(&work, &file, "it", Some(parts)).unwrap();
+            for part in [Some(length as u64), None] {
+                let found = sums_of(&work, &file, "it", part).unwrap();
                 assert_eq!((found.md5, found.sha256), (format!("{:x}", Md5::digest(&content)), sha256(&content)));
-                let chunks = || content.chunks(length);
-                let md5s: Vec<_> = chunks().map(Md5::digest).collect();
-                let etag = format!("{:x}-{}", Md5::digest(md5s.concat()), md5s.len());
-                assert_eq!(found.etag_of_parts.as_deref(), Some(&*etag), "{size} bytes in parts of {length}");
-                let signed: Vec<_> = if are_signed { chunks().map(sha256).collect() } else { Vec::new() };
-                assert_eq!(found.parts.iter().map(|sum| hex(sum)).collect::<Vec<_>>(), signed);
+                let parts: Vec<_> = content.chunks(length).filter(|_| part.is_some()).map(sha256).collect();
+                let shown = format!("{size} bytes in parts of {length}");
+                assert_eq!(found.parts.iter().map(|sum| hex(sum)).collect::<Vec<_>>(), parts, "{shown}");
             }
-            let found = sums_of(&work, &file, "it", None).unwrap();
-            assert_eq!((found.sha256, found.etag_of_parts), (sha256(&content), None));
         }
     }
 

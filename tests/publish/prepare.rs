@@ -296,11 +296,6 @@ fn refused_source_or_variable_sets_the_jobs_status_to_error() {
     assert!(output.status.code() == Some(2) && said.contains("IMS_JOB_ID") && said.lines().count() == 1, "{said}");
 }
 
-fn sha256(bytes: &[u8]) -> String {
-    let output = feed(&mut Command::new("sha256sum"), bytes);
-    text(output.stdout).split(' ').next().unwrap().to_owned()
-}
-
 #[test]
 fn sha256_is_verified_in_addition_to_md5() {
     let (dir, tree) = bootable_image();

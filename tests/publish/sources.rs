@@ -39,11 +39,6 @@ fn two_images(dir: &Path) -> [(PathBuf, PathBuf); 2] {
     [tree, other].map(|tree| (tree.clone(), squashfs_of(&tree)))
 }
 
-fn sha256(content: &[u8]) -> String {
-    let output = feed(&mut Command::new("sha256sum"), content);
-    text(output.stdout).split(' ').next().unwrap().to_owned()
-}
-
 /// Directory of another user, used as a volume.
 fn users_directory(path: PathBuf) -> PathBuf {
     std::fs::create_dir(&path).unwrap();

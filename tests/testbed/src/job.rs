@@ -73,7 +73,15 @@ pub fn at_work_in(tree: &Path, name: &str) -> Vec<u32> {
 }
 
 pub fn md5(bytes: &[u8]) -> String {
-    let output = feed(&mut Command::new("md5sum"), bytes);
+    sum("md5sum", bytes)
+}
+
+pub fn sha256(bytes: &[u8]) -> String {
+    sum("sha256sum", bytes)
+}
+
+fn sum(program: &str, bytes: &[u8]) -> String {
+    let output = feed(&mut Command::new(program), bytes);
     text(output.stdout).split(' ').next().unwrap().to_owned()
 }
 
@@ -219,8 +227,7 @@ impl Published<'_> {
             assert_eq!(artifact["link"]["type"], "s3");
             assert_eq!(header("content-type"), media_type);
             assert_eq!(header("x-amz-meta-md5sum"), md5(&object.body));
-            let sum = feed(&mut Command::new("sha256sum"), &object.body);
-            assert_eq!(header("x-amz-meta-sha256sum"), text(&sum.stdout).split(' ').next().unwrap());
+            assert_eq!(header("x-amz-meta-sha256sum"), sha256(&object.body));
             assert_eq!(header("x-amz-meta-x-shasta-ims-image-id"), **id);
             assert_eq!(header("x-amz-meta-x-shasta-ims-job-id"), crate::ims_server::JOB);
             assert_eq!(header("x-amz-meta-x-shasta-ims-image-name"), "compute-%C3%B6");

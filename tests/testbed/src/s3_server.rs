@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use crate::file_server::reset;
+use crate::job::sha256;
 use crate::{cache, free_port, listen, text, wait_until};
 
 /// A bucket, and the URL of its store.
@@ -189,7 +190,8 @@ fn pass(mut client: TcpStream, mut server: TcpStream, point: Option<usize>, brok
     let _ = back.join();
 }
 
-/// A proxy that lets a number of parts through, and then behaves as [`Closed`] says.
+/// A proxy that lets a number of parts through, and then behaves as [`Closed`] says. It compares the SHA-256 of parts with
+/// the one they are signed with, as Amazon's server, MinIO and Ceph do, and the server behind it does not.
 pub struct Gate {
     pub endpoint: String,
     asked: Arc<Mutex<Vec<String>>>,
@@ -208,8 +210,8 @@ pub enum Closed {
     EndsUnheard,
     /// Everything passes but deletions: they are not carried out, and get the status 200 with an error in the body.
     Undeleted,
-    /// Parts pass, but the first byte of the first one is changed.
-    Altering,
+    /// Parts pass, but the first byte of the first one is changed, as often as it is sent up to this number.
+    Altering(usize),
 }
 
 impl Gate {
@@ -258,6 +260,10 @@ fn is_part(request: &str) -> bool {
     request.contains("partNumber=")
 }
 
+fn is_first_part(request: &str) -> bool {
+    request.contains("partNumber=1&")
+}
+
 /// Passes on one request and its answer.
 fn pass_one(
     client: &TcpStream,
@@ -271,15 +277,15 @@ fn pass_one(
     let lines: Vec<_> = reader.by_ref().lines().map_while(Result::ok).take_while(|line| !line.is_empty()).collect();
     let Some(request) = lines.first() else { return Ok(()) };
     let length = lines.iter().find_map(|l| l.to_lowercase().strip_prefix("content-length: ")?.parse().ok());
-    let (number, ended) = {
+    let (number, firsts, ended) = {
         let mut heard = heard.lock().unwrap();
         heard.push(lines.join("\n"));
         let count = |is: fn(&str) -> bool| heard.iter().filter(|request| is(request)).count();
-        (count(is_part), count(ends))
+        (count(is_part), count(is_first_part), count(ends))
     };
-    let mut body = reader.take(length.unwrap_or(0));
+    let mut body = Vec::new();
+    reader.take(length.unwrap_or(0)).read_to_end(&mut body)?;
     if is_part(request) && number > parts {
-        std::io::copy(&mut body, &mut std::io::sink())?;
         let mut out = client;
         return match closed {
             Closed::Silent => out.read_to_end(&mut Vec::new()).map(|_| ()),
@@ -291,18 +297,27 @@ fn pass_one(
     }
     let deletes = request.contains("?delete") || request.starts_with("DELETE ") && !request.contains('?');
     if deletes && closed == Closed::Undeleted {
-        std::io::copy(&mut body, &mut std::io::sink())?;
         let page = "<Error><Code>AccessDenied</Code></Error>";
         let mut out = client;
         return write!(out, "HTTP/1.1 200 OK\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{page}", page.len());
     }
-    write!(server, "{}\r\nconnection: close\r\n\r\n", lines.join("\r\n"))?;
-    if request.contains("partNumber=1&") && closed == Closed::Altering {
-        let mut first = [0];
-        body.read_exact(&mut first)?;
-        server.write_all(&[!first[0]])?;
+    if is_first_part(request)
+        && let Closed::Altering(times) = closed
+        && firsts <= times
+    {
+        body[0] = !body[0];
     }
-    std::io::copy(&mut body, &mut server)?;
+    if is_part(request) {
+        let signed = lines.iter().find_map(|line| line.strip_prefix("x-amz-content-sha256: "));
+        if signed.is_some_and(|sum| sum != "UNSIGNED-PAYLOAD" && sum != sha256(&body)) {
+            let page = "<Error><Code>XAmzContentSHA256Mismatch</Code><Message>The provided 'x-amz-content-sha256' \
+                        header does not match what was computed.</Message></Error>";
+            let (mut out, start) = (client, "HTTP/1.1 400 Bad Request\r\nconnection: close");
+            return write!(out, "{start}\r\ncontent-length: {}\r\n\r\n{page}", page.len());
+        }
+    }
+    write!(server, "{}\r\nconnection: close\r\n\r\n", lines.join("\r\n"))?;
+    server.write_all(&body)?;
     if request.starts_with("GET ") && request.contains("?uploads") && closed == Closed::Refusing {
         let mut out = client;
         return write!(out, "HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
@@ -336,10 +351,10 @@ impl Sink {
 
     /// Starts a server that reports each object as smaller by this many bytes.
     pub fn losing(bytes: u64) -> Self {
-        Self::telling(bytes, "etag: \"e\"")
+        Self::telling(bytes, ETAG)
     }
 
-    /// Starts a server that gives each object these headers; `headers` lacks the last line end.
+    /// Starts a server that gives the object `rootfs` these headers; `headers` lacks the last line end.
     pub fn describing(headers: &str) -> Self {
         Self::telling(0, headers)
     }
@@ -356,6 +371,9 @@ impl Sink {
         values.map(|(name, value)| (name, value.to_owned())).into()
     }
 }
+
+/// Header of an object whose ETag is no MD5.
+const ETAG: &str = "etag: \"e\"";
 
 fn swallow(
     connection: &TcpStream,
@@ -386,6 +404,7 @@ fn swallow(
         _ => {}
     }
     let length = if method == "HEAD" { size.saturating_sub(lost) } else { body.len() as u64 };
+    let headers = if path.ends_with("/rootfs") { headers } else { ETAG };
     let date = "Thu, 01 Jan 2026 00:00:00 GMT";
     let mut out = connection;
     if is_missing {
