@@ -17,7 +17,7 @@ use http_body::{Body, Frame, SizeHint};
 use object_store::client::{
     HttpError, HttpErrorKind, HttpRequest, HttpRequestBody, HttpResponse, HttpResponseBody, HttpService,
 };
-use reqwest::Method;
+use reqwest::{Method, StatusCode};
 
 use crate::transfer::SHORTEST;
 use crate::transfer::network::Network;
@@ -31,6 +31,10 @@ const PIECE: usize = 64 << 10;
 
 /// Maximum time for all further requests to a store that did not answer within the usual limits.
 const SILENT: Duration = Duration::from_secs(5);
+
+/// Error code of S3 for content whose SHA-256 is not the one that its request is signed with. It was altered on the way,
+/// and may arrive unaltered the next time.
+const ALTERED: &[u8] = b"XAmzContentSHA256Mismatch";
 
 /// Prefix of errors about an answer that did arrive, as opposed to errors that none did.
 pub(crate) const ANSWERED: &str = "the answer";
@@ -224,10 +228,11 @@ impl Requests {
         let is_late = status.is_success()
             && is_post
             && [&b"InternalError"[..], b"SlowDown"].iter().any(|word| holds(&text, word));
+        let is_altered = status == StatusCode::BAD_REQUEST && holds(&text, ALTERED);
         let mut answer = HttpResponse::new(HttpResponseBody::from(text));
         *answer.status_mut() = status;
         *answer.headers_mut() = response.headers().clone();
-        Ok((answer, is_transient(status) || is_late))
+        Ok((answer, is_transient(status) || is_late || is_altered))
     }
 }
 

@@ -352,6 +352,13 @@ fn part_altered_on_the_way_to_the_store_is_refused_by_it() {
 }
 
 #[test]
+fn part_altered_once_on_the_way_to_the_store_is_sent_again() {
+    let upload = Upload::new();
+    let gate = Gate::start(usize::MAX, Closed::Altering(1));
+    assert_eq!(upload.ended_through(&gate, 0), (PARTS + 1, 1));
+}
+
+#[test]
 fn etag_of_an_object_that_was_uploaded_in_parts_is_not_compared() {
     let upload = Upload::new();
     let other = md5(b"other content");
