@@ -167,11 +167,31 @@ impl Gate {
     }
 }
 
+#[test]
+fn device_of_a_removed_image_root_is_given_to_no_other_file_system_while_its_processes_are_looked_for() {
+    let volume = Volume::in_memory(Image::Busybox);
+    let processes = Processes::of(&volume);
+    drop(volume);
+    let others = directory();
+    let mounted = (0..20).map(|number| {
+        let point = others.path().join(number.to_string());
+        std::fs::create_dir(&point).unwrap();
+        mount(&["-t", "tmpfs", "tmpfs"], &point);
+        Mounted(point)
+    });
+    let mounted: Vec<_> = mounted.collect();
+    let device = |mounted: &Mounted| std::fs::metadata(&mounted.0).unwrap().dev();
+    // Processes of another test, whose image root it could be, would be killed.
+    assert!(mounted.iter().all(|mounted| device(mounted) != processes.image_device));
+}
+
 /// Finds every process that a test's thread has started. The thread has a UTS namespace of its own, which processes
 /// leave only for the jail, where their root is the image root.
 struct Processes {
     uts: PathBuf,
     image_device: u64,
+    /// Held open, so that no file system of another test, whose processes would be killed, gets the device's number.
+    _image: std::fs::File,
     image_root: PathBuf,
 }
 
@@ -183,9 +203,11 @@ impl Processes {
             mount(&["--bind", "/dev/null"], &profile);
         }
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWUTS).unwrap();
+        let image = std::fs::File::open(&volume.image_root).unwrap();
         Self {
             uts: std::fs::read_link("/proc/thread-self/ns/uts").unwrap(),
-            image_device: std::fs::metadata(&volume.image_root).unwrap().dev(),
+            image_device: image.metadata().unwrap().dev(),
+            _image: image,
             image_root: volume.image_root.clone(),
         }
     }
