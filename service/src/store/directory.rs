@@ -2,7 +2,7 @@
 
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ims_sshd::error::{Attempt, Result as Started};
@@ -37,14 +37,13 @@ impl Directory {
     }
 
     /// Returns the file of an object. Fails with [`Failure::Missing`] for a key that leads out of the bucket's
-    /// directory.
+    /// directory, that is a second name of another key's file (`a//b`, `./a`), or that names an unfinished file.
     fn file(&self, at: &Location) -> Result<PathBuf> {
-        let path = Path::new(&at.bucket).join(&at.key);
-        let fits = !at.bucket.contains('/') && path.components().all(|part| matches!(part, Component::Normal(_)));
-        if !fits || at.key.ends_with('/') || at.key.contains('\0') {
+        let fits = |part: &str| !matches!(part, "" | "." | "..") && !is_unfinished(part);
+        if at.bucket.contains('/') || !fits(&at.bucket) || !at.key.split('/').all(fits) || at.key.contains('\0') {
             return Err(Failure::Missing);
         }
-        let file = self.root.join(path);
+        let file = self.root.join(&at.bucket).join(&at.key);
         // Symbolic links could lead out of the store.
         let inside = file.ancestors().take_while(|path| *path != self.root).all(|path| !path.is_symlink());
         if inside { Ok(file) } else { Err(Failure::Refused(format!("{at} is a symbolic link"))) }
@@ -180,10 +179,9 @@ fn remove_unfinished(directory: &Path, before: SystemTime) {
             continue;
         }
         let name = entry.file_name();
-        let is_unfinished = name.to_str().and_then(|name| name.strip_prefix('.')).is_some_and(is_id);
         // A hard link changes the ctime of the file, and not its mtime.
         let changed = UNIX_EPOCH + Duration::from_secs(u64::try_from(metadata.ctime()).unwrap_or_default());
-        if is_unfinished && metadata.is_file() && changed <= before {
+        if name.to_str().is_some_and(is_unfinished) && metadata.is_file() && changed <= before {
             match std::fs::remove_file(&path) {
                 Ok(()) => tracing::info!("removed an unfinished file: {}", path.display()),
                 Err(error) => tracing::warn!("cannot remove the unfinished file {}: {error}", path.display()),
@@ -192,9 +190,10 @@ fn remove_unfinished(directory: &Path, before: SystemTime) {
     }
 }
 
-/// Returns whether a text is an ID as [`crate::records::new_id`] makes them.
-fn is_id(text: &str) -> bool {
-    uuid::Uuid::parse_str(text).is_ok_and(|id| id.to_string() == text)
+/// Returns whether a file has the name of one that is being written: a dot and an ID of [`crate::records::new_id`].
+fn is_unfinished(name: &str) -> bool {
+    let id = name.strip_prefix('.');
+    id.is_some_and(|text| uuid::Uuid::parse_str(text).is_ok_and(|id| id.to_string() == text))
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -243,6 +242,15 @@ mod tests {
         {
             assert_eq!(store.head(&at(bucket, key)).await, Err(Failure::Missing), "{bucket} {key}");
         }
+        // An object has one name: otherwise, records could own it under several.
+        for (bucket, key) in
+            [(".", "b/deleted/x/y"), ("b", "./deleted/x/y"), ("b", "deleted//x/y"), ("b", "deleted/./x/y")]
+        {
+            assert_eq!(store.head(&at(bucket, key)).await, Err(Failure::Missing), "{bucket} {key}");
+        }
+        // The cleanup would remove such an object.
+        let unfinished = at("b", &format!("x/.{}", crate::records::new_id()));
+        assert_eq!(store.put(&unfinished, b"content".into()).await, Err(Failure::Missing));
         assert!(matches!(store.head(&at("b", "link/passwd")).await, Err(Failure::Refused(_))));
         let left: Vec<_> = std::fs::read_dir(directory.path().join("b/deleted/x")).unwrap().collect();
         assert_eq!(left.len(), 1, "{left:?}");
