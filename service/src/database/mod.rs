@@ -15,7 +15,7 @@ use axum::body::Bytes;
 use futures_util::TryStreamExt;
 use ims_sshd::error::{Error, Result as Started};
 use sqlx::any::{AnyConnectOptions, AnyPoolOptions};
-use sqlx::{Any, AnyPool, Connection, Row, Transaction};
+use sqlx::{Any, AnyPool, Connection, Row, Transaction, TransactionManager};
 use tokio::sync::OwnedMutexGuard;
 
 use crate::records::{Kind, Location, Record, wire};
@@ -125,6 +125,16 @@ impl Database {
                     }
                 }
                 Ok(())
+            })
+        });
+        // Do not use a connection again whose transaction could not be rolled back: SQLite itself rolls back when a disk
+        // is full, the ROLLBACK of sqlx then fails, and sqlx makes each later transaction a part of one that nobody
+        // commits.
+        let pool = pool.after_release(|connection, _| {
+            Box::pin(async move {
+                // sqlx sends a ROLLBACK before the next statement.
+                connection.ping().await?;
+                Ok(<Any as sqlx::Database>::TransactionManager::get_transaction_depth(connection) == 0)
             })
         });
         let pool = pool.connect_with(options).await.map_err(|e| attempted().because(e))?;
@@ -432,4 +442,52 @@ fn encoded(path: &Path) -> String {
         }
         url
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::records::PublicKey;
+
+    fn key(number: usize) -> PublicKey {
+        let text = serde_json::json!({
+            "id": format!("00000000-0000-4000-8000-{number:012}"),
+            "name": "k".repeat(3000),
+            "public_key": "ssh-ed25519 A",
+            "created": "2026-01-01T00:00:00",
+        });
+        serde_json::from_value(text).unwrap()
+    }
+
+    async fn insert(database: &Database, key: &PublicKey) -> Result<()> {
+        let mut change = database.change(&[Kind::PublicKeys]).await?;
+        change.insert(key).await?;
+        change.commit().await
+    }
+
+    #[tokio::test]
+    async fn changes_after_a_full_disk_are_stored_or_fail() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("records");
+        let database = Database::open(Place::File(&file)).await.unwrap();
+        // With this limit SQLite fails as it does on a full disk. It is one of the connection.
+        let pages: i64 = sqlx::query("PRAGMA page_count").fetch_one(&database.pool).await.unwrap().get(0);
+        let limit = |pages: i64| format!("PRAGMA max_page_count = {pages}");
+        sqlx::query(&limit(pages + 2)).execute(&database.pool).await.unwrap();
+        let mut stored = Vec::new();
+        let mut failed = 0;
+        for number in 0..20 {
+            if number == 10 {
+                sqlx::query(&limit(1 << 20)).execute(&database.pool).await.unwrap();
+            }
+            match insert(&database, &key(number)).await {
+                Ok(()) => stored.push(key(number).id),
+                Err(_) => failed += 1,
+            }
+        }
+        assert!(failed > 0 && stored.len() >= 10, "{failed} failed");
+        drop(database);
+        let database = Database::open(Place::File(&file)).await.unwrap();
+        assert_eq!(database.ids(Kind::PublicKeys).await.unwrap(), stored);
+    }
 }
