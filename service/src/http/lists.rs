@@ -52,7 +52,7 @@ impl Service {
         let (body, next) = if wanted == Wanted::default() {
             (list.whole(), None)
         } else {
-            let (text, next) = page(list.records(), &wanted);
+            let (text, next) = page(list.records(), &wanted)?;
             (text.into(), next)
         };
         let mut answer = json(StatusCode::OK, body);
@@ -95,21 +95,24 @@ fn wanted(query: &str) -> Result<Wanted, Problem> {
     Ok(wanted)
 }
 
-/// Returns the records of one page as JSON, and the ID after which the next page begins; `None` on the last page.
-fn page<'a>(records: impl Iterator<Item = &'a str>, wanted: &Wanted) -> (String, Option<String>) {
-    let parsed = records.filter_map(|text| Some((text, serde_json::from_str::<Value>(text).ok()?)));
-    let mut fitting = parsed.filter(|(_, record)| {
-        // Ignore the filter for a table without the field, as unknown parameters are ignored.
-        wanted.filters.iter().all(|(name, value)| record.get(name).is_none_or(|field| field.as_str() == Some(value)))
-    });
+/// Returns the records of one page as JSON, and the ID after which the next page begins; `None` on the last page. Fails
+/// with 400 if the record after which the page begins has been deleted, since its place in the list is not known then.
+fn page<'a>(records: impl Iterator<Item = &'a str>, wanted: &Wanted) -> Result<(String, Option<String>), Problem> {
+    let mut parsed = records.filter_map(|text| Some((text, serde_json::from_str::<Value>(text).ok()?)));
     let id = |record: &Value| {
         let id = record.get("id").or_else(|| record.get("xname")).and_then(Value::as_str);
         id.unwrap_or_default().to_owned()
     };
-    if let Some(after) = &wanted.after {
-        // If the record with this ID was deleted in the meantime, the search consumes all records and the list ends.
-        let _ = fitting.by_ref().find(|(_, record)| id(record) == *after);
+    if let Some(after) = &wanted.after
+        && !parsed.any(|(_, record)| id(&record) == *after)
+    {
+        let detail = format!("no record has the id '{after}' any more: begin the list again, without 'after'");
+        return Err(Problem::bad_request(detail));
     }
+    let fitting = parsed.filter(|(_, record)| {
+        // Ignore the filter for a table without the field, as unknown parameters are ignored.
+        wanted.filters.iter().all(|(name, value)| record.get(name).is_none_or(|field| field.as_str() == Some(value)))
+    });
     let mut rest = fitting.peekable();
     let mut page = Vec::new();
     let mut last = None;
@@ -118,7 +121,7 @@ fn page<'a>(records: impl Iterator<Item = &'a str>, wanted: &Wanted) -> (String,
         last = Some(id(&record));
     }
     let next = rest.peek().and(last);
-    (wire::list(page), next)
+    Ok((wire::list(page), next))
 }
 
 fn next_query(wanted: &Wanted, after: &str) -> String {
@@ -140,7 +143,8 @@ mod tests {
     #[test]
     fn pages_follow_each_other_without_a_gap() {
         let records: Vec<_> = (0..5).map(|id| format!("{{\"id\":\"{id}\",\"arch\":\"{}\"}}", id % 2)).collect();
-        let get = |query: &str| page(records.iter().map(String::as_str), &wanted(query).unwrap());
+        let ask = |query: &str| page(records.iter().map(String::as_str), &wanted(query).unwrap());
+        let get = |query: &str| ask(query).unwrap();
         let ids = |text: &str| {
             let list: Vec<Value> = serde_json::from_str(text).unwrap();
             list.iter().map(|record| record["id"].as_str().unwrap().to_owned()).collect::<String>()
@@ -157,6 +161,9 @@ mod tests {
                 .replace("\"arch\":\"1\",\"id\":\"1\"", "\"id\":\"1\",\"arch\":\"1\"")
                 .replace("}]", "},{\"id\":\"3\",\"arch\":\"1\"}]")
         );
+        assert_eq!(ask("limit=2&after=9").unwrap_err().status, StatusCode::BAD_REQUEST, "deleted between two pages");
+        // The last record of a page need not fit any more.
+        assert_eq!(ids(&get("arch=1&after=2").0), "3");
         assert!(wanted("limit=0").is_err() && wanted("limit=x").is_err());
         assert_eq!(next_query(&wanted("name=a b&limit=2").unwrap(), "x"), "name=a+b&limit=2&after=x");
     }
