@@ -91,6 +91,24 @@ pub fn close_database(directory: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Refuses an export from a data directory without a database, which would be one without records, and an export into
+/// another service's data directory: that service would import the files at its next start.
+pub fn check_export(data: &Path, into: &Path) -> Result<()> {
+    let refuse = |why: String, advice| {
+        Err(Error::new(format!("export the records into {}", into.display())).because(why).advise(advice))
+    };
+    if !data.join(DATABASE).exists() {
+        let why = format!("{} holds no records of a service", data.display());
+        return refuse(why, "name the service's data directory with --data");
+    }
+    if into.join(DATABASE).exists() && into.canonicalize().ok() != data.canonicalize().ok() {
+        let why =
+            format!("it is the data directory of another service, and the records are those of {}", data.display());
+        return refuse(why, "name the service's data directory with --data, or an empty directory for the files");
+    }
+    Ok(())
+}
+
 /// Locks a directory for this process, until the returned descriptor is dropped. Fails if another service holds the
 /// lock.
 pub fn lock(directory: &Path) -> Result<File> {

@@ -35,6 +35,9 @@ pub fn serve(settings: Settings) -> Result<()> {
 
 /// Writes the records into `directory`, in the format of upstream's files.
 pub fn export(records: &Records, directory: &Path) -> Result<()> {
+    if records.database.is_none() {
+        data::check_export(&records.data, directory)?;
+    }
     runtime()?.block_on(async {
         let database = open(records).await?;
         files::export(&database, directory).await?;

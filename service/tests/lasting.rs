@@ -223,6 +223,18 @@ fn files_of_upstream_are_imported_and_written() {
     let mut export = std::process::Command::new(env!("CARGO_BIN_EXE_ims"));
     testbed::succeed(export.arg("export").arg(data.path()).env("IMS_DATA_DIR", data.path()));
     let written = std::fs::read_to_string(&file).unwrap();
+    // Without the right --data the export would write empty files.
+    let (empty, other) = (data.path().join("empty"), data.path().join("other"));
+    std::fs::create_dir(&other).unwrap();
+    drop(Server::with(&other, &variables));
+    for from in [&empty, &other] {
+        let mut export = std::process::Command::new(env!("CARGO_BIN_EXE_ims"));
+        let refused = export.arg("export").arg(data.path()).env("IMS_DATA_DIR", from).output().unwrap();
+        assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+        assert!(String::from_utf8_lossy(&refused.stderr).contains("--data"), "{refused:?}");
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), written);
+    }
+    assert!(!empty.exists());
     assert!(
         written.starts_with(
             "[{\"name\": \"restored\", \"link\": null, \"arch\": \"x86_64\", \"metadata\": {}, \"id\": \"46a2731e-"
