@@ -106,6 +106,56 @@ fn parallel_deletes_and_undeletes_lose_no_object() {
 }
 
 #[test]
+fn parallel_recipes_and_deletes_leave_no_link_without_its_object() {
+    let server = Server::start();
+    let store = server.store();
+    let mut kept = 0;
+    for round in 0..15 {
+        let shared = format!("b/i{round}/shared");
+        put(&store, &format!("b/i{round}/rootfs"), "rootfs");
+        put(&store, &shared, "shared");
+        manifest(&store, &format!("i{round}"), &[&format!("b/i{round}/rootfs"), &shared]);
+        let image = register(&server, &format!("i{round}"));
+        let recipe =
+            json!({"name": "r", "recipe_type": "kiwi-ng", "linux_distribution": "sles15", "link": link(&shared)});
+        let posted = std::thread::scope(|scope| {
+            let deleted = scope.spawn(|| server.delete(&format!("/v3/images/{image}")).status);
+            let posted = server.post("/v3/recipes", &recipe).status;
+            let deleted = deleted.join().unwrap();
+            assert!([204, 409].contains(&deleted), "{deleted}");
+            posted
+        });
+        assert!([201, 422].contains(&posted), "{posted}");
+        let is_there = content(&store, &shared).is_some();
+        assert!(posted == 422 || is_there, "round {round}: the recipe links to an object that was moved");
+        kept += usize::from(posted == 201);
+    }
+    // One after the other, the first that comes has the object.
+    assert_eq!(server.get("/v3/recipes").json().as_array().unwrap().len(), kept);
+}
+
+#[test]
+fn requests_on_a_whole_table_refuse_unknown_parameters() {
+    let server = Server::start();
+    let key = json!({"name": "n", "public_key": "ssh-ed25519 A"});
+    let first = server.post("/v3/public-keys", &key).id();
+    server.post("/v3/public-keys", &key);
+    assert_eq!(server.delete(&format!("/v3/public-keys/{first}")).status, 204);
+    for refused in [
+        server.delete("/v3/public-keys?name=n"),
+        server.delete("/public-keys?limit=1"),
+        server.delete("/v3/deleted/public-keys?name=n"),
+        server.undelete("/v3/deleted/public-keys?name=n"),
+        server.delete("/v3/jobs?agee=1d"),
+    ] {
+        assert_eq!(refused.status, 400, "{refused:?}");
+        assert!(refused.body.contains("is not known here"), "{refused:?}");
+    }
+    let count = |path: &str| server.get(path).json().as_array().unwrap().len();
+    assert_eq!((count("/v3/public-keys"), count("/v3/deleted/public-keys")), (1, 1));
+}
+
+#[test]
 fn moves_overwrite_no_object_of_another_record() {
     let server = Server::start();
     let store = server.store();

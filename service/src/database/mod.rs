@@ -381,12 +381,6 @@ impl Change {
         sqlx::query("DELETE FROM claims WHERE owner = $1").bind(owner).execute(&mut *self.transaction).await.map(drop)
     }
 
-    /// Returns whether a request has claimed the record or object `name`.
-    pub async fn is_claimed(&mut self, name: &str, now: i64) -> Result<bool> {
-        let select = sqlx::query("SELECT due FROM claims WHERE name = $1 AND due > $2").bind(name).bind(now);
-        Ok(select.fetch_optional(&mut *self.transaction).await?.is_some())
-    }
-
     /// Takes objects off the list of planned removals, because they are to stay or have been removed.
     pub async fn forget_removal(&mut self, objects: &[Location]) -> Result<()> {
         for object in objects {

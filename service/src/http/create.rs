@@ -1,5 +1,7 @@
 //! POST and PATCH of keys, recipes, images and nodes.
 
+use std::collections::BTreeSet;
+
 use axum::body::Body;
 use axum::http::{Response, StatusCode};
 use serde::de::DeserializeOwned;
@@ -19,19 +21,23 @@ impl Service {
     /// POST of a recipe.
     pub async fn create_recipe(&self, request: &Request) -> Result<Response<Body>, Problem> {
         let recipe = new::<Recipe>(request, rules::NEW_RECIPE)?;
-        if let Some(link) = &recipe.link {
+        let Some(link) = &recipe.link else { return self.insert(&recipe).await };
+        let work = async {
             self.object(link).await?;
-        }
-        self.insert(&recipe).await
+            self.insert(&recipe).await
+        };
+        self.linking(link, work).await
     }
 
     /// POST of an image.
     pub async fn create_image(&self, request: &Request) -> Result<Response<Body>, Problem> {
         let image = new::<Image>(request, rules::NEW_IMAGE)?;
-        if let Some(link) = &image.link {
+        let Some(link) = &image.link else { return self.insert(&image).await };
+        let work = async {
             self.check_image(link).await?;
-        }
-        self.insert(&image).await
+            self.insert(&image).await
+        };
+        self.linking(link, work).await
     }
 
     /// POST of a remote build node; an existing node stays as it is.
@@ -52,25 +58,24 @@ impl Service {
     pub async fn patch_recipe(&self, id: &str, request: &Request) -> Result<Response<Body>, Problem> {
         let found = self.found::<Recipe>(id).await?;
         let patch = checked(request, rules::PATCH_RECIPE)?;
-        if let Some(link) = new_link(&found, &patch)? {
-            self.object(&link).await?;
-        }
-        self.patch::<Recipe>(id, &patch, |recipe, patch| {
+        let patched = self.patch::<Recipe>(id, &patch, |recipe, patch| {
             let mut fields = json!(recipe);
             fields.as_object_mut().expect("a record").extend(patch);
             *recipe = serde_json::from_value(fields).expect("checked fields");
-        })
-        .await
+        });
+        let Some(link) = new_link(&found, &patch)? else { return patched.await };
+        let work = async {
+            self.object(&link).await?;
+            patched.await
+        };
+        self.linking(&link, work).await
     }
 
     /// PATCH of an image.
     pub async fn patch_image(&self, id: &str, request: &Request) -> Result<Response<Body>, Problem> {
         let found = self.found::<Image>(id).await?;
         let patch = checked(request, rules::PATCH_IMAGE)?;
-        if let Some(link) = new_link(&found, &patch)? {
-            self.check_image(&link).await?;
-        }
-        self.patch::<Image>(id, &patch, |image, mut patch| {
+        let patched = self.patch::<Image>(id, &patch, |image, mut patch| {
             if let Some(change) = patch.remove("metadata") {
                 let text = |name: &str| change.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
                 if text("operation") == "set" {
@@ -82,8 +87,31 @@ impl Service {
             let mut fields = json!(image);
             fields.as_object_mut().expect("a record").extend(patch);
             *image = serde_json::from_value(fields).expect("checked fields");
-        })
-        .await
+        });
+        let Some(link) = new_link(&found, &patch)? else { return patched.await };
+        let work = async {
+            self.check_image(&link).await?;
+            patched.await
+        };
+        self.linking(&link, work).await
+    }
+
+    /// Runs `work`, which gives `link` to a record, while no other request can move or remove the link's object.
+    async fn linking<T>(
+        &self,
+        link: &Link,
+        work: impl Future<Output = Result<T, Problem>> + Send,
+    ) -> Result<T, Problem> {
+        let name = super::links::location(link)?.to_string();
+        let claim = self.claim(BTreeSet::from([name])).await.map_err(|problem| match problem.status {
+            StatusCode::CONFLICT => {
+                let path = &link.path;
+                let detail = format!("cannot use the link {path}: another request uses its object; try again later");
+                Problem::unprocessable(detail)
+            }
+            _ => problem,
+        })?;
+        self.holding(&claim, work).await
     }
 
     /// Returns a record; fails with 404 if it does not exist.
@@ -120,16 +148,10 @@ impl Service {
     }
 }
 
-/// Fails if another record already has the link, or if a request moves or removes the object.
+/// Fails if another record already has the link.
 async fn taken(change: &mut crate::database::Change, kind: Kind, link: &Link, id: &str) -> Result<(), Problem> {
     if change.is_linked(kind, &link.path, id).await? {
         let detail = format!("cannot use the link {}: another {} has it", link.path, kind.noun());
-        return Err(Problem::unprocessable(detail));
-    }
-    if let Some(at) = link.location()
-        && change.is_claimed(&at.to_string(), super::moves::now()).await?
-    {
-        let detail = format!("cannot use the link {}: another request moves its object; try again later", link.path);
         return Err(Problem::unprocessable(detail));
     }
     Ok(())

@@ -32,6 +32,7 @@ impl Service {
     /// DELETE of all records of a table, one after another. Records that cannot be deleted stay, and the answer lists
     /// them.
     pub async fn delete_all(&self, kind: Kind, version: Version, query: &str) -> Result<Response<Body>, Problem> {
+        only(query, &["cascade"])?;
         let cascade = cascades(query);
         let ids = self.ids(kind).await?;
         let mut failures = Vec::new();
@@ -132,6 +133,15 @@ impl Service {
         Ok((manifests, artifacts.into_iter().map(|artifact| artifact.location).chain([at]).collect()))
     }
 
+    /// Fails with 409 unless the record still owns these objects, which the request has claimed: until then, another
+    /// request could give another record a link to one of them.
+    async fn still_own(&self, kind: Kind, id: &str, homes: &[Location], objects: &[Location]) -> Result<(), Problem> {
+        if self.own(kind, id, homes, objects.to_vec()).await?.len() == objects.len() {
+            return Ok(());
+        }
+        Err(Problem::conflict("another record has begun to use one of the objects; try again"))
+    }
+
     /// Removes a record permanently, then its objects. `homes` are its manifests.
     async fn remove_record<R: Record>(
         &self,
@@ -142,6 +152,7 @@ impl Service {
     ) -> Result<(), Problem> {
         let objects = self.own(R::KIND, record.id(), homes, objects).await?;
         self.claim_more(claim, names(&objects)).await?;
+        self.still_own(R::KIND, record.id(), homes, &objects).await?;
         let mut change = self.database.change(&[R::KIND]).await?;
         self.confirm(&mut change, claim).await?;
         if !change.remove(R::KIND, record.id()).await? {
@@ -181,6 +192,7 @@ impl Service {
         };
         let to = from.when_deleted();
         self.claim_more(claim, names([&from, &to])).await?;
+        self.still_own(Kind::Recipes, id, &[], std::slice::from_ref(&from)).await?;
         let copies = self.copy(&[Copy { from: from.clone(), to: to.clone() }], true).await?;
         let moved = copies.etags[0].clone();
         let link = moved.as_ref().map_or_else(|| recipe.link.clone(), |etag| Some(Link::new(&to, etag)));
@@ -219,6 +231,7 @@ impl Service {
             key: format!("deleted/{id}/{DELETED_MANIFEST}"),
         };
         self.claim_more(claim, names(copies.iter().flat_map(|copy| [&copy.from, &copy.to]).chain([&at]))).await?;
+        self.still_own(Kind::Images, id, std::slice::from_ref(&from), &moved).await?;
         if copies.iter().any(|copy| copy.from == at || copy.to == at) {
             return Err(Problem::conflict(format!(
                 "cannot delete the image: its manifest names {at}, which is written"
@@ -306,7 +319,8 @@ impl Service {
 
     /// PATCH of all deleted records of a table, one after another. Records that cannot be undeleted stay, and the
     /// answer lists them.
-    pub async fn undelete_all(&self, kind: Kind) -> Result<Response<Body>, Problem> {
+    pub async fn undelete_all(&self, kind: Kind, query: &str) -> Result<Response<Body>, Problem> {
+        only(query, &[])?;
         let mut failures = Vec::new();
         for id in self.ids(kind).await? {
             match self.undelete_record(kind, &id).await {
@@ -410,6 +424,20 @@ fn names<'a>(objects: impl IntoIterator<Item = &'a Location>) -> BTreeSet<String
 fn cascades(query: &str) -> bool {
     let cascade = super::pairs(query).into_iter().find(|(name, _)| name == "cascade");
     cascade.is_none_or(|(_, value)| matches!(value.to_ascii_lowercase().as_str(), "true" | "yes" | "t" | "1"))
+}
+
+/// Fails with 400 for a parameter that a request on a whole table does not know. It may be meant as a filter, and
+/// without the filter the request would change all records.
+pub fn only(query: &str, known: &[&str]) -> Result<(), Problem> {
+    match super::pairs(query).into_iter().find(|(name, _)| !known.contains(&name.as_str())) {
+        Some((name, _)) => Err(unknown(&name)),
+        None => Ok(()),
+    }
+}
+
+/// The problem of a parameter that could be meant as a filter.
+pub fn unknown(name: &str) -> Problem {
+    Problem::filter(format!("the parameter '{name}' is not known here, and without it all records would be changed"))
 }
 
 #[cfg(test)]

@@ -233,7 +233,7 @@ async fn dispatch(
         }
         ("PATCH", Target::AllDeleted(kind)) => {
             create::checked(request, rules::UNDELETE)?;
-            service.undelete_all(kind).await
+            service.undelete_all(kind, query).await
         }
         ("DELETE", Target::All(Kind::Jobs, _)) => service.delete_jobs(query).await,
         ("DELETE", Target::One(Kind::Jobs, _, id)) => service.delete_job(id).await,
