@@ -259,7 +259,10 @@ fn own_copy() -> io::Result<File> {
         rustix::fs::memfd_create(NAME, flags | MemfdFlags::EXEC).or_else(|_| rustix::fs::memfd_create(NAME, flags))?;
     let mut copy = File::from(made);
     io::copy(&mut File::open(OWN_PROGRAM)?, &mut copy)?;
-    rustix::fs::fcntl_add_seals(&copy, SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE)?;
+    // Not `WRITE`, which fails with EBUSY if the kernel happens to hold one of the pages (`memfd_wait_for_pins`). The two
+    // differ only for writable mappings that exist already, and there are none.
+    let seals = SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::FUTURE_WRITE;
+    rustix::fs::fcntl_add_seals(&copy, seals)?;
     // Return a read-only descriptor: a file that is open for writing cannot be executed (ETXTBSY).
     File::open(format!("/proc/self/fd/{}", copy.as_raw_fd()))
 }
@@ -619,6 +622,17 @@ fn trust(authority: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn copy_of_the_program_cannot_be_changed() {
+        let copy = own_copy().unwrap();
+        let path = format!("/proc/self/fd/{}", copy.as_raw_fd());
+        let mut writable = File::options().write(true).open(&path).unwrap();
+        let refused = writable.write_all(b"x").unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::PermissionDenied);
+        assert!(writable.set_len(0).is_err() && File::options().write(true).truncate(true).open(path).is_err());
+        assert_eq!(copy.metadata().unwrap().len(), std::fs::metadata(OWN_PROGRAM).unwrap().len());
+    }
 
     #[test]
     fn files_that_only_root_may_read_are_not_copied() {
