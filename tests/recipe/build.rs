@@ -137,7 +137,7 @@ pub fn succeeded(output: &Output) {
 }
 
 /// What a package manager would change of the machine.
-fn state_of_machine() -> String {
+pub fn state_of_machine() -> String {
     let places = ["/var/cache/kiwi", "/var/cache/zypp", "/var/cache/dnf", "/var/lib/dnf", "/var/lib/dpkg", "/etc/zypp"];
     let mut find = Command::new("find");
     let there = places.into_iter().filter(|place| Path::new(place).exists());

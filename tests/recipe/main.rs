@@ -5,5 +5,6 @@ mod ca_rpm;
 mod create;
 mod fetch;
 mod hostile;
+mod killed;
 mod recipes;
 mod repositories;
