@@ -219,6 +219,8 @@ fn failed_build_of_a_job_is_told_by_the_sidecar_with_the_reason_of_kiwi() {
     let reason = "No provider of 'tiny-kernl' found";
     assert_eq!(said.matches(reason).count(), 1, "{said}");
     assert!(said.contains("cannot build 'rpm-local': KiwiBootStrapPhaseFailed: "), "{said}");
+    let places = format!("; see {} and {}", volume.at("image/kiwi.log").display(), volume.root().display());
+    assert!(said.contains(&places), "{said}");
     volume.nothing_is_left();
     assert!(std::fs::read_to_string(volume.at("image/build_failed")).unwrap().contains(reason));
     assert_eq!(volume.ims.statuses(), ["building_image"]);
@@ -309,6 +311,9 @@ fn kiwi_that_the_kernel_kills_is_told_with_its_signal() {
 #[test]
 fn two_builds_at_once_do_not_meet() {
     let volumes = [Volume::new("zypper"), Volume::new("zypper")];
+    // kiwi-ng's other name for a description.
+    let named = |name: &str| volumes[1].at("image/recipe").join(name);
+    std::fs::rename(named("config.xml"), named("appliance.kiwi")).unwrap();
     let builds: Vec<_> = volumes.iter().map(|volume| volume.build(&[]).spawn().unwrap()).collect();
     for build in builds {
         succeeded(&build.wait_with_output().unwrap());
@@ -357,6 +362,12 @@ fn recipes_and_machines_that_cannot_build_are_refused_before_kiwi_starts() {
         volume.build(&[]).arg("--ca-rpm").arg(volume.at("no.rpm")),
         "cannot read the package of the site's authority",
     );
+    let small = volume.at("small");
+    std::fs::create_dir(&small).unwrap();
+    mount(&["-t", "tmpfs", "-o", "size=100m,mode=0755", "none"], &small);
+    let _mounted = Mounted(small.clone());
+    let mut build = ims_sshd(&["build"], &[]);
+    refused(&volume, build.arg(volume.at("image/recipe")).arg(&small), "small has 100 MiB of free space; give");
     // In a job the authority has to be there, and IMS hears of it.
     let mut build = volume.build(&volume.ims.variables());
     refused(&volume, &mut build, "cannot read the package of the site's authority");
@@ -407,6 +418,46 @@ fn repository_of_a_server_that_the_sites_authority_has_signed_is_trusted() {
         drop(tls);
         volume.is_built();
     }
+}
+
+#[test]
+fn last_of_many_signing_keys_is_used() {
+    let dir = directory();
+    let at = |name: &str| dir.path().join(name);
+    succeed(Command::new("cp").arg("-aT").arg(&*REPOSITORY).arg(at("packages")));
+    std::fs::create_dir(at("gnupg")).unwrap();
+    std::fs::set_permissions(at("gnupg"), PermissionsExt::from_mode(0o700)).unwrap();
+    let gpg = |arguments: &[&str]| {
+        let mut gpg = Command::new("gpg");
+        gpg.args(["--batch", "--quiet", "--armor", "--passphrase", ""]).args(arguments).env("GNUPGHOME", at("gnupg"));
+        succeed(&mut gpg)
+    };
+    for name in ["other", "signer"] {
+        gpg(&["--quick-generate-key", name, "rsa2048", "sign"]);
+        std::fs::write(at(name), gpg(&["--export", name])).unwrap();
+    }
+    gpg(&["--local-user", "signer", "--detach-sign", at("packages/repodata/repomd.xml").to_str().unwrap()]);
+    succeed(Command::new("gpgconf").args(["--kill", "gpg-agent"]).env("GNUPGHOME", at("gnupg")));
+    let signed = "repository_gpgcheck=\"true\" type=\"rpm-md\"";
+    let volume = Volume::from(&at("packages"), "zypper").with("type=\"rpm-md\"", signed);
+    let others: Vec<_> = (0..40).map(|number| at(&format!("{number}-{}", "x".repeat(100)))).collect();
+    for key in &others {
+        std::fs::copy(at("other"), key).unwrap();
+    }
+    let build = |further: Option<PathBuf>| {
+        let mut build = volume.build(&[]);
+        for key in others.iter().cloned().chain(further) {
+            build.arg("--signing-key").arg(key);
+        }
+        build.output().unwrap()
+    };
+    let output = build(None);
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    std::fs::remove_dir_all(volume.at("image/build")).unwrap();
+    // IMS passed on as many as 4096 characters hold.
+    assert!(others.iter().map(|key| key.as_os_str().len()).sum::<usize>() > 4096);
+    succeeded(&build(Some(at("signer"))));
+    assert_eq!(volume.file("etc/hostname"), "rpm-local\n");
 }
 
 #[test]
@@ -492,6 +543,14 @@ fn image_for_another_architecture_is_built_and_qemu_is_registered_for_that_build
     kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(143));
     volume.nothing_is_left();
+    // A script that fails there is told with its reason, and a job's ENABLE_DEBUG holds.
+    let volume = Volume::from(&REPOSITORY_FOR_ARM, "zypper").with_script("echo no licence for $(uname -m) >&2; false");
+    let of_job = [("BUILD_ARCH", "aarch64".to_owned()), ("ENABLE_DEBUG", "True".to_owned())];
+    let output = volume.build_of_job(&of_job).output().unwrap();
+    succeeded(&output);
+    let reason = std::fs::read_to_string(volume.at("image/build_failed")).unwrap();
+    assert!(reason.contains("no licence for aarch64"), "{reason}");
+    assert!(text(&output.stdout).contains("[ DEBUG"), "{}", text(&output.stdout));
     let volume = Volume::of("debian", &["MIRROR=http://localhost".to_owned(), "SUITE=bookworm".to_owned()]);
     let output = volume.build(&[("BUILD_ARCH", "aarch64".to_owned())]).output().unwrap();
     assert_eq!(output.status.code(), Some(1));

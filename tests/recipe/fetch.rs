@@ -51,6 +51,7 @@ fn archive_of_every_kind_url_and_directory_give_the_same_recipe() {
     bucket.put("recipes/a.tgz", &bytes);
     sources.push(format!("s3://{}/recipes/a.tgz", bucket.name));
     let values = ["--set", "MIRROR=https://h/?a&amp;b", "--set", "NAME=<me>"];
+    let first = dir.path().join("recipe-0");
     for (number, source) in sources.iter().enumerate() {
         let to = dir.path().join(format!("recipe-{number}"));
         let output = fetch(&to, source, &values, &bucket.variables());
@@ -60,6 +61,7 @@ fn archive_of_every_kind_url_and_directory_give_the_same_recipe() {
         assert!(content(&to, "config.xml").ends_with("'https://h/?a&amp;b'/></repository>\n</image>"));
         let kept = "root/etc/link l 777 /run/motd\nroot/etc/motd f 750 \n";
         assert!(listed(&to).contains(kept), "{source}: {}", listed(&to));
+        assert_eq!(listed(&to), listed(&first), "{source}");
         let beside: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert!(!beside.iter().any(|name| name.to_string_lossy().starts_with('.')), "{beside:?}");
     }
@@ -111,6 +113,10 @@ fn wrong_checksum_of_an_archive_is_refused() {
     let output = run(&sum);
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("it exists; remove it"), "{}", text(&output.stderr));
+    let of_directory = [("DOWNLOAD_MD5SUM", sum)];
+    let output = fetch(&dir.path().join("other"), dir.path().join("small").to_str().unwrap(), &[], &of_directory);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("it is a directory, which has no checksum"), "{}", text(&output.stderr));
 }
 
 #[test]
@@ -137,6 +143,8 @@ fn hostile_and_damaged_archives_are_refused_and_leave_nothing() {
     refused(dir.path(), &at("cut"), &set, "cut as a recipe: ");
     std::fs::write(at("page"), "<html>").unwrap();
     refused(dir.path(), &at("page"), &set, "page as a recipe: it is neither");
+    succeed(Command::new("mksquashfs").arg(&tree).arg(at("image")).arg("-quiet"));
+    refused(dir.path(), &at("image"), &set, "image as a recipe: it is a squashfs or a cpio archive; a recipe is a tar");
     let outside = at("outside");
     std::fs::create_dir(&outside).unwrap();
     std::fs::write(outside.join("secret"), "secret").unwrap();
@@ -158,6 +166,7 @@ with tarfile.open(archive, 'w') as tar:
     if kind == 'device': add('root/dev/sda', type=tarfile.BLKTYPE, devmajor=8, devminor=0)
     if kind == 'fifo': add('config.sh', type=tarfile.FIFOTYPE)
     if kind == 'link-out': add('root', type=tarfile.SYMTYPE, linkname='/')
+    if kind == 'link-nowhere': add('root', type=tarfile.SYMTYPE, linkname='missing')
 ";
     for (kind, reason) in [
         ("dots", "Member name contains '..'"),
@@ -166,6 +175,7 @@ with tarfile.open(archive, 'w') as tar:
         ("device", "cannot take root/dev/sda as a part of a recipe: it is a block device"),
         ("fifo", "cannot take config.sh as a part of a recipe: it is a "),
         ("link-out", "cannot take root as a part of a recipe: it is a link that leads out of the recipe"),
+        ("link-nowhere", "cannot take root as a part of a recipe: it is a link that leads nowhere: No such file"),
     ] {
         let file = at(&format!("{kind}.tar"));
         succeed(Command::new("/usr/bin/python3").args(["-c", make]).arg(&file).arg(kind).arg(&outside));
@@ -230,6 +240,8 @@ fn recipe_without_templates_is_left_as_it_is() {
 fn recipe_without_a_description_is_refused_with_what_it_has() {
     let dir = directory();
     let tree = dir.path().join("tree");
+    std::fs::create_dir(&tree).unwrap();
+    refused(dir.path(), &tree, &[], "cannot find the recipe's description: the recipe is empty");
     write(&tree, "config.xnl", "<image/>");
     write(&tree, "root/etc/motd", "");
     refused(dir.path(), &tree, &[], "the recipe has no config.xml and no *.kiwi; at its top it has config.xnl, root");
