@@ -1,6 +1,6 @@
 //! Create jobs as IMS starts them: its containers in its order, from a recipe to a published image.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::{Value, json};
@@ -8,6 +8,7 @@ use tempfile::TempDir;
 use testbed::file_server::FileServer;
 use testbed::ims_server::ImsServer;
 use testbed::repository_server::RepositoryServer;
+use testbed::rpms::REPOSITORY;
 use testbed::s3_server::Bucket;
 use testbed::tls_server::certificates;
 use testbed::{job, repository};
@@ -25,13 +26,13 @@ struct CreateJob {
     dir: TempDir,
     bucket: Bucket,
     ims: ImsServer,
-    packages: RepositoryServer,
     recipe: FileServer,
 }
 
 impl CreateJob {
-    /// Runs the pod of a job that builds tests/recipe/debian, with these values and a change to its spec.
-    fn run(name: &str, values: &[(&str, &str)], change: impl FnOnce(&mut Value)) -> Self {
+    /// Runs the pod of a job that builds a recipe of tests/recipe with these values. The URL of a repository of
+    /// `packages` is a further value, with the name `mirror`.
+    fn run(recipe: &str, (mirror, packages): (&str, &Path), values: &[(&str, &str)]) -> Self {
         let dir = tempfile::tempdir_in(cache().join("tests")).unwrap();
         let at = |name: &str| dir.path().join(name);
         certificates(dir.path());
@@ -40,25 +41,22 @@ impl CreateJob {
         }
         std::fs::copy(at("ca.crt"), at("ca/certificate_authority.crt")).unwrap();
         let archive = at("recipe.tgz");
-        let recipe = repository().join("tests/recipe/debian");
-        succeed(Command::new("tar").arg("-czf").arg(&archive).arg("-C").arg(recipe).arg("."));
+        let tree = repository().join("tests/recipe").join(recipe);
+        succeed(Command::new("tar").arg("-czf").arg(&archive).arg("-C").arg(tree).arg("."));
         let archive = std::fs::read(archive).unwrap();
         let checksum = job::md5(&archive);
         let job = Self {
-            name: format!("ims-sshd-test-{}-{name}", std::process::id()),
+            name: format!("ims-sshd-test-{}-create-{recipe}", std::process::id()),
             bucket: Bucket::new(),
             ims: ImsServer::start(),
-            packages: RepositoryServer::start(&cache().join("debian-archive")),
             recipe: FileServer::start(archive, &[]),
             dir,
         };
         let mut dictionary: serde_json::Map<_, _> =
             values.iter().map(|(name, value)| ((*name).to_owned(), json!(value))).collect();
-        dictionary.insert("MIRROR".into(), job.packages.url.clone().into());
-        dictionary.insert("SUITE".into(), "bookworm".into());
+        dictionary.insert(mirror.into(), RepositoryServer::start(packages).url.into());
         std::fs::write(job.at("template_dictionary"), Value::from(dictionary).to_string()).unwrap();
-        let mut spec = job.spec(&checksum);
-        change(&mut spec);
+        let spec = job.spec(&checksum);
         // podman removes others when they have ended.
         let metadata =
             json!({"name": job.name, "annotations": {"io.podman.annotations.init.container.type": "always"}});
@@ -70,7 +68,7 @@ impl CreateJob {
         job
     }
 
-    fn at(&self, name: &str) -> std::path::PathBuf {
+    fn at(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
@@ -148,6 +146,24 @@ impl CreateJob {
         let container = self.container(name);
         succeed(&mut podman(&["wait", &container])).parse().unwrap()
     }
+
+    /// Asserts that the job has published an image, and unpacks it.
+    fn publishes(&self) -> PathBuf {
+        assert_eq!((self.end("buildenv-sidecar"), self.end("sshd")), (0, 0));
+        let statuses = ["fetching_recipe", "waiting_for_repos", "building_image", "packaging_artifacts", "success"];
+        assert_eq!(self.ims.statuses(), statuses);
+        let published = job::Published { bucket: &self.bucket, ims: &self.ims };
+        published.is_whole(&self.logs("buildenv-sidecar"));
+        published.unpacked(self.dir.path())
+    }
+
+    /// Asserts that the next job customizes the published image: `line` of a session in it prints `said`.
+    fn is_customized(&self, line: &str, said: &str) {
+        let pod = Pod::open("ims-sshd-customize", self.at("rootfs").to_str().unwrap(), |_| {}).listening();
+        assert_eq!(pod.says(line), said);
+        pod.says("touch /tmp/complete");
+        pod.ends_well();
+    }
 }
 
 impl Drop for CreateJob {
@@ -166,18 +182,14 @@ impl Drop for CreateJob {
 
 #[test]
 fn a_create_job_of_ims_builds_a_recipe_and_publishes_an_image_that_opens() {
-    let job = CreateJob::run("create", &[("KERNEL", "true")], |_| {});
-    assert_eq!((job.end("buildenv-sidecar"), job.end("sshd")), (0, 0));
-    let statuses = ["fetching_recipe", "waiting_for_repos", "building_image", "packaging_artifacts", "success"];
-    assert_eq!(job.ims.statuses(), statuses);
-    let published = job::Published { bucket: &job.bucket, ims: &job.ims };
-    published.is_whole(&job.logs("buildenv-sidecar"));
-
-    let tree = published.unpacked(job.dir.path());
-    let (rootfs, read) = (job.at("rootfs"), |name: &str| std::fs::read(tree.join(name)).unwrap());
+    let values = [("SUITE", "bookworm"), ("KERNEL", "true")];
+    let job = CreateJob::run("debian", ("MIRROR", &cache().join("debian-archive")), &values);
+    let tree = job.publishes();
+    let read = |name: &str| std::fs::read(tree.join(name)).unwrap();
     // The kernel of this machine mounts it.
     let mounts = "mount -t squashfs -o loop,ro \"$0\" /mnt && cat /mnt/etc/hostname";
-    assert_eq!(succeed(Command::new("unshare").args(["--mount", "sh", "-ec", mounts]).arg(&rootfs)), "debian");
+    let hostname = succeed(Command::new("unshare").args(["--mount", "sh", "-ec", mounts]).arg(job.at("rootfs")));
+    assert_eq!(hostname, "debian");
     let status = String::from_utf8(read("var/lib/dpkg/status")).unwrap();
     for package in ["ca-certificates", "kmod", "initramfs-tools", "linux-image-cloud-amd64"] {
         assert!(status.contains(&format!("Package: {package}\nStatus: install ok installed\n")), "{package}");
@@ -195,11 +207,17 @@ fn a_create_job_of_ims_builds_a_recipe_and_publishes_an_image_that_opens() {
         (std::fs::read_to_string(job.at("ca.crt")).unwrap(), read("etc/ssl/certs/ca-certificates.crt"));
     assert!(String::from_utf8(bundle).unwrap().contains(authority.lines().nth(2).unwrap()));
 
-    // The next job customizes it.
-    let pod = Pod::open("ims-sshd-customize", rootfs.to_str().unwrap(), |_| {}).listening();
-    assert_eq!(pod.says("cat /etc/hostname; dpkg-query -W -f '${Status}' kmod"), "debian\ninstall ok installed");
-    pod.says("touch /tmp/complete");
-    pod.ends_well();
+    job.is_customized("cat /etc/hostname; dpkg-query -W -f '${Status}' kmod", "debian\ninstall ok installed");
+}
+
+#[test]
+fn a_create_job_of_ims_builds_a_recipe_of_rpm_packages_too() {
+    // The image's kiwi-ng, 9.24, knows dnf by no other name.
+    let job = CreateJob::run("rpm-local", ("REPOSITORY", &REPOSITORY), &[("PACKAGE_MANAGER", "dnf")]);
+    job.publishes();
+    let authority = std::fs::read_to_string(job.at("ca.crt")).unwrap();
+    let line = "cat /etc/hostname /var/lib/ca-certificates/ca-bundle.pem";
+    job.is_customized(line, &format!("rpm-local\n{}", authority.trim_end()));
 }
 
 #[test]
