@@ -109,7 +109,8 @@ fn what_was_answered_outlives_kills() {
         let names_there = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
         names_there.filter(|name| !names.contains(name)).collect()
     };
-    testbed::wait_until("copies without a record to be removed", || copies().is_empty());
+    let limit = Duration::from_mins(4);
+    testbed::wait_within(limit, "copies without a record to be removed", || copies().is_empty());
 }
 
 #[test]

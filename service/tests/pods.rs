@@ -16,7 +16,7 @@ use testbed::job::{image, md5, squashfs_of};
 use testbed::node::Lab;
 use testbed::repository_server::RepositoryServer;
 use testbed::s3_server::Bucket;
-use testbed::{cache, podman, repository, ssh_options, succeed};
+use testbed::{cache, podman, repository, ssh_options, succeed, wait_within};
 
 use crate::kubernetes::Site;
 use crate::nodes::prepare;
@@ -391,8 +391,16 @@ fn customize_job_on_a_remote_build_node_is_published() {
     let (site, image) = site_with(&bucket, &[("PATH", &path), ("IMS_REMOTE_KEY", lab.key.to_str().unwrap())]);
     site.server().post("/v3/remote-build-nodes", &json!({"xname": node.address})).good();
     let kubelet = Kubelet::beside(&site, &bucket, Some(&lab));
-    let job = post(&site, &kubelet, "customize", &image);
-    assert_eq!(job["remote_build_node"], node.address.as_str(), "{}", site.log());
+    // A node that answers too slowly is not chosen, as on a loaded machine.
+    let mut job = Value::Null;
+    wait_within(LIMIT, "the node to be chosen", || {
+        job = post(&site, &kubelet, "customize", &image);
+        let is_chosen = job["remote_build_node"] == node.address.as_str();
+        if !is_chosen {
+            assert_eq!(site.server().delete(&format!("/v3/jobs/{}", job["id"].as_str().unwrap())).status, 204);
+        }
+        is_chosen
+    });
     kubelet.run(&job, |pod| {
         kubelet.wait_for(&job, pod, "waiting_on_user");
         assert_eq!(node.jobs(), [format!("ims_{}", job["id"].as_str().unwrap())]);
