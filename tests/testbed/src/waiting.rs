@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// Maximum time of a wait; a longer one means that something hangs.
-pub const LIMIT: Duration = Duration::from_secs(30);
+pub const LIMIT: Duration = Duration::from_mins(1);
 
 /// Runs `command` with `input` as its standard input.
 pub fn feed(command: &mut Command, input: &[u8]) -> Output {
