@@ -32,8 +32,8 @@ const PIECE: usize = 64 << 10;
 /// Maximum time for all further requests to a store that did not answer within the usual limits.
 const SILENT: Duration = Duration::from_secs(5);
 
-/// Error code of S3 for content whose SHA-256 is not the one that its request is signed with. It was altered on the way,
-/// and may arrive unaltered the next time.
+/// Error code of S3 for content whose SHA-256 is not the one that its request is signed with. It was altered on the
+/// way, and may arrive unaltered the next time.
 const ALTERED: &[u8] = b"XAmzContentSHA256Mismatch";
 
 /// Prefix of errors about an answer that did arrive, as opposed to errors that none did.

@@ -190,8 +190,8 @@ fn pass(mut client: TcpStream, mut server: TcpStream, point: Option<usize>, brok
     let _ = back.join();
 }
 
-/// A proxy that lets a number of parts through, and then behaves as [`Closed`] says. It compares the SHA-256 of parts with
-/// the one they are signed with, as Amazon's server, MinIO and Ceph do, and the server behind it does not.
+/// A proxy that lets a number of parts through, and then behaves as [`Closed`] says. It compares the SHA-256 of parts
+/// with the one they are signed with, as Amazon's server, MinIO and Ceph do, and the server behind it does not.
 pub struct Gate {
     pub endpoint: String,
     asked: Arc<Mutex<Vec<String>>>,
