@@ -128,7 +128,7 @@ fn recipe_is_built_and_packed_on_the_node_and_published_from_the_pod() {
     {
         assert!(said.contains(words), "no '{words}': {said}");
     }
-    assert_eq!(volume.names(), ["initrd", "kiwi.log", "recipe", "transfer.sqsh", "vmlinuz"]);
+    assert_eq!(volume.names(), ["initrd", "kernel-parameters", "kiwi.log", "recipe", "transfer.sqsh", "vmlinuz"]);
     volume.node.is_as_before(&before);
     let output = volume.sidecar();
     assert!(output.status.success(), "{}", text(&output.stderr));
