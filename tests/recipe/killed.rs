@@ -188,7 +188,7 @@ impl Creation {
         assert!(!succeed(Command::new("losetup").args(["--list", "--noheadings"])).contains(&here));
         let keys = self.bucket.keys();
         assert!(!keys.iter().any(|key| key.ends_with("/manifest.json")), "{keys:?}");
-        // Of what was begun, only a killed command leaves anything.
+        // Only a killed command leaves anything of what was begun.
         if signal != Signal::SIGKILL {
             assert_eq!((keys.len(), self.bucket.unfinished_uploads()), (0, 0), "{keys:?}");
             for name in [".recipe.part", ".recipe.unpacking", "compute.sqsh.part", ".ims-sshd.build"] {
