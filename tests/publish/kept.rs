@@ -213,7 +213,9 @@ fn killed_application_is_not_dropped_by_another_command() {
         killed.kill().unwrap();
         killed.wait().unwrap();
         let status = text(run(dir.path(), &["status"]).stdout);
-        if dir.path().join("work/ims-sshd").read_dir().unwrap().next().is_some() {
+        // Once everything is applied, the record goes, and after it what is left of the work directory.
+        let work = dir.path().join("work/ims-sshd").read_dir().unwrap().next();
+        if work.is_some_and(|work| work.unwrap().path().join(".ims-sshd.applying").exists()) {
             let entered = run(dir.path(), &["enter", "tree", "--work", "work", "--discard", "--", "true"]);
             refused(&entered, &["applying changes to it was interrupted"]);
         }
