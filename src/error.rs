@@ -11,7 +11,7 @@ use crate::printable::Printable;
 pub struct Error {
     /// Completes "cannot …"; names the object.
     attempted: String,
-    /// Message of the system or another program.
+    /// Reason of the failure: a message of the system or of another program, or a sentence written here.
     cause: Option<String>,
     /// Advice to the reader.
     advice: Option<String>,

@@ -175,7 +175,7 @@ pub struct KubernetesSettings {
     /// Domain in the host names of jobs
     #[arg(long, env = "JOB_CUSTOMER_ACCESS_NETWORK_DOMAIN", default_value = "shasta.local", value_name = "DOMAIN")]
     pub network_domain: String,
-    /// Pool of the addresses of jobs
+    /// MetalLB address pool of the Services of jobs
     #[arg(
         long,
         env = "JOB_CUSTOMER_ACCESS_NETWORK_ACCESS_POOL",
@@ -183,7 +183,7 @@ pub struct KubernetesSettings {
         value_name = "POOL"
     )]
     pub address_pool: String,
-    /// Signs of life that a job on a remote build node may miss, each after five seconds
+    /// Heartbeats in a row, one every five seconds, that a job on a remote build node may miss
     #[arg(long, env = "DEFAULT_IMS_JOB_REMOTE_TIMEOUT_COUNT", default_value_t = 12, value_name = "NUMBER")]
     pub remote_timeout_count: u32,
     /// Seconds for which a pod may wait for a node, its volumes and its container images before its job is an error

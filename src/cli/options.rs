@@ -29,8 +29,8 @@ pub(super) struct ServerOptions {
     /// URL of the S3 server; its keys are $S3_ACCESS_KEY and $S3_SECRET_KEY [variable: S3_ENDPOINT]
     #[arg(long, value_name = "URL", value_parser = network::http_url)]
     pub(super) s3_endpoint: Option<String>,
-    /// URL of the IMS that registers jobs and images, or unix:/PATH [variable: IMS_URL]
-    /// [default: none, without $OAUTH_CONFIG_DIR]
+    /// URL of the IMS that registers jobs and images, or unix:/PATH [variable: IMS_URL] [default:
+    /// https://api-gw-service-nmn.local/apis/ims if $OAUTH_CONFIG_DIR has an endpoint, otherwise none]
     #[arg(long, value_name = "URL", value_parser = place::ims_url)]
     pub(super) ims_url: Option<String>,
 }

@@ -66,7 +66,8 @@ impl Open {
         }
         let tier = groundwork.jail.as_ref().map(|kind| kind.tier);
         let emulation = match emulation::prepare(image_root, settings.job.architecture, files.parent(), tier) {
-            // Go on in plain mode: people may need only the image's files, and run none of its programs.
+            // In plain mode, go on without emulation: people may need only the image's files, and run none of its
+            // programs.
             Err(e) if !settings.job.jailed => {
                 tracing::warn!("{e}");
                 Emulation::default()

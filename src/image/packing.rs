@@ -247,7 +247,7 @@ pub(crate) fn pack(
     };
     if let Ok(Some(outcome)) = &packed {
         let [all, taken, compressed] = parts_in_words(outcome.length, outcome.taken);
-        tracing::info!("packed {all}, of which {taken} were taken over and {compressed} compressed");
+        tracing::info!("packed {all}, of which {taken} were taken over from the source and {compressed} compressed");
     }
     let result = packed
         .and_then(|outcome| {
@@ -586,7 +586,7 @@ pub(crate) struct Packing {
     pub(crate) epoch: Option<u64>,
     /// `IMAGE_PACKER`: the program that packs.
     pub(crate) packer: Packer,
-    /// `--from-scratch`: nothing is taken over from the source.
+    /// `--from-scratch`: all files are compressed anew, also those that did not change.
     pub(crate) is_from_scratch: bool,
 }
 

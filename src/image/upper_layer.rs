@@ -28,7 +28,7 @@ pub(crate) struct UpperDirectory {
     pub(crate) source: Option<PathBuf>,
     /// True if `source` differs from the path of this directory.
     pub(crate) is_renamed: bool,
-    /// Name of this directory in the stage of an application of changes.
+    /// Name of this directory in the stage while changes are being applied.
     pub(crate) aside: String,
 }
 

@@ -435,7 +435,7 @@ fn made_by(list: &[u8], request: &Id, look: impl FnMut() -> bool) -> serde_json:
 fn record_of<R: DeserializeOwned>(text: &[u8]) -> Tried<R> {
     serde_json::from_slice(text).map_err(|cause| {
         let cause: String = cause.to_string().chars().take(MOST_QUOTED).collect();
-        Fault::Transient(format!("IMS answers without a record ({cause}); {SEE_IMS}"))
+        Fault::Transient(format!("the answer of IMS is not the expected record ({cause}); {SEE_IMS}"))
     })
 }
 

@@ -28,8 +28,8 @@ pub struct Bind {
 /// Paths that the jail itself mounts or puts into the image.
 const TAKEN_TARGETS: [&str; 5] = ["proc", "sys", "dev", "run", "etc/resolv.conf"];
 
-/// Paths that the jail hides or restricts, so a bind mount must not expose them. The last one has the keys of open
-/// environments.
+/// Paths of the container that the jail hides or restricts, so a bind mount must not expose them. /run/ims-sshd holds
+/// the private host keys of open environments.
 const HIDDEN_SOURCES: [&str; 4] = ["/proc", "/sys", "/dev", "/run/ims-sshd"];
 
 impl Bind {

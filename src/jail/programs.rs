@@ -27,8 +27,9 @@ pub struct Program {
     pub file: PathBuf,
 }
 
-/// Copies `programs` into a read-only tmpfs, and returns the copies open for reading: while they are open, the kernel
-/// grants nobody inside a write lease, which every further session would have to wait for (fcntl(2), `F_SETLEASE`).
+/// Copies `programs` into a read-only tmpfs, and returns the copies, open for reading. While a copy is open, the kernel
+/// grants no write lease on it (fcntl(2), `F_SETLEASE`). Otherwise a process in the jail could take one, and every
+/// further session would have to wait for its end.
 pub(crate) fn copy<'a>(programs: impl IntoIterator<Item = &'a Program>) -> Result<(Detached, Vec<OwnedFd>)> {
     let attempted = || "make a tmpfs for the jail's programs";
     let tmpfs = Detached::filesystem("tmpfs", &[("mode", "0755")], ATTRIBUTES).attempt(attempted)?;

@@ -268,7 +268,8 @@ fn copier(relay: Relay, streams: [BorrowedFd<'_>; 3], stopped: &OwnedFd) -> u8 {
 }
 
 /// Copies the caller's `stream` into the pipe. At the end of the session, seeks back over input that the session has
-/// not read, still in the pipe at `read`, so that the next reader of the stream gets it.
+/// not read, so that the next reader of the stream gets it: bytes that are not yet written to the pipe, and bytes that
+/// are still in it. `read` is the pipe's other end.
 fn copy_in(stream: BorrowedFd<'_>, read: &OwnedFd, write: OwnedFd, stopped: &OwnedFd) -> rustix::io::Result<()> {
     let mut chunk = vec![0; CHUNK];
     let mut left = 0;

@@ -478,7 +478,7 @@ pub(crate) fn program() -> Result<PathBuf> {
     } else {
         Err(Error::new("find ims-jail-shell")
             .because(format!("{} does not exist", beside.display()))
-            .advise("install both programs into the same directory"))
+            .advise("install ims-sshd and ims-jail-shell into the same directory"))
     }
 }
 

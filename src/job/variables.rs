@@ -63,13 +63,13 @@ pub const VARIABLES: &[Variable] = &[
     },
     Variable {
         name: "JOB_ENABLE_DKMS",
-        format: "`true` or `false`, in any case; `true` gives the jail everything that the container has",
+        format: "`true` or `false`, in upper or lower case; `true` gives the jail everything that the container has",
         default: "`false`",
         readers: &[Environment, Local],
     },
     Variable {
         name: "ENABLE_DEBUG",
-        format: "`true` or `false`, in any case",
+        format: "`true` or `false`, in upper or lower case",
         default: "`false`",
         readers: &[Environment, Job],
     },
@@ -101,8 +101,8 @@ pub const VARIABLES: &[Variable] = &[
     },
     Variable {
         name: "IMS_REMOTE_DKMS",
-        format: "`open` or `closed`, in any case; `closed` keeps the jail on a remote build node as it is without \
-            `JOB_ENABLE_DKMS`",
+        format: "`open` or `closed`, in upper or lower case; `closed` keeps the jail on a remote build node as it is \
+            without `JOB_ENABLE_DKMS`",
         default: "`open`",
         readers: &[Environment],
     },
@@ -176,20 +176,20 @@ pub const VARIABLES: &[Variable] = &[
     },
     Variable {
         name: "IMS_AGENT_FORWARDING",
-        format: "`true` or `false`, in any case; `false` disables forwarding of clients' ssh-agents (`ssh -A`) in \
-            both modes; with `true`, sshd's `AllowAgentForwarding` decides",
+        format: "`true` or `false`, in upper or lower case; `false` disables forwarding of clients' ssh-agents \
+            (`ssh -A`) in both modes; with `true`, sshd's `AllowAgentForwarding` decides",
         default: "`true`",
         readers: &[Environment, Local],
     },
     Variable {
         name: "LOG_FORMAT",
-        format: "`text` or `json`, in any case; the option `--log-format` overrides it",
+        format: "`text` or `json`, in upper or lower case; the option `--log-format` overrides it",
         default: "`text`",
         readers: &[Log],
     },
     Variable {
         name: "LOG_LEVEL",
-        format: "`DEBUG`, `INFO`, `WARNING` (`WARN`) or `ERROR` (`CRITICAL`), in any case",
+        format: "`DEBUG`, `INFO`, `WARNING` (`WARN`) or `ERROR` (`CRITICAL`), in upper or lower case",
         default: "`INFO`",
         readers: &[Log],
     },
@@ -244,14 +244,16 @@ pub const VARIABLES: &[Variable] = &[
     },
     Variable {
         name: "IMAGE_FROM_SCRATCH",
-        format: "`true` or `false`, in any case: whether nothing is taken over from the source",
+        format: "`true` or `false`, in upper or lower case: whether all files are compressed anew, also those that did \
+            not change",
         default: "`false`",
         readers: &[Publishing],
     },
     Variable {
         name: "IMAGE_KEEP_SOURCE",
-        format: "`true` or `false`, in any case: whether `prepare` keeps a fetched squashfs for the packer `ims-sshd`; with `true` it also keeps a copy of one of this machine",
-        default: "for a fetched one `true` if three times its size is free",
+        format: "`true` or `false`, in upper or lower case: whether `prepare` keeps a fetched squashfs for the packer \
+            `ims-sshd`; with `true`, it also keeps a copy of a squashfs of this machine",
+        default: "for a fetched squashfs, `true` if three times its size is free",
         readers: &[Publishing],
     },
     Variable {
@@ -292,8 +294,8 @@ pub const VARIABLES: &[Variable] = &[
     },
     Variable {
         name: "S3_SSL_VALIDATE",
-        format: "`true` or `false`, in any case, or a file of trusted certificates: whether the store's certificate is \
-            checked",
+        format: "`true` or `false`, in upper or lower case, or a file of trusted certificates: whether the store's \
+            certificate is checked",
         default: "`true`, with the certificates in `AWS_CA_BUNDLE` if that is set",
         readers: &[Publishing, Recipe],
     },

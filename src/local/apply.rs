@@ -1,9 +1,9 @@
 //! Applies the changes in the upper layer of an overlay to the directory below it.
 //!
 //! A step reads only the upper layer, which it leaves as it is, and does nothing where the directory is already as
-//! wanted; so an application that was killed can be started again at any time. Two steps cannot be repeated: moving the
-//! renamed directories into the stage, since other entries may take their old names, and removing the stage. Therefore
-//! a record says which steps are done.
+//! wanted; so a run that was killed can be started again at any time. Two steps cannot be repeated: moving the renamed
+//! directories into the stage, since other entries may take their old names, and removing the stage. Therefore a record
+//! says which steps are done.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
@@ -24,9 +24,9 @@ use crate::sys::signals::Pending;
 use crate::sys::tree::Tree;
 use crate::sys::walk::Descent;
 
-/// Changes `root` to the content of the overlay of `root` and `upper`, or resumes such an application. The overlay must
-/// be unmounted, and nobody else may write to `root` or `upper`. Once begun, an application must be resumed until
-/// everything is applied.
+/// Changes `root` to the content of the overlay of `root` and `upper`, or continues what an interrupted run began. The
+/// overlay must be unmounted, and nobody else may write to `root` or `upper`. Once this has begun, it must be called
+/// again until everything is applied.
 pub(crate) fn apply(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
     let attempted = || format!("apply the changes to {}", root.shown().display());
     let directories = directories(upper).attempt(attempted)?;
@@ -62,8 +62,8 @@ pub(crate) fn apply(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
     begun.write(work)
 }
 
-/// Aborts an interrupted application: renamed directories that are in the stage return to their old places. Changes
-/// that were applied already stay.
+/// Stops applying changes after an interruption: renamed directories that are still in the stage return to their old
+/// places. Changes that were applied already stay.
 pub(crate) fn abort(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
     let attempted = || format!("abort the changes to {}", root.shown().display());
     let Some(begun) = Progress::read(work).unwrap_or(None) else { return Ok(()) };
@@ -156,7 +156,7 @@ fn naming(path: &Path, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
-/// An application in progress.
+/// Changes that are being applied.
 struct Application<'a> {
     upper: &'a Tree,
     root: &'a Tree,
@@ -486,7 +486,7 @@ mod tests {
     }
 
     /// Changes `root` in an overlay, applies the changes, and compares the results. For each number in `limits`, the
-    /// application is killed after so many system calls, and started again.
+    /// process that applies them is killed after so many system calls, and started again.
     fn compare(
         before: &[Change],
         changes: &[Change],

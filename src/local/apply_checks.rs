@@ -1,4 +1,4 @@
-//! Checks that precede the application of changes to a directory.
+//! Checks before changes are applied to a directory.
 
 use std::ffi::OsStr;
 use std::io;

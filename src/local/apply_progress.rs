@@ -1,4 +1,4 @@
-//! The record of an application: how far the changes to a directory have been applied to it.
+//! A record of how far the changes to a directory have been applied, so that a killed run can be resumed.
 
 use std::ffi::OsString;
 use std::io;
@@ -15,10 +15,10 @@ use crate::sys::tree::{Tree, inode_and_birth};
 /// prefix, so that no entry of the source or of a session has the same name.
 const STAGE: &str = ".ims-sshd.applying.";
 
-/// File in the work directory that records the progress of the application.
+/// File in the work directory that records how far the changes are applied.
 pub(crate) const RECORD: &str = ".ims-sshd.applying";
 
-/// Steps of an application. An interrupted application is resumed at the recorded step.
+/// Steps of applying changes. After an interruption, the recorded step is the first one to be repeated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd)]
 pub(crate) enum Step {
     /// The image is complete, and nothing is applied yet.
@@ -41,7 +41,7 @@ const STEPS: [(Step, &[u8]); 5] = [
     (Step::Applied, b"applied"),
 ];
 
-/// Advice on an application that cannot be resumed.
+/// Advice if the rest of the changes cannot be applied.
 pub(crate) const DROP: &str =
     "the same command with --fresh, or 'ims-sshd fail' with the directory, drops what is not applied yet";
 
@@ -58,8 +58,8 @@ pub(crate) struct Progress {
     number: u64,
 }
 
-/// Records on disk the decision to apply the changes kept in `work` to `root`, so that later commands resume the
-/// application.
+/// Records on disk the decision to apply the changes kept in `work` to `root`, so that a later command does so if this
+/// one is killed.
 pub(crate) fn decide(work: &Tree, root: &Tree) -> Result<()> {
     let root_is = identity(root).attempt(|| format!("apply the changes to {}", root.shown().display()))?;
     Progress { step: Step::Decided, root: root_is, stage: STAGE.into(), number: 0 }.write(work)
@@ -134,8 +134,8 @@ impl Progress {
         Ok(Some(stage))
     }
 
-    /// Begins the application of `upper` to `root`, or resumes an interrupted one. Returns the stage too, unless it has
-    /// been removed already.
+    /// Begins to apply `upper` to `root`, or continues what an interrupted run began. Returns the stage too, unless it
+    /// has been removed already.
     pub(crate) fn begin(work: &Tree, upper: &Tree, root: &Tree) -> Result<(Self, Option<Tree>)> {
         let attempted = || format!("apply the changes to {}", root.shown().display());
         let root_is = identity(root).attempt(attempted)?;
@@ -177,8 +177,8 @@ impl Progress {
         Ok((begun, Some(stage)))
     }
 
-    /// The stage of an application that is to be aborted; `None` if there is nothing to undo. Removes a stage that is
-    /// not recorded yet.
+    /// The stage whose directories must return to their old places; `None` if there is nothing to undo. Removes a stage
+    /// that is not recorded yet.
     pub(crate) fn stage_to_abort(&self, root: &Tree) -> io::Result<Option<Tree>> {
         if self.step == Step::Applied || self.root != identity(root)? {
             return Ok(None);
@@ -202,7 +202,7 @@ fn identity(root: &Tree) -> io::Result<String> {
     })
 }
 
-/// Name of the stage that an interrupted application left in `root`, if there is one.
+/// Name of the stage that an interrupted run left in `root`, if there is one.
 pub(crate) fn stage_in(root: &Tree) -> io::Result<Option<OsString>> {
     for name in root.names()?.into_iter().filter(|name| name.as_bytes().starts_with(STAGE.as_bytes())) {
         let found = root.look(&name)?;

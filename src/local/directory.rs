@@ -162,7 +162,7 @@ pub(crate) fn refuse_half_applied(directory: &Path) -> Result<()> {
     Err(Error::new(attempted()).because("applying changes to it was interrupted").advise(advice))
 }
 
-/// Returns whether an application of the changes kept in `place` has begun.
+/// Returns whether the changes kept in `place` are to be applied to their directory, or are partly applied.
 pub(crate) fn is_half_applied_by(place: &Path) -> bool {
     Tree::open(place).is_ok_and(|place| apply_progress::has_begun(&place).unwrap_or(true))
 }
@@ -238,9 +238,9 @@ pub(crate) fn warn_if_reachable(directory: &Path) -> Result<bool> {
     Ok(is_reachable)
 }
 
-/// Users whose marks count in the image root `directory`, or in an overlay above it. If other users of the machine can
-/// reach the image root, warns; they can then create files in its /tmp, which has mode 1777, so only root's marks
-/// count.
+/// Returns whose marks count in the image root `directory`, or in an overlay above it. Other users of the machine who
+/// can reach the image root can create files in its /tmp, which has mode 1777: this warns of that, and then only root's
+/// marks count.
 pub(crate) fn markers(directory: &Path) -> Result<Markers> {
     Ok(if warn_if_reachable(directory)? { Markers::Root } else { Markers::Everyone })
 }
@@ -256,7 +256,7 @@ pub(crate) fn is_same(a: &Tree, b: &Tree) -> bool {
     found(a).is_ok_and(|a| found(b) == Ok(a))
 }
 
-/// Aborts an application of changes that an earlier run began.
+/// Stops applying the changes that an earlier run began to apply to `root`.
 pub(crate) fn abort_changes(directory: &Path, root: &Tree, place: &Tree) -> Result<()> {
     tracing::warn!(
         "applying changes to {} was interrupted; it keeps those that were applied, and the others are dropped",
@@ -269,7 +269,7 @@ pub(crate) fn abort_changes(directory: &Path, root: &Tree, place: &Tree) -> Resu
 }
 
 /// Applies the changes kept in `place` to `root`, which had the path `directory` when it was opened. `overlay` is
-/// `None` if an earlier run has begun the application.
+/// `None` if an earlier run has begun to apply them.
 pub(crate) fn apply_changes(directory: &Path, root: &Tree, place: &Tree, overlay: Option<Overlay>) -> Result<()> {
     if apply_progress::has_ended(place)? {
         return Ok(());

@@ -68,7 +68,7 @@ pub struct Run {
     pub in_place: bool,
     /// True if changes that an earlier run kept are dropped first.
     pub fresh: bool,
-    /// True if the changes are discarded in any case, and need no space.
+    /// True if the changes are discarded however the session ends.
     pub discards: bool,
     /// The command or script that changes the image without a person.
     pub unattended: Option<Unattended>,
@@ -267,10 +267,10 @@ impl Run {
         Ok(entry)
     }
 
-    /// Opens the image and passes its root to `session`, with the users whose marks count in the image. `session`
-    /// decides the fate of the changes. Returns the value of `session`. If the command or script of an earlier run has
-    /// succeeded and only its changes remain to be applied or published, does that without a session, and returns
-    /// `done`. Unless [`Run::is_in_place`], the caller must have called
+    /// Opens the image and calls `session` with its root and with the users whose marks count in it. `session` returns
+    /// the fate of the changes, and a value that is returned here. If the command or script of an earlier run has
+    /// succeeded, its changes only remain to be applied or published: that is done without a session, and `done` is
+    /// returned. Unless [`Run::is_in_place`], the caller must have called
     /// [`own_mounts`](crate::local::mounts::own_mounts).
     pub(crate) fn carry_out<T: Copy>(
         mut self,
@@ -445,7 +445,7 @@ impl Run {
         }
     }
 
-    /// Finishes an application of changes that was interrupted; with `--fresh`, aborts it.
+    /// Applies the rest of changes that an interrupted run began to apply; with `--fresh`, drops the rest.
     fn finish_application(
         &self,
         entry: &Entry,
@@ -603,8 +603,9 @@ impl Opened<'_> {
             return Err(Error::new(format!("open {}", directory.display())).because(why));
         }
         if self.run.end == End::Applied && overlay.is_none() {
-            return Err(Error::bad_input(format!("SOURCE is '{}', a saved container image", self.run.source))
-                .advise("name a store for the new image with --output"));
+            let why = "is a saved container image, to which no changes can be applied";
+            return Err(Error::bad_input(format!("SOURCE is '{}', which {why}", self.run.source))
+                .advise("name a store for a new image with --output"));
         }
         if let (Some(_), None) = (&self.run.reports.changes, &overlay) {
             Inventory::of(self.work, &open_tree(&image_root)?)?.save(self.files.parent(), INVENTORY)?;
@@ -703,7 +704,7 @@ impl Opened<'_> {
             && let Some(left) = work.wait(Store::check(&settings.store, &settings.network))?
             && left < size
         {
-            return Err(space::too_small("the store", left, size, "name another disk with --output"));
+            return Err(space::too_small("the store", left, size, "--output"));
         }
         let image = Image { rootfs, recorded: None, boot, debug_kernel: None };
         self.entry.reach(Stage::Uploading);

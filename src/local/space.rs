@@ -31,12 +31,12 @@ pub(crate) fn check(
     // A run that drops kept changes frees an unknown amount of space first, so do not check the current amount.
     let space = space.filter(|_| !drops_kept);
     let on_disks = [
-        (space, size + unpacked, settings.job.parent.display().to_string(), "name another disk with --work"),
-        (in_store, size, "the store".to_owned(), "name another disk with --output"),
+        (space, size + unpacked, settings.job.parent.display().to_string(), "--work"),
+        (in_store, size, "the store".to_owned(), "--output"),
     ];
-    for (space, needed, place, advice) in on_disks {
+    for (space, needed, place, option) in on_disks {
         let Some(left) = space.filter(|space| *space < needed) else { continue };
-        let refusal = too_small(&place, left, needed, advice);
+        let refusal = too_small(&place, left, needed, option);
         if resumes || image.file().is_none() {
             tracing::warn!("the new image may not fit in {place}: {}", refusal.reason());
         } else {
@@ -51,13 +51,15 @@ pub(crate) fn has_room(place: &Tree) -> bool {
     rustix::fs::fstatvfs(place).is_ok_and(|disk| disk.f_bavail.saturating_mul(disk.f_frsize) >= 1 << 20)
 }
 
-/// The error for a `place` that has `left` bytes and needs `needed`.
-pub(crate) fn too_small(place: &str, left: u64, needed: u64, advice: &str) -> Error {
+/// The error for a `place` that has `left` bytes and needs `needed`; `option` names another place.
+pub(crate) fn too_small(place: &str, left: u64, needed: u64, option: &str) -> Error {
     let (bytes, unit) = if needed < 64 << 20 { (1_u64 << 10, "KiB") } else { (1 << 20, "MiB") };
     // Round in opposite directions, so that the two numbers never look the same.
     let [left, needed] = [left / bytes, needed.div_ceil(bytes)];
     let why = format!("{left} {unit} are left there, and about {needed} {unit} are needed");
-    Error::new(format!("store the new image in {place}")).because(why).advise(advice)
+    Error::new(format!("store the new image in {place}"))
+        .because(why)
+        .advise(format!("name a directory on another disk with {option}"))
 }
 
 /// Returns the bytes that a tree takes on its disk; holes and further hard links do not count.

@@ -312,7 +312,7 @@ fn find(named: &Path) -> Result<Target> {
     }
     Err(Error::new(format!("find '{}'", named.display()))
         .because("no run on this machine has this name, and it is not a directory")
-        .advise("'ims-sshd status' without a name lists all that are open"))
+        .advise("'ims-sshd status' without a name lists what is open or kept"))
 }
 
 /// Returns whether `named` is a path. A path is never taken for the name of a run, which may be somebody else's.
@@ -390,7 +390,7 @@ fn report_of(parent: &Path) -> Result<Value> {
     if stage.is_none() && verdict.is_none() && !is_ready && root.is_none() {
         return Err(Error::new(format!("find the status of {}", parent.display()))
             .because("nothing is open or kept of it, and it holds neither image-root nor a signal file")
-            .advise("'ims-sshd status' without a name lists all that are open"));
+            .advise("'ims-sshd status' without a name lists what is open or kept"));
     }
     let mut report = json!({ "image_root_parent": parent, "state": stage.map(Stage::name), "verdict": verdict });
     if let Some(since) = since {

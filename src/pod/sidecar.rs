@@ -452,9 +452,9 @@ impl<'a> Sidecar<'a> {
         self.work.wait(Store::check_soon(store, network))
     }
 
-    /// Returns whether the environment ended as failed, without ever having been open, before this container started.
-    /// `prepare` removes the marks of earlier runs, so only marks newer than `prepare`'s record of the source count.
-    /// `complete` never counts.
+    /// Returns whether the environment ended as failed, without ever having been open, before this container started:
+    /// both `failed` and `exiting` then exist and are newer than `prepare`'s record of the source. Older marks are an
+    /// earlier run's.
     fn has_failed_early(&self) -> Result<bool> {
         let Some((_, seconds, nanoseconds)) = self.files.stamp(SOURCE) else { return Ok(false) };
         let is_since = |mark: &Option<Stamp>| mark.is_some_and(|mark| (mark.1, mark.2) > (seconds, nanoseconds));
@@ -505,7 +505,7 @@ impl<'a> Sidecar<'a> {
         tracing::info!("created '{READY}': the environment may open");
         if !self.files.is_claimed() {
             let seconds = self.settings.start_limit.as_secs();
-            tracing::info!("no environment waits yet: one has {seconds} s to start (IMS_START_LIMIT)");
+            tracing::info!("no build environment waits yet; it has {seconds} s to start (IMS_START_LIMIT)");
         }
         Ok(true)
     }

@@ -187,7 +187,7 @@ pub(crate) struct Journal {
     pub(crate) is_told: bool,
 }
 
-/// The only field that is read from a journal of somebody else.
+/// The job of a journal that this process cannot open, as its text states it.
 #[derive(Deserialize)]
 struct Claim {
     job: Option<String>,

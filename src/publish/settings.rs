@@ -21,7 +21,8 @@ use crate::transfer::network::Network;
 /// Settings for fetching and publishing an image.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// The job. Its action may be missing or unknown: only the sidecar needs one, and it reports a wrong one to IMS.
+    /// The job. Its action may be missing or unknown: only the sidecar needs the action, and the sidecar reports a
+    /// wrong action to IMS.
     pub(crate) job: Job,
     /// `IMAGE_ROOT_ARCHIVE_NAME`: the new image's name.
     pub(crate) name: String,

@@ -1,8 +1,8 @@
-//! `ims-sshd ca-rpm`: creates the package with a site's certificate authority, for images of rpm packages.
+//! `ims-sshd ca-rpm`: builds an rpm package that installs the certificate of a site's authority, for recipes.
 //!
-//! The package has the name, version and path of the package that IMS has always given to recipes. It also has the path
-//! for the other family of distributions. Its scripts run whichever tool the image has; if the image has none yet, they
-//! do nothing.
+//! IMS has always given recipes a package with the same name and version, and the certificate at the same path. This
+//! package also has the certificate at the path of the other family of distributions. Its scripts run the image's tool
+//! that updates CA certificates; while the image has no such tool, they do nothing.
 
 use std::path::{Path, PathBuf};
 

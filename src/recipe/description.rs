@@ -262,8 +262,8 @@ fn find(recipe: &Tree) -> Result<PathBuf> {
             Err(Error::new(attempted()).because(why))
         }
         several => {
-            let why = format!("the recipe has several: {}", listed(several));
-            Err(Error::new(attempted()).because(why).advise("keep one of them, or name one config.xml"))
+            let why = format!("the recipe has several descriptions: {}", listed(several));
+            Err(Error::new(attempted()).because(why).advise("keep only one of them, or rename one to config.xml"))
         }
     }
 }

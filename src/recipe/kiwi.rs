@@ -124,7 +124,7 @@ pub struct Wanted {
     pub ca_rpm: Option<PathBuf>,
     /// Certificate of the site's certificate authority; `None` for the pod's certificate.
     pub authority: Option<PathBuf>,
-    /// True if a job may lack a certificate authority: the site of a single machine need not have one.
+    /// True if a job may go without a certificate authority: a machine without a pod need not have one.
     pub is_authority_optional: bool,
     /// Additional keys of repositories.
     pub signing_keys: Vec<PathBuf>,

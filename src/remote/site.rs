@@ -160,7 +160,7 @@ pub(super) fn lines(carried: &[(String, String)]) -> Result<String> {
     for (keyword, value) in carried {
         let is_known = keyword == "subsystem" || CARRIED.contains(&keyword.as_str());
         if !is_known || value.chars().any(char::is_control) {
-            return Err(Error::new("write sshd's configuration").because(format!("'{keyword}' is not taken over")));
+            return Err(Error::new("write sshd's configuration").because(format!("a node does not accept '{keyword}'")));
         }
         text.extend([keyword, " ", value, "\n"]);
     }

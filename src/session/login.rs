@@ -37,7 +37,7 @@ pub fn run(jail: &Path, request: Request) -> Result<Infallible> {
     let joined = enter::join(record)?;
     // `/` is the image root from here on.
     let image_root = Tree::open(Path::new("/")).attempt(|| "open the image root")?;
-    // In the chroot tier /dev is the image's, and may lack the nodes.
+    // Not in the chroot tier: its /dev is the image's, and may lack the nodes.
     if record.tier != Tier::Chroot {
         streams.open_own_nodes(&image_root)?;
     }
@@ -93,7 +93,8 @@ const JAIL_ENDED: &str = "the jail has ended: the environment is closing, or its
 const KILLED: &str =
     "ims-sshd was killed, and everything in the image ended with it; 'ims-sshd status' shows what is left";
 
-/// The client's agent, for requests that can use it. In the chroot tier there is no /run but the image's own.
+/// The client's agent, for requests that can use it. `None` in the chroot tier: its only /run is the image's own, which
+/// must not get the agent's socket.
 fn agent_outside(record: &Record, request: &Request) -> Option<Outside> {
     let wanted = record.tier != Tier::Chroot && matches!(request, Request::Shell | Request::Command(_));
     wanted.then(Outside::of_this_session)?

@@ -5,10 +5,11 @@ use std::os::unix::ffi::OsStrExt;
 
 use crate::session::account::Account;
 
-/// Names that come from the client and the job, in every environment, with `*` and `?` as in sshd's patterns.
+/// Names of variables that every environment passes on from sshd to the session, with `*` and `?` as in patterns of
+/// sshd_config(5). They come from the client and the job.
 const KEPT: &[&str] = &["TERM", "COLORTERM", "LANG", "LANGUAGE", "LC_*", "SSH_*", "IMS_*"];
 
-/// Names that are dropped although they match [`KEPT`]: they refer to files outside the jail.
+/// Names that are dropped although they match [`KEPT`]: their values are meant for processes outside the jail.
 const DROPPED: &[&str] = &["SSH_AUTH_SOCK", "SSH_USER_AUTH", "SSH_ORIGINAL_COMMAND", "SSH_ASKPASS"];
 
 /// Names that describe the client or the job, which no file of the image may set.

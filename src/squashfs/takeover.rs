@@ -57,7 +57,7 @@ impl Ranges {
     }
 }
 
-/// The parts of a source image that are taken over.
+/// The parts of a source image that are copied to the new image as they are.
 #[derive(Debug, Default)]
 pub(crate) struct Takeover<'a> {
     source: Option<&'a Inventory>,

@@ -24,13 +24,13 @@ pub struct Summary {
     pub length: u64,
     /// Number of objects.
     pub objects: u32,
-    /// Number of files whose content was at least partly taken over.
+    /// Number of files whose compressed content was copied from the source image, at least in part.
     pub files_taken: u64,
     /// Number of files that were read and compressed, or found to be equal to others.
     pub files_read: u64,
-    /// Number of files whose content equals that of another file that was read or taken over.
+    /// Number of files whose content equals that of another file, which was read or copied from the source image.
     pub duplicates: u64,
-    /// Numbers of bytes that were taken over, compressed and read.
+    /// Numbers of bytes that were copied from the source image, compressed and read.
     pub progress: Progress,
 }
 

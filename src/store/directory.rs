@@ -144,7 +144,8 @@ impl Directory {
         *self.held.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// Reason why an open directory is not this user's; `None` if it is.
+    /// Reason why an open directory is not this user's alone; `None` if it belongs to this user and others cannot write
+    /// to it.
     fn others(&self, tree: &Tree) -> io::Result<Option<String>> {
         let found = rustix::fs::fstat(tree)?;
         let is_ours = found.st_uid == rustix::process::geteuid().as_raw()

@@ -1,4 +1,4 @@
-//! System calls as types: the bottom floor, and the only one with `unsafe`.
+//! System calls as types: the lowest layer, and the only one with `unsafe`.
 
 pub(crate) mod architecture;
 pub(crate) mod attributes;

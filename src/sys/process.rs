@@ -476,7 +476,8 @@ pub(crate) struct Expendable {
 impl Expendable {
     const FILE: &str = "/proc/self/oom_score_adj";
 
-    /// Takes effect for children started from now on. Does nothing if the score may not be set.
+    /// Raises the score of children that are started from now on, until the value is dropped. Does nothing if this
+    /// process may not set the score.
     pub(crate) fn children() -> Self {
         let before: Option<i32> = std::fs::read_to_string(Self::FILE).ok().and_then(|text| text.trim().parse().ok());
         let set = |own: &i32| std::fs::write(Self::FILE, (own + 500).min(1000).to_string()).is_ok();

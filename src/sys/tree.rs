@@ -50,7 +50,7 @@ pub(crate) fn explain_lease(errno: Errno) -> io::Error {
     match errno {
         Errno::AGAIN => io::Error::new(
             io::ErrorKind::WouldBlock,
-            "another program holds a lease on it, which 'lslocks' names; end that program, or copy the file",
+            "another program, which 'lslocks' shows, holds a lease on it; end that program, or copy the file",
         ),
         other => other.into(),
     }

@@ -24,7 +24,7 @@ const LONGEST_RECORDED: usize = 16 << 10;
 /// the cleanup after one signal while a second one is pending.
 const FINISHED_REGARDLESS: Duration = Duration::from_secs(1);
 
-/// Number of opened directories that a [`Descent`] keeps.
+/// Maximum number of directories that a [`Descent`] keeps open.
 const MOST_OPEN: usize = 16;
 
 /// Device and inode number, to check that `..` leads back to where a walk came from.

@@ -62,7 +62,8 @@ impl Written {
         let image = megabytes(self.taken.saturating_add(self.compressed));
         let (taken, compressed) = (megabytes(self.taken), megabytes(self.compressed));
         let read = format!("{:.0} of {:.0} MB read", megabytes(self.read), megabytes(self.to_read));
-        let line = format!("{image:.0} MB of the image, {taken:.0} taken over and {compressed:.0} compressed; {read}");
+        let parts = format!("{taken:.0} taken over from the source and {compressed:.0} compressed");
+        let line = format!("{image:.0} MB of the image, {parts}; {read}");
         let (done, all) = self.work();
         match rate {
             Some(rate) if rate > 0.0 => {

@@ -528,8 +528,8 @@ fn hopeless_customizations_are_refused_before_the_environment_opens() {
         (&["--output", "s3:/b"], 2, "the store is 's3:/b'"),
         (&["--output", "/proc/out"], 1, "cannot write to the store /proc/out"),
         (&["--output", "ro"], 1, "cannot write to the store"),
-        (&["--output", "out", "--work", "small"], 1, "name another disk with --work"),
-        (&["--output", "small/out"], 1, "name another disk with --output"),
+        (&["--output", "out", "--work", "small"], 1, "name a directory on another disk with --work"),
+        (&["--output", "small/out"], 1, "name a directory on another disk with --output"),
     ] {
         let arguments: Vec<_> = if arguments.contains(&"--work") {
             arguments.to_vec()

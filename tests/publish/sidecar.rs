@@ -322,7 +322,7 @@ fn sidecar_says_how_long_it_waits_for_an_environment() {
     let output = ended(job.sidecar(Mode::Plain, &[("IMS_START_LIMIT", "1")]).spawn().unwrap());
     let said = text(&output.stderr);
     assert!(said.contains("removed the mark 'failed' of an earlier environment"), "{said}");
-    assert!(said.contains("no environment waits yet: one has 1 s to start (IMS_START_LIMIT)"), "{said}");
+    assert!(said.contains("no build environment waits yet; it has 1 s to start (IMS_START_LIMIT)"), "{said}");
 }
 
 #[test]

@@ -247,7 +247,7 @@ fn recipe_without_a_description_is_refused_with_what_it_has() {
     refused(dir.path(), &tree, &[], "the recipe has no config.xml and no *.kiwi; at its top it has config.xnl, root");
     write(&tree, "a.kiwi", "<image/>");
     write(&tree, "b.kiwi", "<image/>");
-    refused(dir.path(), &tree, &[], "the recipe has several: a.kiwi, b.kiwi");
+    refused(dir.path(), &tree, &[], "the recipe has several descriptions: a.kiwi, b.kiwi");
     write(&tree, "config.xml", "<image><repository></image>");
     refused(dir.path(), &tree, &[], "cannot read config.xml of the recipe: it is not XML");
 }

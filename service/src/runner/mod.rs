@@ -56,7 +56,7 @@ pub struct Death {
     pub reason: String,
 }
 
-/// A job that the runner still holds something of: processes, files, objects of the cluster.
+/// A job of which processes, files or objects of the cluster are still there.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Held {
     /// ID of the job.

@@ -1,4 +1,4 @@
-//! A directory that holds the objects of one machine: `DIRECTORY/<bucket>/<key>`.
+//! A store in a directory, for a service on one machine. An object is the file `DIRECTORY/<bucket>/<key>`.
 
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;

@@ -69,7 +69,7 @@ fn parse(text: &str, kind: Kind, variables: &Variables) -> std::result::Result<V
     let (version, name) = kind.api();
     if filled["apiVersion"] != version || filled["kind"] != name {
         return Err(format!(
-            "it makes a {} of {}: expected a {name} of {version}",
+            "it is a {} of {}: expected a {name} of {version}",
             filled["kind"].as_str().unwrap_or("nameless object"),
             filled["apiVersion"].as_str().unwrap_or("no version")
         ));
@@ -223,7 +223,7 @@ mod tests {
             assert!(refused.contains(reason), "{text}: {refused}");
         }
         let refused = parse("apiVersion: v1\nkind: Secret", Kind::ConfigMap, &variables()).unwrap_err();
-        assert_eq!(refused, "it makes a Secret of v1: expected a ConfigMap of v1");
+        assert_eq!(refused, "it is a Secret of v1: expected a ConfigMap of v1");
         assert!(parse("apiVersion: v1\nkind: ConfigMap", Kind::ConfigMap, &variables()).is_err());
     }
 
