@@ -18,11 +18,11 @@ const HANG_UP_TIME: Duration = Duration::from_secs(2);
 /// temporary directory in a session of its own, and a distant control node with 500 hosts may take seconds to open it.
 const NEXT_SESSION_TIME: Duration = Duration::from_secs(5);
 
-/// Number of sessions and connections watched for their end, each by a descriptor. If there are more, their end is
+/// Maximum number of sessions and connections watched for their end, each by a descriptor. The end of any others is
 /// found by polling.
 const WATCHED: usize = 16;
 
-/// Number of sessions that the log names if they are still running when the grace period ends.
+/// Maximum number of sessions that the log names if they are still running when the grace period ends.
 const NAMED: usize = 20;
 
 /// Interval at which to check whether sshd has reaped an ended session; the kernel raises no event for that.

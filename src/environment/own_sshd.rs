@@ -12,7 +12,7 @@ use crate::error::{Attempt, Error, Result};
 use crate::transfer;
 use crate::transfer::confinement::clear_environment;
 
-/// Host key of this sshd.
+/// File name of this sshd's host key.
 pub const HOST_KEY: &str = "ssh_host_ed25519_key";
 
 /// sshd's options for sessions if the site's configuration has none.

@@ -23,7 +23,7 @@ const ASK_TIME: Duration = Duration::from_millis(200);
 /// Maximum number of processes that the log names; any more are only counted.
 const NAMED: usize = 20;
 
-/// Number of processes watched for their end, each by a descriptor.
+/// Maximum number of processes watched for their end, each by a descriptor.
 const WATCHED: usize = 16;
 
 /// Ends every process of the job: each descendant of this process, which has to be a subreaper (or PID 1), and every

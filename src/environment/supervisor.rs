@@ -556,7 +556,7 @@ impl<F: FnOnce()> Supervisor<F> {
             let path: PathBuf = files.path().join(self.settings.job.image_root());
             cleanly &= succeeded(mounts_below::unmount_below(&path));
             self.step("nothing is mounted in the image root");
-            // Change the configuration before the sync: it may be on the same disk.
+            // Change the configuration before the sync, since the configuration may be on the same disk.
             cleanly &= succeeded(sshd_setup::unconfigure_sshd(&self.settings).map(|_| ()));
             cleanly &= succeeded(image_root.sync().attempt(|| format!("sync {} to disk", path.display())));
             self.step("the image root is synced to disk");

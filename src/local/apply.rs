@@ -86,7 +86,9 @@ pub(crate) fn abort(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
     put_back().attempt(attempted)?;
     if !stage.names().attempt(attempted)?.is_empty() {
         let why = format!("{} holds directories whose old names are taken", stage.shown().display());
-        return Err(Error::new(attempted()).because(why).advise("move them where they belong, then remove it"));
+        return Err(Error::new(attempted())
+            .because(why)
+            .advise("move them where they belong, then remove that directory"));
     }
     root.remove_directory(&begun.stage).map(|_| ()).attempt(attempted)
 }

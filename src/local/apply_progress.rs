@@ -58,8 +58,8 @@ pub(crate) struct Progress {
     number: u64,
 }
 
-/// Records on disk the decision to apply the changes kept in `work` to `root`, so that a later command does so if this
-/// one is killed.
+/// Records on disk the decision to apply the changes kept in `work` to `root`, so that a later command applies them if
+/// this one is killed.
 pub(crate) fn decide(work: &Tree, root: &Tree) -> Result<()> {
     let root_is = identity(root).attempt(|| format!("apply the changes to {}", root.shown().display()))?;
     Progress { step: Step::Decided, root: root_is, stage: STAGE.into(), number: 0 }.write(work)
@@ -142,7 +142,9 @@ impl Progress {
         if let Some(begun) = Self::read(work)? {
             if begun.root != root_is {
                 let why = "it is not the directory to which some of them were applied";
-                return Err(Error::new(attempted()).because(why).advise(format!("put that one in its place; {DROP}")));
+                return Err(Error::new(attempted())
+                    .because(why)
+                    .advise(format!("put the right directory back at this path; {DROP}")));
             }
             if begun.number != 0 {
                 let stage = begun.open_stage(root).attempt(attempted)?;

@@ -29,8 +29,8 @@ pub(crate) struct Claim {
 }
 
 impl Claim {
-    /// Claims the image root for `command` as long as the value lives. Refuses an image root that contains an open one
-    /// or is inside one, because each would be changed and packed with the other.
+    /// Claims the image root for `command` as long as the value lives. Refuses an image root that contains another open
+    /// image root or is inside one, because each would be changed and packed with the other.
     pub(crate) fn take(command: &str, image_root: &Path) -> Result<Self> {
         let path = place(command, &look(image_root)?);
         let make = || {

@@ -27,7 +27,7 @@ pub struct CommandLine {
 }
 
 impl CommandLine {
-    /// Makes the line from `words`, beginning with the program; the last `inside` of them are the command that runs in
+    /// Makes the line from `words`: the first is the program, and the last `inside` words are the command that runs in
     /// the image.
     pub fn new(command: &'static str, words: &[OsString], inside: usize) -> Self {
         let (own, inside) = words.split_at(words.len().saturating_sub(inside));

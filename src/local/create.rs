@@ -187,7 +187,9 @@ fn mend(creation: &Creation, place: &Path, failed: Error) -> Result<u8> {
     }
     drop(root);
     tracing::error!("{failed}");
-    tracing::info!("opening what was built; marked complete, it is published as it is then");
+    tracing::info!(
+        "opening the image root of the failed build; if it is marked complete, it is published as it then is"
+    );
     let run = Run {
         source: image_root.display().to_string(),
         command_line: creation.command_line.clone(),

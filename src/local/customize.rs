@@ -235,7 +235,7 @@ const KEY_COMMENT: &str = "ims-sshd customize";
 pub(super) struct Keys {
     /// File of the public keys that may log in.
     pub(super) authorized: PathBuf,
-    /// The private key of one of them, if this machine has it.
+    /// The private key that belongs to one of the public keys, if this machine has it.
     pub(super) identity: Option<PathBuf>,
 }
 

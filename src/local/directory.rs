@@ -186,7 +186,8 @@ pub(crate) fn refuse_with_changes(directory: &Path, place: &Path) -> Result<()> 
     Err(Error::new(format!("change {} in place", directory.display())).because(why).advise(advice))
 }
 
-/// Opens `directory`, a path without symbolic links, once; what the path names later does not matter.
+/// Opens `directory`, a path without symbolic links. The result stays the same directory, whatever the path names
+/// later.
 pub(crate) fn open(directory: &Path) -> Result<Tree> {
     let below = directory.strip_prefix("/").ok().filter(|below| *below != Path::new("")).unwrap_or(Path::new("."));
     let opened = open_tree(Path::new("/"))?.directory_without_links(below);

@@ -120,7 +120,7 @@ pub fn run(mut run: Run, entry: &Entry) -> Result<u8> {
         if is_given_up {
             (mark, stopped) = (Some(Verdict::Failed), None);
         }
-        // For a person at the shell, this message was printed when the shell was hung up.
+        // Not for a person at the shell, who saw this message when the shell was hung up.
         if let Some(mark) = mark.filter(|_| !at_terminal) {
             tracing::info!("the image was marked {}", mark.signal_file());
         }
@@ -458,7 +458,7 @@ impl Session {
             if let (Some(grace), Some(since), false) = (self.grace, signalled, is_killed)
                 && since.elapsed() >= grace
             {
-                tracing::warn!("the command is still running when the grace period ended; killing it");
+                tracing::warn!("the command was still running when the grace period ended; killing it");
                 is_killed = true;
                 let _ = jail.end();
             }

@@ -90,7 +90,7 @@ impl Entry {
                 if !is_numbered(known, name) {
                     return Err(Error::new(format!("open {source} as {name}"))
                         .because("another run has this name")
-                        .advise(format!("name this one otherwise; 'ims-sshd status {name}' shows that one")));
+                        .advise(format!("choose another name; 'ims-sshd status {name}' shows that run")));
                 }
                 // The kept changes have the chosen name with a number: keep that name.
                 (number, renamed) = (1, None);

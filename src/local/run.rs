@@ -268,10 +268,9 @@ impl Run {
     }
 
     /// Opens the image and calls `session` with its root and with the users whose marks count in it. `session` returns
-    /// the fate of the changes, and a value that is returned here. If the command or script of an earlier run has
-    /// succeeded, its changes only remain to be applied or published: that is done without a session, and `done` is
-    /// returned. Unless [`Run::is_in_place`], the caller must have called
-    /// [`own_mounts`](crate::local::mounts::own_mounts).
+    /// the fate of the changes and the value to return. If the command or script of an earlier run succeeded but its
+    /// changes could not be applied or published, does that without a session, and returns `done`. Unless
+    /// [`Run::is_in_place`], the caller must have called [`own_mounts`](crate::local::mounts::own_mounts).
     pub(crate) fn carry_out<T: Copy>(
         mut self,
         entry: &Entry,
@@ -400,8 +399,8 @@ impl Run {
         let shown = place.display();
         match self.made_by_another(entry) {
             _ if has_succeeded => tracing::info!(
-                "resuming the changes kept in {shown}; what made them has succeeded, and is not run again; --fresh \
-                 drops them and runs it"
+                "resuming the changes kept in {shown}; the command that made them has succeeded and is not run again; \
+                 --fresh drops them and runs it again"
             ),
             Some(other) => tracing::warn!(
                 "resuming the changes kept in {shown}, which another command made: {other}; --fresh drops them and \

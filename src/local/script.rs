@@ -82,7 +82,7 @@ impl Script {
         let line = String::from_utf8_lossy(first).into_owned();
         if self.content.starts_with(b"\x7fELF") {
             return Err(Error::new("run --script on a node")
-                .because("it is no script")
+                .because("it is a program, not a script")
                 .advise("copy the program into the image and give it as the command"));
         }
         // Pass everything after the interpreter as one word, as the kernel does.

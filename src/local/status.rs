@@ -83,9 +83,7 @@ fn pods_own() -> Result<Target> {
         return Ok(Target::Parent(parent.into()));
     }
     let names: Vec<_> = all.iter().map(name_of).collect();
-    Err(attempted()
-        .because("no name is given")
-        .advise(format!("give the name of yours; open are {}", names.join(", "))))
+    Err(attempted().because("no name is given").advise(format!("name yours; these are open: {}", names.join(", "))))
 }
 
 /// For the mark `failed`, drops what a finished run left behind; refuses the mark `complete`.
@@ -165,7 +163,7 @@ fn mark_parent(parent: &Path, verdict: Verdict) -> Result<()> {
         if parent.starts_with(RUN) || !files.stands(READY)? {
             return Err(attempted()
                 .because("no environment is open there")
-                .advise("'ims-sshd status' without a name lists those that are"));
+                .advise("'ims-sshd status' without a name lists what is open or kept"));
         }
         tracing::warn!("no environment is open in {} yet; one that opens there will find the mark", parent.display());
     }
@@ -191,7 +189,8 @@ pub struct Shown<'a> {
 }
 
 /// Prints the state of an environment, and who is logged in; for an environment in another container, only the state
-/// that its signal files show. If neither an argument nor the variable names one, prints all on this machine.
+/// that its signal files show. If neither an argument nor the variable names an environment, prints all environments
+/// and runs on this machine.
 pub fn print(named: Option<&Path>, shown: Shown<'_>) -> Result<u8> {
     let target =
         match named.map(find).or_else(|| variable().map(|parent| Ok(Target::Parent(parent)))) {
@@ -304,7 +303,7 @@ fn find(named: &Path) -> Result<Target> {
     let attempted = || Error::new(format!("find '{shown}'"));
     let advice = "'ims-sshd status' without a name lists what is open or kept";
     if path.is_file() || shown.contains("://") {
-        return Err(attempted().because("nothing is open or kept of it").advise(advice));
+        return Err(attempted().because("no run has it open, and no changes to it are kept").advise(advice));
     }
     if path.is_dir() || is_path(named) {
         crate::sys::named::resolve_beginning(&path).attempt(|| format!("find {}", named.display()))?;
@@ -321,7 +320,7 @@ fn is_path(named: &Path) -> bool {
     text.contains(&b'/') || [&b"."[..], b".."].contains(&text)
 }
 
-/// Finds the one of `runs` that `named` means, as a name or as a path.
+/// Finds, among `runs`, the run that `named` means as its name or as one of its paths.
 fn find_in(mut runs: Vec<Value>, named: &Path, path: &Path, real: &Path) -> Result<Option<Value>> {
     let is_path = is_path(named);
     // Compare the name exactly as typed. Turning it into a label first would drop characters (down to `image` if none
@@ -389,7 +388,7 @@ fn report_of(parent: &Path) -> Result<Value> {
     let is_ready = files.stands(READY)?;
     if stage.is_none() && verdict.is_none() && !is_ready && root.is_none() {
         return Err(Error::new(format!("find the status of {}", parent.display()))
-            .because("nothing is open or kept of it, and it holds neither image-root nor a signal file")
+            .because("no run has it open, no changes to it are kept, and it holds neither image-root nor a signal file")
             .advise("'ims-sshd status' without a name lists what is open or kept"));
     }
     let mut report = json!({ "image_root_parent": parent, "state": stage.map(Stage::name), "verdict": verdict });

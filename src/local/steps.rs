@@ -55,8 +55,8 @@ pub fn report_refusal(places: &[PathBuf], variables: Vec<(OsString, OsString)>) 
     }
 }
 
-/// If the job's volume has an image root, marks it after a failed preparation: without IMS, a sidecar would learn of
-/// the failure in no other way.
+/// If the job's volume has an image root, creates [`POD_ERROR`] in the volume after a failed preparation: without IMS,
+/// a sidecar would learn of the failure in no other way.
 fn mark_pod_error(parent: &Path, settings: &Settings) {
     let has_image_root = [IMAGE_ROOT, CREATED_IMAGE_ROOT].iter().any(|name| parent.join(name).exists());
     if settings.job.id.is_some()
@@ -311,7 +311,7 @@ fn pack_place(
 ) -> Result<String> {
     let place = Place::of(settings, named, archive)?;
     place.archive().check_place("the archive")?;
-    packed::refuse_source(place.files.parent(), &place.archive(), settings, "name another file by --archive")?;
+    packed::refuse_source(place.files.parent(), &place.archive(), settings, "name another file with --archive")?;
     packed::refuse_to_replace(place.files.parent(), &place.archive(), &place.image_root)?;
     let shown = place.image_root.shown();
     let refused = |why| Error::new(format!("pack {}", shown.display())).because(why);

@@ -160,7 +160,7 @@ impl WorkDirectory {
 /// another user could replace the directory or any above it.
 pub(crate) fn own(path: &Path) -> Result<PathBuf> {
     let attempted = || format!("keep files of an image in {}", path.display());
-    let advice = "name with --work a directory that only root can change, as all above it";
+    let advice = "name with --work a directory that only root can change, as well as all directories above it";
     let refuse = |why: String| Err::<PathBuf, _>(Error::new(attempted()).because(why).advise(advice));
     // Runs twice: before the directory is created, and on the result.
     let check = |there: &Path| {

@@ -36,7 +36,7 @@ pub(crate) fn configure_sshd(directory: &Path, keys: &str, config: Option<&Path>
 }
 
 /// Warns if root's sessions do not use the keys that were written to `directory`. Called for a configuration that the
-/// user has given. It is no error, since the keys may have another path in the container that runs sshd.
+/// user has given. This is no error, since the keys may have another path in the container that runs sshd.
 pub(crate) fn warn_of_unused_keys(directory: &Path) -> Result<()> {
     let config = std::path::absolute(directory.join("sshd_config")).attempt(|| "find sshd's configuration")?;
     let options = ["-f".to_owned(), config.display().to_string()];

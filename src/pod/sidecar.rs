@@ -296,7 +296,7 @@ impl<'a> Sidecar<'a> {
         Error::new("publish the image").because(format!("its build failed{why}")).advise(advice)
     }
 
-    /// Returns whether there is a verdict file, which an environment creates before `exiting`.
+    /// Returns whether the image has a verdict. An environment creates the verdict file before `exiting`.
     fn has_verdict(&self, image_root: Option<&Tree>) -> Result<bool> {
         Ok(self.files.stands(Verdict::Complete.signal_file())? || self.is_marked_failed(image_root))
     }
@@ -305,7 +305,7 @@ impl<'a> Sidecar<'a> {
         let image_root = image_root.filter(|_| self.settings.job.jailed);
         let marked = image_root::is_marked_failed(self.files, image_root, Markers::Everyone);
         marked.unwrap_or_else(|e| {
-            tracing::error!("{e}; the image is taken as failed");
+            tracing::error!("{e}; the image counts as failed");
             true
         })
     }
@@ -431,7 +431,7 @@ impl<'a> Sidecar<'a> {
             self.ims.check()?;
         }
         let archive = Archive { directory: self.files.parent(), name: &self.settings.archive() };
-        let advice = "name the image otherwise (--name, IMAGE_ROOT_ARCHIVE_NAME)";
+        let advice = "give the image another name (--name, IMAGE_ROOT_ARCHIVE_NAME)";
         packed::refuse_source(self.files.parent(), &archive, self.settings, advice)?;
         let Settings { boot, store, network, job, .. } = self.settings;
         if store.url.is_none() {

@@ -52,7 +52,7 @@ fn command_that_ignores_a_signal_is_killed_after_the_grace_and_changes_are_kept(
     assert!(began.elapsed() > Duration::from_secs(1));
     let told = [
         "received SIGTERM: the command has 1 s to end (IMS_CLOSE_GRACE); a second signal kills it",
-        "the command is still running when the grace period ended; killing it",
+        "the command was still running when the grace period ended; killing it",
         "received SIGTERM: the image is not published",
         "to resume: ",
     ];
@@ -127,7 +127,10 @@ fn source_of_which_nothing_is_kept_is_no_image_root_parent() {
         for command in ["status", "fail", "complete"] {
             let refused = ims_sshd(&[command, named], &[]).current_dir(dir.path()).output().unwrap();
             let said = text(&refused.stderr);
-            assert!(!refused.status.success() && said.contains("': nothing is open or kept of it; "), "{said}");
+            assert!(
+                !refused.status.success() && said.contains("': no run has it open, and no changes to it are kept; "),
+                "{said}"
+            );
             assert!(!said.contains("secret"), "{said}");
         }
     }
