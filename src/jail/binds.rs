@@ -90,7 +90,7 @@ impl Bind {
         let (source_is, target_is) = (kind(copy.as_fd())?, kind(target.as_fd())?);
         if source_is != target_is {
             let why = format!("the source is now {source_is} and the target {target_is}: one of them was replaced");
-            return Err(self.refuse(why).advise("run it again while nothing changes them"));
+            return Err(self.refuse(why).advise("try again while nothing changes either of them"));
         }
         copy.attach(target).attempt(|| self.attempted()).map(drop)
     }

@@ -271,7 +271,7 @@ impl Table {
     }
 }
 
-/// Most bytes of an entry's file; the kernel shows an entry in one page.
+/// Maximum size of an entry's file, in bytes; the kernel shows an entry in one page.
 const LARGEST_ENTRY: u64 = 64 << 10;
 
 #[cfg(test)]

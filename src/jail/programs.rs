@@ -28,8 +28,8 @@ pub struct Program {
 }
 
 /// Copies `programs` into a read-only tmpfs, and returns the copies, open for reading. While a copy is open, the kernel
-/// grants no write lease on it (fcntl(2), `F_SETLEASE`). Otherwise a process in the jail could take one, and every
-/// further session would have to wait for its end.
+/// grants no write lease on it (fcntl(2), `F_SETLEASE`). Otherwise a process in the jail could take such a lease, and
+/// every further session would have to wait until the lease ends.
 pub(crate) fn copy<'a>(programs: impl IntoIterator<Item = &'a Program>) -> Result<(Detached, Vec<OwnedFd>)> {
     let attempted = || "make a tmpfs for the jail's programs";
     let tmpfs = Detached::filesystem("tmpfs", &[("mode", "0755")], ATTRIBUTES).attempt(attempted)?;

@@ -7,7 +7,7 @@ use crate::sys::tree::Tree;
 /// Path of the file, in the container and in the image.
 pub(crate) const RESOLV_CONF: &str = "etc/resolv.conf";
 
-/// Largest resolv.conf in bytes; a larger file is ignored.
+/// Maximum size of resolv.conf, in bytes; a larger file is ignored.
 pub(crate) const LIMIT: u64 = 1 << 20;
 
 /// Common targets below /run of a link at /etc/resolv.conf: those of systemd-resolved, SUSE's netconfig, resolvconf and

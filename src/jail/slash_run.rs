@@ -42,11 +42,11 @@ const MOST_FILES: usize = 500;
 const LARGEST_RULES: u64 = 64 << 10;
 const MOST_RULES: usize = 1 << 20;
 
-/// Largest passwd or group file, in bytes.
+/// Maximum size of passwd and of group, in bytes.
 const LARGEST_ACCOUNTS: u64 = 1 << 20;
 
-/// Entries that are left out: by these, programs would detect a running systemd (sd_booted(3)) or a container of podman
-/// or buildah. In an image they are left over from its build.
+/// Entries that are left out, since programs take them for the sign of a running systemd (sd_booted(3)) or of a
+/// container of podman or buildah. In an image they are left over from its build.
 const LEFT_OUT: [&str; 2] = ["systemd/system", ".containerenv"];
 
 /// Prefix of the jail's own names.

@@ -37,7 +37,7 @@ pub(crate) fn place(image_root: &Tree, tier: Tier, binds: &[Bind]) -> Result<(Ve
         }
         if let Some(other) = placed.iter().find(|other| overlap(&other.target, &target)) {
             let why = format!("{} is bound to /{}", other.source.display(), other.target.display());
-            return Err(refuse(why)).advise("no target may be, or lie in, another one");
+            return Err(refuse(why)).advise("no target may equal another one or lie in it");
         }
         let found = image_root.look(&target).attempt(attempted)?;
         match (found.as_ref().map(FileKind::of), is_directory) {
@@ -129,8 +129,8 @@ mod tests {
             (&["odd/passwd"], "control characters"),
             (&["file"], "the source is a directory, and the target is a regular file"),
             (&["file/x"], "Not a directory"),
-            (&["lib/x", "usr/lib/x"], "no target may be, or lie in, another one"),
-            (&["opt", "opt/x"], "no target may be, or lie in, another one"),
+            (&["lib/x", "usr/lib/x"], "no target may equal another one or lie in it"),
+            (&["opt", "opt/x"], "no target may equal another one or lie in it"),
         ] {
             let binds: Vec<_> = targets.iter().map(|target| bind(target)).collect();
             let refused = place(&tree, Tier::User, &binds).unwrap_err().to_string();

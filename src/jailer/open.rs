@@ -79,7 +79,7 @@ const TIME_TO_MAKE: Duration = Duration::from_secs(10);
 /// Time for the init to exit by itself, which it does unless a session keeps all processors busy.
 const TIME_TO_FINISH: Duration = Duration::from_millis(200);
 
-/// Longest wait for the kernel to end a killed jail whose processes keep ending.
+/// Maximum wait for the kernel to end a killed jail whose processes keep ending.
 const END_TIME: Duration = Duration::from_mins(1);
 
 /// Poll interval for a jail's processes that are being ended: a check of thousands takes a moment.
@@ -442,7 +442,7 @@ fn start(wanted: &Wanted<'_>) -> Result<Started> {
             let another_version = || {
                 Error::new("make the jail")
                     .because("its init is of another version")
-                    .advise("install ims-sshd and ims-jail-shell of one version")
+                    .advise("install ims-sshd and ims-jail-shell of the same version")
             };
             let helper = namespaces.pop().ok_or_else(another_version)?;
             return Ok(Started { init, link: ours, namespaces, helper, events: events.pop() });

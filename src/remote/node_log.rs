@@ -23,7 +23,7 @@ const PER_SECOND: i64 = 2 << 10;
 /// Allowance with which logging goes on after a gap.
 const ENOUGH: i64 = 64 << 10;
 
-/// Most lines kept during a gap. The last lines tell why a command has failed.
+/// Maximum number of lines that are kept during a gap. The last lines tell why a command has failed.
 const MOST_KEPT: usize = 100;
 
 /// Number of bytes that a log event counts for in addition to its text.

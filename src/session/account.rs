@@ -27,12 +27,12 @@ pub struct Account {
 /// Shell of an account whose entry has none (passwd(5)).
 pub(crate) const DEFAULT_SHELL: &str = "/bin/sh";
 
-/// Largest passwd or group file that is read, in bytes: enough for 50,000 users. A larger file counts as missing,
-/// because every session reads both files.
+/// Maximum size of passwd and of group, in bytes: enough for 50,000 users. A larger file counts as missing, because
+/// every session reads both files.
 const LIMIT: u64 = 4 << 20;
 
-/// Longest line of passwd; a longer one counts as missing. The home directory is an argument of every program, and the
-/// kernel refuses arguments of 128 KiB: nobody could log in to repair the line.
+/// Maximum length of a line of passwd, in bytes; a longer line counts as missing. The home directory is an argument of
+/// every program, and the kernel refuses arguments of 128 KiB: nobody could log in to repair the line.
 const LONGEST_LINE: usize = 16 << 10;
 
 impl Account {
@@ -84,7 +84,7 @@ impl Account {
     }
 }
 
-/// Most supplementary groups. The kernel allows 65536, but no root needs that many.
+/// Maximum number of supplementary groups. The kernel allows 65536, but no root needs that many.
 const MOST_GROUPS: usize = 1024;
 
 /// Supplementary groups of the user `name`. Lines that begin with `#` are not skipped. getgrouplist, unlike getpwuid,

@@ -55,7 +55,7 @@ impl Outside {
 /// Directory of the sockets, relative to the image root: the jail's own tmpfs, so that no socket gets into the image.
 const RUN: &str = "run";
 
-/// Most simultaneous connections; further ones wait.
+/// Maximum number of simultaneous connections; further ones wait.
 const MOST_CONNECTIONS: usize = 16;
 
 /// Bytes per read.

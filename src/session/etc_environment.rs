@@ -5,7 +5,7 @@ use std::os::unix::ffi::OsStrExt;
 
 use crate::sys::tree::Tree;
 
-/// Largest file that is read, in bytes; a larger one counts as missing.
+/// Maximum size of the file, in bytes; a larger one counts as missing.
 const LIMIT: u64 = 64 << 10;
 
 /// Variables that the file of `image_root` sets; empty if there is no file.

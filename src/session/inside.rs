@@ -309,7 +309,7 @@ fn run_first<'a>(programs: &[(&'a Program, Exec)], image_root: &Tree) -> (&'a Pa
     failed
 }
 
-/// Prints why nothing could be started, and returns the exit code that shells use for it.
+/// Prints why nothing could be started, and returns the exit code that shells use for this error.
 fn report(program: &Path, error: Errno, interpreter: Option<&str>) -> u8 {
     let program = program.to_string_lossy();
     let advice = advice(error, interpreter);

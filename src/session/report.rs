@@ -28,7 +28,7 @@ pub struct Beginning {
     pub(crate) request: String,
 }
 
-/// Most bytes of a command that are logged.
+/// Maximum number of bytes of a command that are logged.
 const LONGEST_REQUEST: usize = 1000;
 
 impl Beginning {

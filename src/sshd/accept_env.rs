@@ -152,7 +152,7 @@ fn read_regular(path: &Path) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
-/// Largest configuration file read, in bytes.
+/// Maximum size of a configuration file, in bytes.
 const LARGEST: u64 = 16 << 20;
 
 /// Files matching an Include pattern. Relative patterns start at /etc/ssh, not at the including file.

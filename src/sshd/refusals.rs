@@ -17,7 +17,7 @@ use rustix::fs::OFlags;
 
 use crate::sys::tree::Tree;
 
-/// Most bytes of sshd's log read at once.
+/// Maximum number of bytes of sshd's log that are read at once.
 const LONGEST_READ: usize = 64 << 10;
 
 /// Maximum number of refusals logged per [`PERIOD`]. The rest are only counted, so that password guessing does not fill

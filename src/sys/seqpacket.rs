@@ -11,10 +11,10 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
 };
 
-/// Longest packet in bytes; the rest is truncated.
+/// Maximum length of a packet, in bytes; a longer one is truncated.
 pub(crate) const LONGEST: usize = 16 << 10;
 
-/// Most descriptors in one packet; the kernel closes any more.
+/// Maximum number of descriptors in one packet; the kernel closes all others.
 const MOST_DESCRIPTORS: usize = 8;
 
 /// One end of a connection.
