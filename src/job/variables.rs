@@ -276,7 +276,7 @@ pub const VARIABLES: &[Variable] = &[
     },
     Variable {
         name: "S3_ENDPOINT",
-        format: "URL of the S3 server; `file:///DIRECTORY` for a directory with a directory for each bucket",
+        format: "URL of the S3 server; `file:///DIRECTORY` for a directory with a subdirectory for each bucket",
         default: "`AWS_ENDPOINT_URL_S3`, otherwise `AWS_ENDPOINT_URL`",
         readers: &[Publishing, Recipe],
     },

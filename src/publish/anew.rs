@@ -38,7 +38,7 @@ pub(crate) fn prepare(
         && (holds(image_root, path)? || holds(&parent.join(OVERLAY), path)?)
     {
         let why = "it lies in the image root that --fresh drops";
-        return Err(Error::new(format!("take {} as an image", path.display())).because(why).advise("move it first"));
+        return Err(Error::new(format!("use {} as an image", path.display())).because(why).advise("move it first"));
     }
     let beside = Beside::make(&volume)?;
     let mut settings_beside = settings.clone();
@@ -194,7 +194,7 @@ impl Old {
             record.write(&identity)?;
             match archive.filter(|_| open == Open::Overlay) {
                 Some(archive) => Overlay::mount(&archive, &parent.join(OVERLAY), image_root).map(Some),
-                // The image root gets its name last, because one that has its name counts as complete.
+                // The image root gets its name last, because an image root with its final name counts as complete.
                 None => {
                     let path = settings.job.image_root();
                     let above = Path::new(path).parent().filter(|above| *above != Path::new(""));
@@ -227,7 +227,7 @@ impl Old {
     }
 }
 
-/// Things that were moved out of the way, to be removed, or put back after an error.
+/// Files and directories that were moved out of the way, to be removed, or put back after an error.
 struct Moved<'a> {
     volume: &'a Tree,
     to: Tree,

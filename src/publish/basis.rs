@@ -149,7 +149,7 @@ fn try_to_keep(
     let squashfs = copied.as_ref().unwrap_or(squashfs);
     let found = squashfs.metadata().attempt(attempted)?;
     if found.nlink() == 0 {
-        return Err(Error::new(attempted()).because("other users can write to its directory"));
+        return Err(Error::new(attempted()).because("other users can write to the directory that holds the source"));
     }
     let source: Option<PathBuf> = if is_fetched {
         let disk = rustix::fs::fstatvfs(directory).attempt(attempted)?;
@@ -223,8 +223,8 @@ fn save(directory: &Tree, seal: Option<&Seal>, inventory: &Inventory) -> Result<
     directory.replace(UNPACKED, &[line.as_bytes(), &bytes].concat()).attempt(attempted)
 }
 
-/// Reads an inventory. With `seal`, refuses one that this job has not written. Without it, nothing can be verified and
-/// anybody may have written the inventory, so one with a sealed line is accepted like any other.
+/// Reads an inventory. With `seal`, refuses an inventory that this job has not written. Without a seal, nothing can be
+/// verified and anybody may have written the inventory, so one with a sealed line is accepted like any other.
 fn load(directory: &Tree, seal: Option<&Seal>) -> Result<Inventory> {
     let attempted = || format!("use {}", directory.shown().join(UNPACKED).display());
     let read = directory.read(UNPACKED, LIMIT).attempt(attempted)?;

@@ -178,7 +178,7 @@ impl Download<'_> {
             if since.elapsed() >= window {
                 let brought = self.length - there;
                 if brought < LEAST {
-                    let slow = format!("{brought} bytes within {} s (IMS_STALL_LIMIT)", window.as_secs());
+                    let slow = format!("only {brought} bytes within {} s (IMS_STALL_LIMIT)", window.as_secs());
                     return Err(Fault::Transient(slow));
                 }
                 (since, there) = (Instant::now(), self.length);

@@ -120,7 +120,7 @@ impl Identity {
             _ if self.content.starts_with("directory") || now.content.starts_with("directory") => {
                 "another directory, or a file, was there".into()
             }
-            _ => format!("its size is still {} bytes, but its content is another", self.size),
+            _ => format!("its size is still {} bytes, but its content differs", self.size),
         }
     }
 
@@ -221,7 +221,7 @@ impl<'a> Record<'a> {
                 format!("it was made of an earlier version of {}{time}{was}", known.source)
             }
             Some(known) => format!("it was made of {}", known.shown()),
-            None => "it is there already, and no reliable record says of what it was made".into(),
+            None => "it is there already, and no reliable record says what it was made of".into(),
         };
         let advice = "--fresh drops it with all changes and begins anew; to go on with it, give the source that it was made \
             of";
@@ -281,7 +281,7 @@ mod tests {
         assert!(before.is_same(&of(&moved, &any)));
         for (content, difference) in [
             (vec![1; 200_001], Some("its size was 200000 bytes, and is now 200001")),
-            ([vec![1; 199_999], vec![2]].concat(), Some("its content is another")),
+            ([vec![1; 199_999], vec![2]].concat(), Some("its content differs")),
             (Vec::new(), Some("is now 0")),
             // A copy with a time of its own.
             (vec![1; 200_000], None),

@@ -187,7 +187,7 @@ pub(crate) struct Journal {
     pub(crate) is_told: bool,
 }
 
-/// The job of a journal that this process cannot open, as its text states it.
+/// The job that a journal names, as read from a journal that cannot be authenticated.
 #[derive(Deserialize)]
 struct Claim {
     job: Option<String>,

@@ -115,7 +115,8 @@ pub(crate) fn state(tree: &Tree) -> Result<String> {
     Ok(state.finish())
 }
 
-/// Packs `image_root` into `archive`, and records it in `directory`. Returns the packed file.
+/// Packs `image_root` into `archive`, and records that in `directory`. Returns the packed file, and the error if it
+/// could not be recorded.
 pub(crate) fn pack(
     work: &Work,
     directory: &Tree,
@@ -141,7 +142,7 @@ pub(crate) fn pack(
 pub(crate) fn refuse_to_replace(directory: &Tree, archive: &Archive, image_root: &Tree) -> Result<()> {
     let attempted = || format!("pack {} into {}", image_root.shown().display(), archive.shown());
     let refused = |why: &str| {
-        let advice = "name another file by --archive, or remove this one";
+        let advice = "name another file with --archive, or remove this one";
         Err(Error::new(attempted()).because(why).advise(advice))
     };
     let Some(found) = archive.directory.look(archive.name).attempt(attempted)? else { return Ok(()) };

@@ -405,7 +405,7 @@ fn archive(
             let content = match content {
                 content if !settings.expected.is_given() => content,
                 Content::Directory(_) => {
-                    return Err(Error::new(format!("take {}", shown.display()))
+                    return Err(Error::new(format!("use {} as an image", shown.display()))
                         .because("it is a directory, which has no checksum")
                         .advise("leave the checksum out"));
                 }

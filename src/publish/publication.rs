@@ -264,7 +264,7 @@ impl Publication<'_> {
         Err(Error::new(format!("find out whether IMS knows the job as a success: {unknown}"))
             .because(format!("IMS may know the image as published; therefore image {id} stays in IMS and in {place}"))
             .advise(
-                "run the same again on this volume, which asks IMS and goes on; without the volume, see the job's \
+                "run the same command again on this volume: it asks IMS and goes on; without the volume, see the job's \
                  status in IMS",
             ))
     }
@@ -549,7 +549,7 @@ impl Publication<'_> {
     /// somebody else's. Returns true if nothing of this job is left. The record stays as long as there may be objects,
     /// because it says whose they are.
     fn roll_back(&self, store: &Store, journal: &Journal) -> bool {
-        const AGAIN: &str = "run the same again, which rolls it back, or delete it by hand";
+        const AGAIN: &str = "run the same command again, which rolls it back, or delete it by hand";
         self.work.roll_back();
         let image = match (&journal.image, &journal.request) {
             (Some(id), _) => Ok(Some(id.clone())),
@@ -576,8 +576,8 @@ impl Publication<'_> {
                     tracing::error!("{error}; image {id} is left in the store and in IMS: {AGAIN}");
                 } else {
                     tracing::error!(
-                        "{error}; objects of image {id} may be left in the store: run the same again, which goes on \
-                         with them or deletes them"
+                        "{error}; objects of image {id} may be left in the store: run the same command again, which \
+                         goes on with them or deletes them"
                     );
                 }
                 return false;
@@ -614,7 +614,7 @@ impl Publication<'_> {
             return Ok(Some(why));
         }
         let is_ours = self.is_place_ours(store, id, false)?;
-        Ok((!is_ours).then(|| "an object of it is another job's".into()))
+        Ok((!is_ours).then(|| "one of its objects is another job's".into()))
     }
 
     /// Returns whether all objects of an image are this job's; an image that `is_new` has none. A manifest has no

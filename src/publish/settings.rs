@@ -84,7 +84,7 @@ impl Settings {
         let start_limit = reader.seconds("IMS_START_LIMIT").unwrap_or(Duration::from_mins(2));
         // Without an IMS the ID is only reported; with one it becomes part of URLs.
         if let Some(wrong) = job.id.as_ref().filter(|id| id.contains('/') || ims.is_some() && Id::parse(id).is_none()) {
-            let expected = if ims.is_some() { "the id of a job of IMS, a UUID" } else { "one without '/'" };
+            let expected = if ims.is_some() { "the ID of an IMS job, a UUID" } else { "an ID without '/'" };
             reader.complain(format!("IMS_JOB_ID is '{wrong}': expected {expected}"));
         }
         let name = name.unwrap_or_else(|| "image".into());

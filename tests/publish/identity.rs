@@ -175,7 +175,7 @@ fn planted_image_root_is_refused() {
     let volume = dir.path().join("volume");
     std::fs::create_dir_all(volume.join("image-root/etc")).unwrap();
     std::fs::set_permissions(&volume, std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
-    refused(&prepare(dir.path(), &["volume", &server.url], &secret), "no reliable record says of what it was made");
+    refused(&prepare(dir.path(), &["volume", &server.url], &secret), "no reliable record says what it was made of");
     let fresh = prepare(dir.path(), &["--fresh", "volume", &server.url], &secret);
     assert!(fresh.status.success() && volume.join("image-root/etc/one").exists(), "{fresh:?}");
     // The pod starts over.

@@ -35,14 +35,18 @@ fn package_replaces_only_what_it_has_packed_of_the_same_image_root() {
     done(dir, &["prepare", ".", "image.sqsh"]);
     for archive in [&[][..], &["--archive", "image.sqsh"]] {
         let package = [&["package"][..], archive, &["."]].concat();
-        refused(dir, &package, "the image root was made from this file; name another file by --archive");
+        refused(dir, &package, "the image root was made from this file; name another file with --archive");
     }
     refused(
         dir,
         &["package", "--archive", "my.txt", "."],
         "my.txt: the file exists, and was not packed from this image root",
     );
-    refused(dir, &["package", "--archive", "link.sqsh", "."], "it is a symbolic link; name another file by --archive");
+    refused(
+        dir,
+        &["package", "--archive", "link.sqsh", "."],
+        "it is a symbolic link; name another file with --archive",
+    );
     assert_eq!(std::fs::read(&source).unwrap(), content);
     assert_eq!(std::fs::read(dir.join("my.txt")).unwrap(), b"mine");
     for _ in 0..2 {
@@ -55,7 +59,7 @@ fn package_replaces_only_what_it_has_packed_of_the_same_image_root() {
     refused(
         dir,
         &["package", "--name", "new", "."],
-        "was not packed from this image root; name another file by --archive",
+        "was not packed from this image root; name another file with --archive",
     );
 }
 

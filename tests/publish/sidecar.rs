@@ -876,7 +876,10 @@ fn image_that_ims_may_know_as_published_is_not_rolled_back() {
         let said = text(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{said}");
         assert!(began.elapsed() < Duration::from_secs(10), "{said}");
-        assert!(said.contains("IMS may know the image as published") && said.contains("run the same again"), "{said}");
+        assert!(
+            said.contains("IMS may know the image as published") && said.contains("run the same command again"),
+            "{said}"
+        );
         assert_eq!((job.ims.state().images.len(), job.bucket.keys().len()), (1, 5), "{said}");
         assert_eq!(job.ims.status(), if is_known { "success" } else { "packaging_artifacts" });
         job.ims.forget_faults();
