@@ -130,8 +130,8 @@ fn tell_other_specification(file: &Path) {
     let other = other_lines(&text);
     if !other.is_empty() {
         tracing::warn!(
-            "{} differs from the package that is made here and is not used: {}; put what it does into a package or a \
-             script of the recipe",
+            "{} differs from the package that is made here and is not used: {}; put what these lines do into a \
+             package or a script of the recipe",
             file.display(),
             crate::printable::listed(&other)
         );

@@ -127,7 +127,7 @@ impl Description {
         let document = Document::parse(text).map_err(|e| format!("it is not XML: {e}"))?;
         let image = document.root_element();
         if image.tag_name().name() != "image" {
-            return Err(format!("its element is <{}>, and must be <image>", image.tag_name().name()));
+            return Err(format!("its root element is <{}>: expected <image>", image.tag_name().name()));
         }
         for section in image.children().filter(Node::is_element) {
             let scope = Scope::of(section, &Scope::default());

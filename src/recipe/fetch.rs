@@ -80,7 +80,7 @@ fn fetch(work: &Work, settings: &Settings, source: &Source, wanted: &Wanted) -> 
         .attempt(|| format!("create the directory {}", wanted.directory.display()))?;
     let (Some(parent), Some(name)) = (directory.parent(), directory.file_name().and_then(OsStr::to_str)) else {
         return Err(Error::bad_input(format!(
-            "the recipe's directory is '{}': expected one with a name",
+            "the recipe's directory is '{}': expected a directory with a name",
             directory.display()
         )));
     };
@@ -89,7 +89,7 @@ fn fetch(work: &Work, settings: &Settings, source: &Source, wanted: &Wanted) -> 
     if !is_job {
         named::refuse_changeable(parent, true)
             .attempt(|| format!("create the directory {}", directory.display()))
-            .advise("name one in a directory that only you can change, as all above it")?;
+            .advise("name one in a directory that only you can change, as well as all directories above it")?;
     }
     let volume = open_tree(parent)?;
     // A job's volume contains nothing else, so an existing directory may be replaced. Elsewhere it may be somebody's
@@ -182,7 +182,7 @@ fn open(work: &Work, settings: &Settings, source: &Source, volume: &Tree, part: 
                     Content::File(settings.expected.check(work, file, &shown.display().to_string(), Some(volume))?)
                 }
                 Content::Directory(_) if settings.expected.is_given() => {
-                    let refused = Error::new(format!("take {}", shown.display()));
+                    let refused = Error::new(format!("use {} as a recipe", shown.display()));
                     return Err(refused
                         .because("it is a directory, which has no checksum")
                         .advise("leave the checksum out"));
@@ -200,7 +200,7 @@ fn open(work: &Work, settings: &Settings, source: &Source, volume: &Tree, part: 
 
 /// Unpacks or copies the recipe in a confined process.
 fn unpack_recipe(work: &Work, archive: &Opened, volume: &Tree, name: &str) -> Result<Tree> {
-    let attempted = || format!("take {} as a recipe", archive.shown.display());
+    let attempted = || format!("use {} as a recipe", archive.shown.display());
     match archive
         .kind()
         .map_err(|e| Error::new(attempted()).because(e.reason()).advise("a recipe is a tar archive or a directory"))?
@@ -249,7 +249,7 @@ fn nested(tree: &Tree) -> Result<Option<String>> {
 /// may lead anywhere.
 fn check(recipe: &Tree) -> Result<()> {
     let refuse = |path: &Path, why: String| {
-        let refused = Error::new(format!("take {} as a part of a recipe", path.display())).because(why);
+        let refused = Error::new(format!("use {} as a part of a recipe", path.display())).because(why);
         Err(refused.advise("leave it out of the archive"))
     };
     let mut wrong = None;

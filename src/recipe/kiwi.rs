@@ -49,8 +49,8 @@ const NO_ARCHIVE: &str = "#!/bin/sh\n[ \"$1\" != -f ] || [ ! -p /dev/stdin ] || 
 /// with `tar`, which would fail to set mode, owner and time of /proc, since /proc is read-only in a build.
 const FUNCTIONS: (&str, &str) = ("functions", "tar() { command tar --exclude=./proc \"$@\"; }\n");
 
-/// Macro of rpm. It leaves out files of packages in directories that belong to the build while packages are installed,
-/// where rpm could set no mode and make no device node.
+/// Macro with which rpm leaves out the files of packages in /dev, /proc and /sys. While packages are installed, these
+/// directories are the build's own, and rpm could neither set modes nor create device nodes there.
 const NOT_OF_THE_IMAGE: &str = "%_netsharedpath /dev:/proc:/sys\n";
 
 /// Minimum free space, in bytes, that a build needs to begin.
@@ -191,7 +191,7 @@ fn make_parent(settings: &Settings) -> Result<PathBuf> {
     DirBuilder::new().recursive(true).mode(0o700).create(&real).attempt(attempted)?;
     named::refuse_changeable(&real, false)
         .attempt(attempted)
-        .advise("name a directory that only root can change, as all above it")?;
+        .advise("name a directory that only root can change, as well as all directories above it")?;
     Ok(real)
 }
 
@@ -330,8 +330,8 @@ impl<'a> Build<'a> {
         if architecture != Architecture::OWN {
             let name = architecture.name();
             if manager == "apt" {
-                let why = format!("kiwi-ng builds for {name} by apt on such a machine only");
-                return Err(Error::new(attempted()).because(why).advise("build it on a node of that architecture"));
+                let why = format!("with apt, kiwi-ng builds for {name} only on a machine of that architecture");
+                return Err(Error::new(attempted()).because(why).advise("build it on such a node"));
             }
             is_emulated = !architecture.runs();
             if is_emulated && !binfmt::interpreter(architecture).exists() {
@@ -599,8 +599,8 @@ impl<'a> Build<'a> {
         });
         if !is_trusted {
             tracing::warn!(
-                "the image has the site's authority, and its store of authorities does not: add the package ca-certificates \
-                 to the recipe's bootstrap packages"
+                "the image has the site's authority, but its store of authorities lacks it: add the package \
+                 ca-certificates to the recipe's bootstrap packages"
             );
         }
         Ok(())

@@ -134,7 +134,7 @@ fn wait(work: &Work, description: &Description, selection: &Selection, recipe: &
         return Err(refused.because(format!("the repository {alias} is missing: {why}")).advise(advice));
     }
     for (_, alias, why) in &missing {
-        tracing::error!("the repository {alias} is missing: {why}");
+        tracing::error!("the repository {alias} is missing after {} s: {why}", limit.as_secs());
     }
     let names: Vec<_> = missing.iter().map(|(_, alias, _)| alias).collect();
     let why = format!("{} of them are missing: {}", missing.len(), listed(&names));
@@ -142,7 +142,8 @@ fn wait(work: &Work, description: &Description, selection: &Selection, recipe: &
 }
 
 impl Awaited {
-    /// Sends requests until the repository answers or `limit` is over. Fails with the reason of the last failure.
+    /// Sends requests until the repository answers or `limit` is over. Fails with the reason why the last request
+    /// failed.
     async fn come(&self, limit: Duration) -> std::result::Result<(), String> {
         let began = Instant::now();
         let (mut pause, mut told) = (PAUSE.0, None);
@@ -153,7 +154,7 @@ impl Awaited {
             };
             let left = limit.saturating_sub(began.elapsed());
             if left.is_zero() {
-                return Err(format!("for {} s; {why}", began.elapsed().as_secs()));
+                return Err(why);
             }
             // Log each reason once: a log of every attempt would be long.
             if told.as_ref() != Some(&why) {

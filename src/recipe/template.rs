@@ -53,8 +53,8 @@ pub(crate) fn parse_values(text: &[u8], shown: &str) -> Result<Values> {
 fn kind_of(error: &serde_json::Error) -> &'static str {
     match error.classify() {
         serde_json::error::Category::Eof => "it ends too early",
-        serde_json::error::Category::Data => "a value is no string, or this is no object",
-        _ => "this is no JSON",
+        serde_json::error::Category::Data => "a value is not a string, or the text is not an object",
+        _ => "the text is not JSON",
     }
 }
 
@@ -172,7 +172,7 @@ fn refusal(name: &str, text: &str, values: &Values, error: &minijinja::Error, as
     let refused = Error::new(format!("fill in the template {place}"));
     let known = || match values.len() {
         0 => "no value is known".to_owned(),
-        _ => format!("known are {}", listed(&values.keys().collect::<Vec<_>>())),
+        _ => format!("these are known: {}", listed(&values.keys().collect::<Vec<_>>())),
     };
     if error.kind() == ErrorKind::UndefinedError {
         let on_line = line.and_then(|line| text.lines().nth(line.checked_sub(1)?)).unwrap_or_default();
@@ -184,7 +184,7 @@ fn refusal(name: &str, text: &str, values: &Values, error: &minijinja::Error, as
         let advice = format!("{}; give it a value, or ask with {{% if … is defined %}}", known());
         return match missing.as_slice() {
             [] => refused.because("it prints a value that is not defined"),
-            missing => refused.because(format!("there is no value of the name {}", listed(missing))),
+            missing => refused.because(format!("there is no value named {}", listed(missing))),
         }
         .advise(advice);
     }
@@ -227,8 +227,8 @@ mod tests {
     #[test]
     fn unknown_value_is_an_error_with_file_line_name_and_known_names() {
         let refused = filled("a\nb {{ CSM_RELASE }} {{ B }}\n{{ C }}", &[("B", ""), ("CSM_RELEASE", "1")]).unwrap_err();
-        let wanted = "cannot fill in the template config.xml, line 2: there is no value of the name CSM_RELASE; known \
-            are B, CSM_RELEASE; give it a value";
+        let wanted = "cannot fill in the template config.xml, line 2: there is no value named CSM_RELASE; these are \
+            known: B, CSM_RELEASE; give it a value";
         assert!(refused.starts_with(wanted), "{refused}");
         for template in ["{{ A.b.c }}", "{{ NO|upper }}", "{% for x in NO %}{{ x }}{% endfor %}", "{{ 'a' ~ NO }}"] {
             let refused = filled(template, &[("A", "x")]);

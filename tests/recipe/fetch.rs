@@ -172,10 +172,10 @@ with tarfile.open(archive, 'w') as tar:
         ("dots", "Member name contains '..'"),
         ("absolute-link", "as a recipe: "),
         ("hardlink", "as a recipe: "),
-        ("device", "cannot take root/dev/sda as a part of a recipe: it is a block device"),
-        ("fifo", "cannot take config.sh as a part of a recipe: it is a "),
-        ("link-out", "cannot take root as a part of a recipe: it is a link that leads out of the recipe"),
-        ("link-nowhere", "cannot take root as a part of a recipe: it is a link that leads nowhere: No such file"),
+        ("device", "cannot use root/dev/sda as a part of a recipe: it is a block device"),
+        ("fifo", "cannot use config.sh as a part of a recipe: it is a "),
+        ("link-out", "cannot use root as a part of a recipe: it is a link that leads out of the recipe"),
+        ("link-nowhere", "cannot use root as a part of a recipe: it is a link that leads nowhere: No such file"),
     ] {
         let file = at(&format!("{kind}.tar"));
         succeed(Command::new("/usr/bin/python3").args(["-c", make]).arg(&file).arg(kind).arg(&outside));
@@ -201,7 +201,7 @@ fn wrong_templates_are_refused_with_file_line_and_name() {
     let tree = small(dir.path());
     let case = |options: &[&str], reason: &str| refused(dir.path(), &tree, options, reason);
     case(&[], "the job has no values; they ask for MIRROR, NAME: give the recipe a template_dictionary");
-    case(&["--set", "MIROR=x"], "config.xml, line 2: there is no value of the name MIRROR; known are MIROR");
+    case(&["--set", "MIROR=x"], "config.xml, line 2: there is no value named MIRROR; these are known: MIROR");
     let set = ["--set", "MIRROR=x"];
     write(&tree, "root/etc/motd", "a\n{{ cycler.__init__.__globals__.os.popen('id').read() }}\n");
     case(&set, "root/etc/motd, line 2");
