@@ -23,8 +23,8 @@ pub const TOKEN: &str = "token";
 /// Bits of a mode that let other users write to a directory.
 const OTHERS_WRITE: u32 = 0o022;
 
-/// Creates the data directory, for this user alone. Refuses one of another user, and takes the right to write to an
-/// existing one from others: they could replace the database.
+/// Creates the data directory, for this user alone. Refuses a directory of another user. Takes away other users' right
+/// to write to an existing directory, since they could replace the database.
 pub fn make(directory: &Path) -> Result<()> {
     let attempted = || format!("use the data directory {}", directory.display());
     if let Some(parent) = directory.parent() {

@@ -23,16 +23,16 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Runs the service
+    /// Run the service
     Serve(Box<Settings>),
-    /// Writes the records as the files of upstream's service
+    /// Write the records as the files of upstream's service
     Export {
         #[command(flatten)]
         records: Records,
         /// Directory of the files, which are replaced
         directory: PathBuf,
     },
-    /// Prints the OpenAPI document
+    /// Print the OpenAPI document
     Openapi,
     /// Print completions for a shell
     Completions {
@@ -44,7 +44,7 @@ enum Command {
         /// The directory, created if it does not exist
         directory: PathBuf,
     },
-    /// Runs the programs of a job; started by the service
+    /// Run the programs of a job; started by the service
     #[command(hide = true)]
     Pod {
         /// Directory of the job

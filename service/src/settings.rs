@@ -26,7 +26,7 @@ pub struct Settings {
     #[command(flatten)]
     #[allow(missing_docs)] // clap would take it for the description of the command
     pub records: Records,
-    /// S3 server; `file:///DIRECTORY` for a directory with a directory for each bucket
+    /// S3 server; `file:///DIRECTORY` for a directory with a subdirectory for each bucket
     #[arg(long, env = "S3_ENDPOINT", value_name = "URL", default_value = STORE)]
     pub s3_endpoint: String,
     /// Access key of the S3 server
@@ -50,13 +50,13 @@ pub struct Settings {
     /// Seconds for which a job's download URL is valid
     #[arg(long, env = "S3_URL_EXPIRATION", default_value_t = 432_000, value_name = "SECONDS")]
     pub s3_url_expiration: u64,
-    /// Seconds for a connection to the S3 server
+    /// Seconds to wait for a connection to the S3 server
     #[arg(long, env = "S3_CONNECT_TIMEOUT", default_value_t = 60, value_name = "SECONDS")]
     pub s3_connect_timeout: u64,
-    /// Seconds without data from the S3 server
+    /// Seconds to wait for data from the S3 server
     #[arg(long, env = "S3_READ_TIMEOUT", default_value_t = 60, value_name = "SECONDS")]
     pub s3_read_timeout: u64,
-    /// Size from which on a manifest is refused
+    /// Size from which a manifest is refused
     #[arg(long, env = "MAX_IMAGE_MANIFEST_SIZE_BYTES", default_value_t = 1_048_576, value_name = "BYTES")]
     pub max_manifest_size: u64,
     /// Default of `build_env_size`
@@ -65,14 +65,14 @@ pub struct Settings {
     /// Default of `job_mem_size`
     #[arg(long, env = "DEFAULT_IMS_JOB_MEM_SIZE", default_value_t = 8, value_name = "GIBIBYTES")]
     pub job_memory: u32,
-    /// Whether customize jobs may build kernel modules unless they say so: `true`, `1` and `t` are yes
+    /// Whether customize jobs may build kernel modules unless they say otherwise: `true`, `1` and `t` mean yes
     #[arg(long, env = "JOB_ENABLE_DKMS", default_value = "True", value_name = "BOOL")]
     pub enable_dkms: String,
     /// Runner of jobs [default: kubernetes in a pod with a service account token and templates; outside of
     /// Kubernetes machine, if root starts the service; otherwise none]
     #[arg(long, env = "IMS_RUNNER", value_enum)]
     pub runner: Option<On>,
-    /// Private key that is root on the remote build nodes; without it, jobs do not run there
+    /// Private key that logs in as root on the remote build nodes; without it, jobs do not run there
     #[arg(long, env = "IMS_REMOTE_KEY", default_value = "/etc/cray/remote-keys/id_ecdsa", value_name = "FILE")]
     pub remote_key: PathBuf,
     #[command(flatten)]
@@ -87,11 +87,11 @@ pub struct Settings {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Access")]
 pub struct Listen {
-    /// Socket for programs of the user who starts the service [default: /run/ims/ims.sock, if that is root; otherwise
-    /// ims.sock in the data directory]
+    /// Socket for programs of the user who starts the service [default: /run/ims/ims.sock if that user is root,
+    /// otherwise ims.sock in the data directory]
     #[arg(long, env = "IMS_SOCKET", value_name = "PATH")]
     pub socket: Option<PathBuf>,
-    /// Address to listen on besides; without jobs on this machine it takes the place of the default socket
+    /// Address to listen on too; without jobs on this machine it takes the place of the default socket
     #[arg(long = "listen", env = "IMS_LISTEN", value_name = "ADDRESS:PORT")]
     pub address: Option<SocketAddr>,
     /// Requests that are answered on that address
@@ -108,9 +108,9 @@ pub struct Listen {
 /// Requests that are answered on an address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Auth {
-    /// Those with the token in the file `token` of the data directory, which is made if it is missing
+    /// Those with the token in the file `token` of the data directory, which is created if it is missing
     Token,
-    /// All: only a gateway, which has asked who sends them, reaches the address
+    /// All: only a gateway, which authenticates the senders, can reach the address
     Gateway,
 }
 
@@ -163,7 +163,7 @@ pub struct KubernetesSettings {
     /// Namespace of jobs
     #[arg(long = "job-namespace", env = "DEFAULT_IMS_JOB_NAMESPACE", default_value = "ims", value_name = "NAMESPACE")]
     pub namespace: String,
-    /// Runtime class of jobs that may build kernel modules; one without `kata` in its name stands for `kata-qemu`
+    /// Runtime class of jobs that may build kernel modules; `kata-qemu` replaces a class without `kata` in its name
     #[arg(long, env = "JOB_KATA_RUNTIME", default_value = "kata-qemu", value_name = "CLASS")]
     pub kata_runtime: String,
     /// Runtime class of jobs for aarch64
@@ -234,7 +234,7 @@ impl Settings {
         })
     }
 
-    /// Returns whether customize jobs get DKMS unless they say so.
+    /// Returns whether customize jobs get DKMS unless they say otherwise.
     pub fn dkms_by_default(&self) -> bool {
         matches!(self.enable_dkms.trim().to_ascii_lowercase().as_str(), "true" | "1" | "t")
     }

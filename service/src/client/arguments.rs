@@ -349,7 +349,7 @@ pub struct Filters {
     /// Jobs of this type
     #[arg(long, value_enum)]
     pub(super) job_type: Option<JobType>,
-    /// Jobs that are at least that old: a number and w, d, h or m, as in 3d
+    /// Jobs that are at least this old: a number and w, d, h or m, as in 3d
     #[arg(long)]
     pub(super) age: Option<String>,
 }

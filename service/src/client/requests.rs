@@ -110,7 +110,7 @@ impl Body {
         if one.len() != other.len() {
             let option = |member: &str| format!("--{name}-{member}").replace('_', "-");
             let (first, second) = (option(first), option(second));
-            return Err(Error::bad_input(format!("{first} and {second} are lists: expected as many of both")));
+            return Err(Error::bad_input(format!("{first} and {second} are lists of different lengths")));
         }
         let row = |(one, other): (&A, &B)| json!({ first: one.clone().into(), second: other.clone().into() });
         let rows: Vec<_> = one.iter().zip(other).map(row).collect();

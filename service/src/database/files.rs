@@ -40,7 +40,7 @@ pub async fn export(database: &Database, directory: &Path) -> Started<()> {
     Ok(())
 }
 
-/// Creates the missing ones of the files that upstream's manual tells administrators to replace for an import: the
+/// Creates, if they are missing, the files that upstream's manual tells administrators to replace for an import: the
 /// manual first checks that they exist. Only for a database that no other replica uses. Each replica would create files
 /// of its own, and import the files of another replica as replaced ones.
 pub async fn make_missing(database: &Database, directory: &Path) -> Started<()> {

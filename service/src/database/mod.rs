@@ -41,8 +41,8 @@ pub struct Database {
     /// Lock that the only writer of SQLite holds; `None` for PostgreSQL. Waiting for this lock is fair and has no
     /// timeout, unlike waiting for SQLite's own lock.
     writer: Option<Arc<tokio::sync::Mutex<()>>>,
-    /// The last list of each table. The lock is held while one is read, so that many clients at once cost the memory of
-    /// one list.
+    /// The last list of each table. The lock is held while a list is read, so that many clients at once cost the memory
+    /// of one list.
     lists: BTreeMap<Kind, tokio::sync::Mutex<Option<List>>>,
     identity: String,
 }
@@ -85,7 +85,7 @@ const PATIENCE_WITH_DISKS: Duration = Duration::from_mins(1);
 /// SQLite's codes of a damaged file: SQLITE_CORRUPT and SQLITE_NOTADB.
 const DAMAGED: [i32; 2] = [11, 26];
 
-/// Fails if the file is damaged. The pool would retry until its timeout, and then tell only of the timeout.
+/// Fails if the file is damaged. The pool would retry until its timeout, and then report only the timeout.
 async fn probe(options: &AnyConnectOptions) -> Result<()> {
     let read = async {
         let mut connection = sqlx::AnyConnection::connect_with(options).await?;

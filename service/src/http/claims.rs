@@ -58,7 +58,8 @@ impl Service {
         Ok(())
     }
 
-    /// Fails with 409 unless all of `claim` still holds; if the change is committed, it holds for another lease.
+    /// Fails with 409 unless all of `claim` is still valid; if the change is committed, the claim is valid for another
+    /// lease.
     pub async fn confirm(&self, change: &mut Change, claim: &Claim) -> Result<(), Problem> {
         if change.renew_claims(&claim.owner, now() + lease()).await? == claim.held.load(Ordering::Relaxed) {
             return Ok(());

@@ -234,7 +234,7 @@ impl Service {
         self.still_own(Kind::Images, id, std::slice::from_ref(&from), &moved).await?;
         if copies.iter().any(|copy| copy.from == at || copy.to == at) {
             return Err(Problem::conflict(format!(
-                "cannot delete the image: its manifest names {at}, which is written"
+                "cannot delete the image: its manifest names {at}, which the deletion writes"
             )));
         }
         let mut made = self.copy(&copies, true).await?;

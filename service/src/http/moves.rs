@@ -51,9 +51,9 @@ pub struct Copies {
 }
 
 impl Service {
-    /// Copies objects, all of which are claimed. An existing object is never overwritten: it is an error with 409, unless
-    /// it is the same as the original, and has been left by an interrupted move or is brought back by an undelete. A
-    /// missing original is an error unless this is a soft delete.
+    /// Copies objects, all of which are claimed. An existing object is never overwritten: it is an error (409), unless
+    /// it equals the original and was left by an interrupted move or is brought back by an undelete. A missing original
+    /// is an error unless this is a soft delete.
     pub async fn copy(&self, copies: &[Copy], is_delete: bool) -> Result<Copies, Problem> {
         let mut new = Vec::new();
         let mut found = Vec::new();

@@ -17,9 +17,10 @@ const KINDS: [Kind; 4] = [Kind::Images, Kind::DeletedImages, Kind::Recipes, Kind
 
 impl Service {
     /// Returns those of `objects` that are the record's own, so that they are moved and removed with it. A manifest can
-    /// name any object. The others stay: an object in another bucket than the record's own manifests, `homes`; an object
-    /// to which another record links; and an object in the directory of another image's manifest, or of a live record
-    /// an object of a deleted one, unless it also is in the directory of one of `homes`.
+    /// name any object, so the others stay where they are. The record's own manifests, `homes`, are always its own. An
+    /// object that is in a bucket without any of `homes`, or to which another record links, never is. Any other object
+    /// is, unless it is in the directory of another image's manifest, or the record is live and a soft delete moved the
+    /// object. Even then, an object in the directory of one of `homes` is the record's own.
     pub async fn own(
         &self,
         kind: Kind,

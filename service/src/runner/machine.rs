@@ -126,7 +126,7 @@ impl Shared {
         let port = free.ok_or_else(|| {
             Error::new("start the job")
                 .because(format!("no port of {}-{} is free on {address}", range.start(), range.end()))
-                .advise("delete jobs that have no use, or name more ports with --job-ports")
+                .advise("delete jobs that are no longer needed, or name more ports with --job-ports")
         })?;
         taken.insert(job.to_owned(), port);
         Ok(port)
@@ -293,7 +293,9 @@ impl Shared {
                     Ok(State::Killed) => {
                         let stopped = directory.clone();
                         let _ = tokio::task::spawn_blocking(move || pod::stop(&stopped)).await;
-                        break Some("the parent process of its programs was killed, or the machine was".into());
+                        break Some(
+                            "the parent process of its programs was killed, or the machine was restarted".into(),
+                        );
                     }
                     Err(error) => break Some(error.to_string()),
                 }

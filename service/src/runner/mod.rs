@@ -143,7 +143,7 @@ pub trait Runner: Send + Sync {
     /// record may lack the fields that the runner fills in (if the start was interrupted), or all fields but the ID.
     async fn remove(&self, job: &Job) -> Result<(), Failures>;
 
-    /// Returns the jobs that this runner still holds something of, whether or not they have records.
+    /// Returns the jobs of which something is still there, whether or not they have records.
     async fn held(&self) -> Result<Vec<Held>, Failures> {
         Ok(Vec::new())
     }

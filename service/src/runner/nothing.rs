@@ -12,7 +12,7 @@ pub struct Nothing;
 #[async_trait]
 impl Runner for Nothing {
     async fn start(&self, _job: &NewJob) -> Result<Started, Failures> {
-        Err(vec!["cannot start the job: this service has no runner; start it with one".into()])
+        Err(vec!["cannot start the job: this service runs no jobs; start 'ims serve' with another --runner".into()])
     }
 
     async fn release(&self, _job: &Job) -> Result<(), Failures> {

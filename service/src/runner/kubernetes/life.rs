@@ -109,7 +109,7 @@ pub(super) fn of_job(job: &batch::Job) -> Option<Trouble> {
             Some(trouble(format!("Job {name} has failed: {}", words.join(": ")), Patience::Brief))
         }
         "Complete" => {
-            Some(trouble(format!("Job {name} is complete, and its programs have not reported an end"), Patience::Brief))
+            Some(trouble(format!("Job {name} is complete, but its programs have not reported an end"), Patience::Brief))
         }
         _ => None,
     })

@@ -17,8 +17,8 @@ pub(super) type Variables = BTreeMap<&'static str, Filled>;
 pub(super) enum Filled {
     /// A text, which stays a text even if it looks like a number.
     Text(String),
-    /// A text. If the text is empty, a field that consists of this variable alone becomes null, and a list item that
-    /// does is omitted.
+    /// A text. If the text is empty, a field that consists of this variable alone becomes null, and such a list item is
+    /// omitted.
     Optional(String),
     /// A boolean where a field consists of this variable alone; elsewhere the text `true` or `false`.
     Truth(bool),
@@ -52,7 +52,7 @@ pub(super) fn render(directory: &Path, kind: Kind, is_create: bool, variables: &
     let attempted = || format!("use the template {}", path.display());
     let length = std::fs::metadata(&path).attempt(attempted)?.len();
     if length > LARGEST {
-        return Err(Error::new(attempted()).because(format!("it has {length} bytes; {LARGEST} are the most")));
+        return Err(Error::new(attempted()).because(format!("it has {length} bytes: expected at most {LARGEST}")));
     }
     let text = std::fs::read_to_string(&path).attempt(attempted)?;
     // A refusal quotes the template, in which a line may be as long as the file.
@@ -142,7 +142,7 @@ fn replaced(text: &str, variables: &Variables, is_expanded: bool) -> std::result
         }
         let value = variables.get(name).ok_or_else(|| {
             let known = variables.keys().copied().collect::<Vec<_>>().join(" ");
-            format!("the variable '{name}' is unknown; known are {known}")
+            format!("the variable '{name}' is unknown; these are known: {known}")
         })?;
         let value = match value {
             Filled::Text(text) | Filled::Optional(text) => text.as_str(),
@@ -213,7 +213,7 @@ mod tests {
     #[test]
     fn wrong_template_is_refused_with_the_reason() {
         for (text, reason) in [
-            ("  a: $ids", "the variable 'ids' is unknown; known are id "),
+            ("  a: $ids", "the variable 'ids' is unknown; these are known: id "),
             ("  a: $(id)", "a '$' stands before no variable in '$(id)'"),
             ("  a: ${id", "a '$' stands before no variable"),
             ("  a: 1$", "a '$' stands before no variable"),
