@@ -1,6 +1,6 @@
 //! Opens an image root to people and to Ansible over SSH, jailed inside it, and closes it cleanly.
 //!
-//! The directories are floors. A file imports only from floors below its own; `tests/architecture.rs` checks the order:
+//! The directories are layers. A file imports only from layers below its own; `tests/architecture.rs` checks the order:
 //!
 //! - [`cli`]: the command line: its definition, and what each command starts.
 //! - [`manual`]: man pages and completions, generated from the command line's definition.

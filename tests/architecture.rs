@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Floors of the library, top to bottom. A file imports from floors below its own, and from its own directory.
-const FLOORS: &[&str] = &[
+/// Layers of the library, top to bottom. A file imports from layers below its own, and from its own directory.
+const LAYERS: &[&str] = &[
     "cli",
     "manual",
     "pod",
@@ -34,14 +34,14 @@ const FLOORS: &[&str] = &[
     "verdict",
 ];
 
-/// Floors that `ims-jail-shell` is made of: each of its sessions is a start of this program.
+/// Layers that `ims-jail-shell` is made of: each of its sessions is a start of this program.
 const JAIL_SHELL: &[&str] = &["session", "jail", "sys", "error", "printable", "verdict"];
 
 /// Crates that would lengthen its start, or give it threads.
 const TOO_HEAVY: &[&str] = &["tokio", "notify", "clap", "reqwest", "object_store", "tracing_subscriber"];
 
-/// Floors of the service, which is a package of its own.
-const SERVICE_FLOORS: &[&str] =
+/// Layers of the service, which is a package of its own.
+const SERVICE_LAYERS: &[&str] =
     &["client", "serve", "connections", "listen", "data", "http", "runner", "database", "store", "records", "settings"];
 
 /// Crates of the service that the pod's programs must not link.
@@ -141,17 +141,17 @@ fn imports(root: &Path) -> BTreeMap<Vec<String>, BTreeSet<Vec<String>>> {
         .collect()
 }
 
-fn floor(module: &[String], floors: &[&str]) -> usize {
-    let found = floors.iter().position(|floor| *floor == module[0]);
-    found.unwrap_or_else(|| panic!("src/{} has no floor: give it one in FLOORS", module[0]))
+fn layer(module: &[String], layers: &[&str]) -> usize {
+    let found = layers.iter().position(|layer| *layer == module[0]);
+    found.unwrap_or_else(|| panic!("src/{} has no layer: give it one in LAYERS", module[0]))
 }
 
 #[test]
 fn a_file_imports_from_floors_below_its_own() {
     let mut upwards = Vec::new();
-    for (root, floors) in [(root(), FLOORS), (service(), SERVICE_FLOORS)] {
+    for (root, layers) in [(root(), LAYERS), (service(), SERVICE_LAYERS)] {
         for (module, imported) in imports(&root) {
-            let above = imported.iter().filter(|i| floor(i, floors) < floor(&module, floors));
+            let above = imported.iter().filter(|i| layer(i, layers) < layer(&module, layers));
             upwards.extend(above.map(|i| format!("{} imports {}", module.join("::"), i.join("::"))));
         }
     }

@@ -330,7 +330,7 @@ pub(super) struct SidecarArguments {
     /// sshd's configuration [default: port 22, root by key alone]
     #[arg(long, value_name = "FILE")]
     pub(super) sshd_config: Option<PathBuf>,
-    /// Directory into which both are copied, for the build environment's sshd
+    /// Directory into which the keys and the configuration are copied, for the build environment's sshd
     #[arg(long, alias = "sshd-folder", value_name = "DIRECTORY", default_value = "/etc/cray/ims")]
     pub(super) sshd_directory: PathBuf,
     /// Certificates of authorities to add to the image
@@ -451,7 +451,8 @@ pub(super) struct CreateArguments {
     /// Seconds to wait for repositories [variable: TIMEOUT] [default: 500]
     #[arg(long, value_name = "SECONDS")]
     pub(super) timeout: Option<String>,
-    /// Open the image root over SSH if its build fails, as 'ims-sshd customize' does; marked complete, it is published
+    /// Open the image root over SSH if its build fails, as 'ims-sshd customize' does; if it is marked complete, it is
+    /// published
     #[arg(long)]
     pub(super) debug_shell: bool,
     /// Build on this host over SSH, by its kiwi-ng; see docs/REMOTE_NODES.md

@@ -256,8 +256,8 @@ pub(crate) fn left_in(directory: &Tree, names: &Names, arch: &str) -> Result<Boo
     let needed = |name: &str| {
         open(name)?.ok_or_else(|| {
             Error::new(format!("find {name} in {}", directory.shown().display()))
-                .because("the remote job has left none beside its packed image")
-                .advise("name one in KERNEL_FILENAME and INITRD_FILENAME")
+                .because("the remote job has not left this file beside its packed image")
+                .advise("name the files that it left in KERNEL_FILENAME and INITRD_FILENAME")
         })
     };
     let initrd = match names.initrd.as_str() {

@@ -232,7 +232,7 @@ fn refuse_malformed(header: &Header, name: &[u8], path: Option<&Path>) -> io::Re
     let refuse = |why: &str| Err(invalid(&format!("'{}' {why}", String::from_utf8_lossy(name))));
     // -1 is no user ID: chown(2) takes it as "leave the owner", which is root for a new file.
     if header.user == u32::MAX || header.group == u32::MAX {
-        return refuse("belongs to the user or group 4294967295, which no file can");
+        return refuse("belongs to the user or group 4294967295, which is not a valid ID");
     }
     if name.is_empty() {
         return Err(invalid("an entry has an empty name"));
@@ -275,7 +275,7 @@ fn make_parent(root: &Tree, path: &Path) -> io::Result<(Tree, OsString)> {
     Ok((parent.directory_without_links(&last)?, name))
 }
 
-/// Sets the owner first: chown(2) clears the setuid bit.
+/// Sets owner, mode and time; the owner first, because chown(2) clears the setuid bit.
 fn set_attributes(directory: &Tree, name: &OsStr, header: &Header) -> io::Result<()> {
     // `refuse_malformed` has ruled out -1, for which chown(2) would leave root as the owner.
     let (user, group) = (attributes::user(header.user), attributes::group(header.group));

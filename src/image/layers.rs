@@ -160,7 +160,7 @@ fn refuse_confusion(description: &Value, expected: Option<&Value>) -> std::resul
     for told in [Some(&description["mediaType"]), expected].into_iter().flatten().filter(|told| !told.is_null()) {
         if !told.as_str().is_some_and(|told| types.contains(&told)) {
             let told = told.as_str().map_or_else(|| told.to_string(), str::to_owned);
-            return Err(format!("its type is {told}, and it is {}", if is_index { "an index" } else { "a manifest" }));
+            return Err(format!("its type is {told}, but it is {}", if is_index { "an index" } else { "a manifest" }));
         }
     }
     Ok(())

@@ -144,8 +144,8 @@ impl Archive<'_> {
             match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Err(Errno::WOULDBLOCK) if began.elapsed() < patience => std::thread::sleep(LOCK_AGAIN),
                 Err(Errno::WOULDBLOCK) => {
-                    let refused = Error::new(attempted()).because("another run packs into it");
-                    return Err(refused.advise("wait until that has ended, or name another archive"));
+                    let refused = Error::new(attempted()).because("another run is packing into it");
+                    return Err(refused.advise("wait until that run has ended, or name another archive"));
                 }
                 // This run now has the lock, or the file system has no locks. Start over if the name has come to lead
                 // to another file.

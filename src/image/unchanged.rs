@@ -310,7 +310,7 @@ impl Inventory {
         std::thread::sleep(CLOCK_TICK);
         let clock = Clock::read().map_err(fail)?;
         if clock.now <= newest.0.saturating_mul(1_000_000_000).saturating_add_unsigned(newest.1) {
-            return Err("files of it have a time of change in the future".into());
+            return Err("it has files with a time of change in the future".into());
         }
         let head = Head {
             source,

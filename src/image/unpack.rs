@@ -412,7 +412,7 @@ fn lacking(image_root: &Path) -> Vec<&'static str> {
 
 fn without(option: &str) -> &'static str {
     match option {
-        "index" => "a file of several names becomes several files when one of them is changed",
+        "index" => "a file with several names becomes several files when it is changed",
         _ => "directories of the source cannot be renamed",
     }
 }
@@ -507,9 +507,10 @@ impl Overlay {
             }
         };
         if mounted.as_ref().is_err_and(is_busy) {
-            let holder = process_with(&upper).map_or("another mount, or an open file of one".into(), |entry| {
-                format!("process {} ({})", entry.pid, Printable(&entry.name))
-            });
+            let holder = process_with(&upper)
+                .map_or("another mount, or by a file that is open in one".into(), |entry| {
+                    format!("process {} ({})", entry.pid, Printable(&entry.name))
+                });
             let error =
                 Error::new(attempted()).because(format!("the changes in {} are in use by {holder}", upper.display()));
             return Err(error.advise("end that process, or unmount what it has mounted"));

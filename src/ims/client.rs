@@ -324,7 +324,8 @@ impl<'a> Ims<'a> {
         if let (StatusCode::NOT_FOUND, ["jobs", job]) = (status, path) {
             self.lacks_job.set(true);
             let missing = Error::new(format!("find job {job} in IMS at {}", without_query(&place.url))).because(cause);
-            return Err(Fault::Final(missing.advise("see IMS_JOB_ID and IMS_URL; a deleted job needs a new one")));
+            let advice = "see IMS_JOB_ID and IMS_URL; if the job was deleted, create a new one";
+            return Err(Fault::Final(missing.advise(advice)));
         }
         if status == StatusCode::UNAUTHORIZED && self.token.take().is_some() {
             // The token has expired or was revoked; the next attempt gets a new one.
@@ -373,7 +374,7 @@ impl<'a> Ims<'a> {
             return Err(Fault::Final(Error::new(attempted).because("the answer has no access_token")));
         };
         if !is_header_word(&bearer) {
-            let why = "the one in the answer holds spaces, newlines or other bytes that no header may hold";
+            let why = "the token in the answer holds spaces, newlines or other bytes that no header may hold";
             return Err(Fault::Final(Error::new(attempted).because(why).advise("see what answers at that URL")));
         }
         redaction::keep(&bearer);

@@ -75,8 +75,8 @@ pub const VARIABLES: &[Variable] = &[
     },
     Variable {
         name: "BUILD_ARCH",
-        format: "`x86_64` or `aarch64`; if the image's programs are for another one, they decide, and a warning is \
-            logged",
+        format: "`x86_64` or `aarch64`; if the image's programs are for another architecture, they decide, and a \
+            warning is logged",
         default: "none",
         readers: &[Environment, Job, Recipe],
     },
@@ -237,8 +237,8 @@ pub const VARIABLES: &[Variable] = &[
     },
     Variable {
         name: "IMAGE_PACKER",
-        format: "`ims-sshd`, which takes over the compressed blocks of unchanged files, or `mksquashfs`, which \
-            compresses everything",
+        format: "`ims-sshd`, which copies the compressed blocks of unchanged files from the source, or `mksquashfs`, \
+            which compresses everything",
         default: "`ims-sshd`",
         readers: &[Publishing],
     },

@@ -25,7 +25,7 @@ pub enum Format {
 }
 
 /// Starts the log in `format`, by default that of `LOG_FORMAT` or else `text`, at level `LOG_LEVEL`, by default `info`.
-/// A refused level is an error, which the log itself takes in its format.
+/// An unknown level is an error; a log in JSON is started nevertheless, so that it can take this error.
 pub fn start(format: Option<Format>) -> Result<()> {
     let named = std::env::var("LOG_FORMAT").unwrap_or_default();
     let format = match (format, named.to_ascii_lowercase().as_str()) {

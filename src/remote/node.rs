@@ -122,7 +122,7 @@ impl Node {
     fn order(&mut self) -> Result<Order> {
         match self.next()? {
             Frame::Message(Message::Order(order)) if is_job_id(&order.job) => Ok(*order),
-            _ => Err(Error::new("take an order").because("the first message is not one")),
+            _ => Err(Error::new("take an order").because("the first message is not an order")),
         }
     }
 

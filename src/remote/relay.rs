@@ -354,7 +354,7 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
         let (Some(files), Some(wanted)) = (&self.files, self.wanted.take()) else { return Ok(()) };
         if files.stands(EXITING)? {
             let error = Error::new(format!("open {} again", files.path().display()))
-                .because(format!("'{EXITING}' exists: its environment has ended and the image may be being packed"))
+                .because(format!("'{EXITING}' exists: its environment has ended, and packing may have begun"))
                 .advise("start a new job, which has to remove 'exiting' before it creates 'ready'");
             self.files = None;
             return Err(error);
@@ -467,7 +467,7 @@ impl Node {
             (Message::Listening { port, host_key }, Step::Opening) => {
                 // The key becomes a line of known_hosts, so refuse anything else than a single key.
                 let host_key = public_keys::host_key(&host_key)
-                    .ok_or_else(|| self.program.refused("it has sent a host key that is none"))?;
+                    .ok_or_else(|| self.program.refused("it has sent something that is not a host key"))?;
                 // Send keepalives during the forwarding: without them, the node would consider the connection lost.
                 let Program { connection, channel, .. } = &mut self.program;
                 let (host, channel) = (connection.host(), RefCell::new(channel));

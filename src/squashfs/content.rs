@@ -141,7 +141,7 @@ type Hash = [u8; 32];
 struct Duplicates {
     /// Number of files of each size.
     sizes: HashMap<u64, u32>,
-    /// Files whose content is taken over and that have not been hashed yet, by size.
+    /// Files whose content is taken over from the source and that have not been hashed yet, by size.
     taken: HashMap<u64, Vec<NodeId>>,
     known: HashMap<(u64, Hash), NodeId>,
 }
@@ -157,8 +157,8 @@ pub(crate) struct Reading<'a, 'o> {
 }
 
 impl<'a, 'o> Reading<'a, 'o> {
-    /// `taken` lists the files whose content is taken over; `fragments` is the number of fragment blocks that are taken
-    /// over.
+    /// `taken` lists the files whose content is taken over from the source; `fragments` is the number of fragment
+    /// blocks that are copied from there.
     pub(crate) fn new(
         plan: &'a Plan,
         options: &'a Options,

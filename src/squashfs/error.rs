@@ -124,8 +124,8 @@ impl fmt::Display for Limit {
                 write!(f, "a squashfs has no place for the extended attribute {}", name.escape_ascii())
             }
             Self::Parent => f.write_str("only a directory has entries, and it has one name"),
-            Self::Ids => f.write_str("a squashfs holds 65535 different owners and groups, and there are more"),
-            Self::Table => f.write_str("a table of a squashfs holds 4 GiB, and more is needed"),
+            Self::Ids => f.write_str("a squashfs holds at most 65535 owners and groups, and the tree has more"),
+            Self::Table => f.write_str("a table of a squashfs holds at most 4 GiB, and more is needed"),
             Self::Listing => f.write_str("a directory has more entries than a squashfs can list"),
             Self::Number => f.write_str("a number is too large for a squashfs"),
         }

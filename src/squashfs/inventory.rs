@@ -52,7 +52,7 @@ impl Inventory {
             if files.contains_key(&entry.number()) {
                 return Ok(());
             }
-            let too_many = |_| Fault::TooLarge("more blocks than are read of a source".into());
+            let too_many = |_| Fault::TooLarge("more blocks than are read from a source".into());
             let first = u32::try_from(blocks.len()).map_err(too_many)?;
             let count = u32::try_from(extent.blocks.len()).map_err(too_many)?;
             blocks.extend_from_slice(&extent.blocks);

@@ -157,7 +157,7 @@ impl<'a> MetadataReader<'a> {
         let block = self.block(at, table.end)?;
         let offset = usize::from(place.offset);
         if offset > block.content.len() {
-            return Err(Fault::damaged("a reference points behind its metadata block"));
+            return Err(Fault::damaged("a reference points beyond its metadata block"));
         }
         Ok(Cursor { reader: self, end: table.end, block, offset })
     }
@@ -167,7 +167,7 @@ impl<'a> MetadataReader<'a> {
 fn count(counter: &Cell<u64>, by: u64, most: u64) -> Result<(), Fault> {
     counter.set(counter.get().saturating_add(by));
     if counter.get() > most {
-        return Err(Fault::TooLarge("more metadata than is read of a source".into()));
+        return Err(Fault::TooLarge("more metadata than is read from a source".into()));
     }
     Ok(())
 }

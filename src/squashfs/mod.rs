@@ -1,4 +1,4 @@
-//! SquashFS 4.0: a reader, and a writer that takes over the compressed blocks of unchanged files.
+//! SquashFS 4.0: a reader, and a writer that copies the compressed blocks of unchanged files from a source image.
 //!
 //! A new image is created in three steps:
 //!

@@ -2,8 +2,8 @@
 
 use std::sync::{Mutex, PoisonError};
 
-/// Progress of writing an image. Bytes that are taken over are counted separately, since taking them over takes little
-/// time.
+/// Progress of writing an image. Bytes that are taken over from the source are counted separately, since copying them
+/// takes little time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Progress {
     /// Bytes of the image that were taken over from the source.

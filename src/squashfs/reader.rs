@@ -329,7 +329,7 @@ fn compressor_options(file: &File, length: usize) -> Result<Vec<u8>, Fault> {
     let mut header = [0; 2];
     file.read_exact_at(&mut header, SUPERBLOCK_LENGTH as u64)?;
     if u16::from_le_bytes(header) != u16::try_from(length).unwrap_or(0) | STORED_METADATA {
-        return Err(Fault::damaged("the compressor's options have another length"));
+        return Err(Fault::damaged("the compressor's options have an unexpected length"));
     }
     let mut options = vec![0; length];
     file.read_exact_at(&mut options, SUPERBLOCK_LENGTH as u64 + 2)?;

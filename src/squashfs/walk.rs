@@ -150,7 +150,7 @@ impl Reader {
             };
             entries += 1;
             if entries > MOST_ENTRIES || open.len() > DEEPEST {
-                return Err(Fault::TooLarge("more entries than are read of a source".into()));
+                return Err(Fault::TooLarge("more entries than are read from a source".into()));
             }
             if at > 0 {
                 path.push(b'/');

@@ -141,7 +141,7 @@ pub fn write(
     })
 }
 
-/// Files whose content is taken over, and files that are read, each with its size.
+/// Files whose content is taken over from the source, and files that are read, each with its size.
 type Divided = (Vec<(NodeId, SourceFile)>, Vec<(NodeId, u64)>);
 
 fn divided(plan: &Plan, order: &[NodeId], source: Option<&Inventory>) -> Divided {

@@ -1,11 +1,11 @@
 //! Refused logins, copied from sshd's log into ours: people read the pod's log, while sshd's is a file in the
 //! container.
 //!
-//! sshd writes several lines for a connection, and the last one ends it. That last line is logged, with the reason from
-//! an earlier line. Connections without a login attempt (probes, port scanners) are not logged. sshd may also end an
-//! accepted login before its session begins; the client does not see that reason either. Such a login is recognized as
-//! follows: no session is reported for it, and either its connection is gone without a line that names the client, or
-//! sshd has logged a reason before that line.
+//! sshd writes several lines for a connection, the last one when the connection ends. That last line is logged, with
+//! the reason from an earlier line. Connections without a login attempt (probes, port scanners) are not logged. sshd
+//! may also end an accepted login before its session begins; the client does not see that reason either. Such a login
+//! is recognized as follows: no session is reported for it, and either its connection is gone without a line that names
+//! the client, or sshd has logged a reason before that line.
 
 use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr};

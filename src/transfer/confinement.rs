@@ -48,7 +48,7 @@ pub(crate) fn refuse_to_lose_attributes() -> Result<()> {
     let lacking = WRITER.iter().find(is_lacking).filter(|_| rustix::process::geteuid().is_root());
     let Some((needed, reason)) = lacking else { return Ok(()) };
     let refused = Error::new("unpack an image").because(format!("{needed} is missing, which is needed to {reason}"));
-    Err(refused.advise("give it to the container, with those in docs/CAPABILITIES.md"))
+    Err(refused.advise("give the container this capability, and the others in docs/CAPABILITIES.md"))
 }
 
 /// Capabilities of a program that reads a tree, with reasons.
@@ -349,7 +349,8 @@ impl<'a> Confined<'a> {
             let tried = std::thread::scope(|scope| scope.spawn(attempt).join());
             let failed = tried.unwrap_or_else(|_| Err(std::io::ErrorKind::Other.into())).err();
             if let Some(e) = &failed {
-                // Not at INFO: this happens in every pod without CAP_SYS_ADMIN, where Landlock confines these programs.
+                // Log at DEBUG, because this happens in every pod without CAP_SYS_ADMIN; there Landlock confines these
+                // programs.
                 tracing::debug!("programs that pack and unpack have no read-only mounts of their own: {e}");
             }
             failed.is_none()

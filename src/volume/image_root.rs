@@ -61,9 +61,9 @@ pub(crate) fn check(root: &Tree, shown: &Path, archive: bool, refused: impl Fn(S
         return Err(error.advise("name the directory that holds the image's etc and usr"));
     };
     Err(error.advise(if archive {
-        format!("'{}' in it is one: unpack the archive and name that directory", name.display())
+        format!("'{}' in it is an image root: unpack the archive and name that directory", name.display())
     } else {
-        format!("{} is one", shown.join(name).display())
+        format!("{} is an image root", shown.join(name).display())
     }))
 }
 
@@ -190,8 +190,8 @@ mod tests {
             (&[".bashrc", "bin/tool"][..], false, "name the directory that holds"),
             (&["os-release", "passwd"], false, "name the directory that holds"),
             (&["oci-layout", "index.json"], false, "'ims-sshd prepare' unpacks its layers"),
-            (&["rootfs/etc/passwd", "README"], false, "; /x/rootfs is one"),
-            (&["rootfs/etc/passwd"], true, "'rootfs' in it is one: unpack the archive and name that directory"),
+            (&["rootfs/etc/passwd", "README"], false, "; /x/rootfs is an image root"),
+            (&["rootfs/etc/passwd"], true, "'rootfs' in it is an image root: unpack the archive"),
             (&["a/etc/passwd", "b/etc/passwd"], false, "name the directory that holds"),
         ] {
             let said = said(files, archive).unwrap();

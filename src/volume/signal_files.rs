@@ -66,8 +66,8 @@ impl Step {
     /// Advice in the error message when this step needs a claim that another step has.
     fn advice(self) -> &'static str {
         match self {
-            Self::Sidecar => "the job goes on with that one; each job needs a volume of its own",
-            _ => "wait until that one has ended",
+            Self::Sidecar => "the job goes on with that command; each job needs a volume of its own",
+            _ => "wait until that command has ended",
         }
     }
 }
@@ -284,7 +284,7 @@ impl SignalFiles {
             Some((Step::Sidecar | Step::Upload, _)) => Ok(()),
             other => {
                 let attempted = format!("open the image root in {}", self.path.display());
-                Err(Error::new(attempted).because(held_by(other)).advise("wait until that one has ended"))
+                Err(Error::new(attempted).because(held_by(other)).advise("wait until that command has ended"))
             }
         }
     }

@@ -393,7 +393,7 @@ fn second_run_that_packs_into_one_archive_is_refused() {
         let second = pack(&[("IMAGE_PACKER", packer.to_owned())]);
         let said = text(&second.stderr);
         assert_eq!(second.status.code(), Some(1), "{said}");
-        let why = "image.sqsh.part: another run packs into it; wait until that has ended, or name another archive";
+        let why = "image.sqsh.part: another run is packing into it; wait until that run has ended, or name";
         assert!(said.contains(why), "{said}");
         kill(packing, Signal::SIGCONT).unwrap();
         assert!(first.wait().unwrap().success());

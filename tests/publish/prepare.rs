@@ -579,7 +579,8 @@ fn overlay_in_use_is_not_mounted_twice() {
     let elsewhere = "mkfifo $1/begun; unshare -m sh -c 'echo > $0/begun; exec sleep 60' $1 & read line < $1/begun; rm $1/begun; \
                      umount $1/image-root";
     let open = "exec 3< $1/image-root/etc/passwd; umount -l $1/image-root";
-    for (holding, holder) in [(elsewhere, "by process "), (open, "by another mount, or an open file of one")] {
+    for (holding, holder) in [(elsewhere, "by process "), (open, "by another mount, or by a file that is open in one")]
+    {
         let script = format!(
             "set -e; $0 prepare --open overlay $1 $2; {holding}; umount $1/overlay/lower; \
              ! $0 prepare --open overlay $1 $2; echo refused"

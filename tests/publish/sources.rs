@@ -313,13 +313,13 @@ fn source_that_is_not_an_image_is_refused_with_the_reason() {
         ("empty", "name the directory that holds"),
         ("home", "name the directory that holds"),
         ("saved", "'ims-sshd prepare' unpacks its layers"),
-        ("around", "around/rootfs is one"),
+        ("around", "around/rootfs is an image root"),
         ("empty.sqsh", "name the directory that holds"),
         ("home.tgz", "name the directory that holds"),
-        ("around.tar", "'rootfs' in it is one: unpack the archive and name that directory"),
-        ("around.cpio", "'rootfs' in it is one: unpack the archive and name that directory"),
-        ("around.sqsh", "'rootfs' in it is one: unpack the archive and name that directory"),
-        ("members.tar", "'rootfs' in it is one: unpack the archive and name that directory"),
+        ("around.tar", "'rootfs' in it is an image root: unpack the archive and name that directory"),
+        ("around.cpio", "'rootfs' in it is an image root: unpack the archive and name that directory"),
+        ("around.sqsh", "'rootfs' in it is an image root: unpack the archive and name that directory"),
+        ("members.tar", "'rootfs' in it is an image root: unpack the archive and name that directory"),
     ] {
         let source = place(name).display().to_string();
         let is_directory = place(name).is_dir();
