@@ -65,7 +65,7 @@ pub struct Settings {
     /// Default of `job_mem_size`
     #[arg(long, env = "DEFAULT_IMS_JOB_MEM_SIZE", default_value_t = 8, value_name = "GIBIBYTES")]
     pub job_memory: u32,
-    /// Whether customize jobs may build kernel modules unless they say otherwise: `true`, `1` and `t` mean yes
+    /// `true`, `1` or `t` if customize jobs may build kernel modules unless they say otherwise
     #[arg(long, env = "JOB_ENABLE_DKMS", default_value = "True", value_name = "BOOL")]
     pub enable_dkms: String,
     /// Runner of jobs [default: kubernetes in a pod with a service account token and templates; outside of
