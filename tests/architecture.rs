@@ -147,7 +147,7 @@ fn layer(module: &[String], layers: &[&str]) -> usize {
 }
 
 #[test]
-fn a_file_imports_from_floors_below_its_own() {
+fn a_file_imports_from_layers_below_its_own() {
     let mut upwards = Vec::new();
     for (root, layers) in [(root(), LAYERS), (service(), SERVICE_LAYERS)] {
         for (module, imported) in imports(&root) {
