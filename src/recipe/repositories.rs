@@ -129,12 +129,14 @@ fn wait(work: &Work, description: &Description, selection: &Selection, recipe: &
         return Ok(());
     }
     let refused = Error::new("read all repositories of the recipe");
-    let advice = "TIMEOUT sets the time in seconds";
+    let (advice, seconds) = ("TIMEOUT sets the time in seconds", limit.as_secs());
     if let [(_, alias, why)] = missing.as_slice() {
-        return Err(refused.because(format!("the repository {alias} is missing: {why}")).advise(advice));
+        return Err(refused
+            .because(format!("the repository {alias} is missing after {seconds} s: {why}"))
+            .advise(advice));
     }
     for (_, alias, why) in &missing {
-        tracing::error!("the repository {alias} is missing after {} s: {why}", limit.as_secs());
+        tracing::error!("the repository {alias} is missing after {seconds} s: {why}");
     }
     let names: Vec<_> = missing.iter().map(|(_, alias, _)| alias).collect();
     let why = format!("{} of them are missing: {}", missing.len(), listed(&names));
@@ -142,7 +144,7 @@ fn wait(work: &Work, description: &Description, selection: &Selection, recipe: &
 }
 
 impl Awaited {
-    /// Sends requests until the repository answers or `limit` is over. Fails with the reason why the last request
+    /// Sends requests until the repository answers or `limit` is over. Fails with the reason why the last attempt
     /// failed.
     async fn come(&self, limit: Duration) -> std::result::Result<(), String> {
         let began = Instant::now();

@@ -94,7 +94,7 @@ fn repositories_of_every_kind_are_there() {
     assert_eq!(output.status.code(), Some(1));
     assert_eq!(ims.statuses().last().unwrap(), "error");
     let said = text(&output.stderr);
-    let missing = "the recipe: the repository http://127.0.0.1:9/never is missing: for 1 s; ";
+    let missing = "the recipe: the repository http://127.0.0.1:9/never is missing after 1 s: ";
     assert!(said.contains(missing), "{said}");
     // At the beginning of the wait and at its end.
     assert_eq!(said.matches("Connection refused").count(), 2, "{said}");
@@ -118,8 +118,8 @@ fn repository_that_comes_later_is_waited_for_and_missing_ones_are_named_once_eac
     assert_eq!(output.status.code(), Some(1));
     let said = text(&output.stderr);
     for line in [
-        "the repository first is missing: for 2 s; http://127.0.0.1:",
-        "the repository second is missing: for 2 s; ",
+        "the repository first is missing after 2 s: http://127.0.0.1:",
+        "the repository second is missing after 2 s: ",
         "answers 404 Not Found",
         "2 of them are missing: first, second",
     ] {
