@@ -356,7 +356,7 @@ mod tests {
         for (text, why) in [
             ("<image><a></image>", "it is not XML"),
             ("", "it is not XML"),
-            ("<images/>", "must be <image>"),
+            ("<images/>", ": expected <image>"),
             ("<!DOCTYPE x [<!ENTITY a 'b'>]><image>&a;</image>", "it is not XML"),
         ] {
             let refused = Description::parse(text, "config.xml".into()).unwrap_err();

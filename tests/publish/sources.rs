@@ -398,6 +398,9 @@ fn file_that_another_program_has_leased_is_an_error_at_once() {
         let took = began.elapsed();
         holder.kill().unwrap();
         assert!(!output.status.success() && took.as_secs() < 10, "{arguments:?} {took:?}: {output:?}");
-        assert!(text(&output.stderr).contains("another program holds a lease on it"), "{arguments:?}: {output:?}");
+        assert!(
+            text(&output.stderr).contains("another program, which 'lslocks' shows, holds a lease on it"),
+            "{arguments:?}: {output:?}"
+        );
     }
 }

@@ -243,7 +243,7 @@ fn directory_without_an_image_is_refused() {
         std::fs::rename(&volume.image_root, &below).unwrap();
         std::fs::create_dir(&volume.image_root).unwrap();
         std::fs::rename(below, volume.image_root.join("rootfs")).unwrap();
-        let advice = format!("; {} is one", volume.image_root.join("rootfs").display());
+        let advice = format!("; {} is an image root", volume.image_root.join("rootfs").display());
         refused(volume, mode, &[], 1, &["cannot open the image root", "it is not an image root, which has", &advice]);
     }
 }
