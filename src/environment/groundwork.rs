@@ -1,9 +1,10 @@
-//! Preparations that do not depend on the image, carried out while the environment waits for `ready`: host keys, sshd's
-//! programs and the choice of the tier.
+//! Preparations that do not depend on the image, carried out while the environment waits for `ready`: the end of a
+//! killed environment's processes, host keys, sshd's programs and the choice of the tier.
 
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
+use crate::environment::recovery::end_left_over;
 use crate::environment::settings::Settings;
 use crate::error::{Advise, Attempt, Error, Result};
 use crate::jail::programs::Program;
@@ -13,6 +14,8 @@ use crate::volume::state_directory::StateDirectory;
 
 /// Results of [`Groundwork::lay`].
 pub(crate) struct Groundwork {
+    /// Processes of a killed environment that were ended, in words for the log.
+    pub(crate) left_over: Vec<&'static str>,
     /// sftp-server and the files it needs.
     pub(crate) sftp: Vec<Program>,
     /// Kind of jail to make; `None` in plain mode.
@@ -20,9 +23,10 @@ pub(crate) struct Groundwork {
 }
 
 impl Groundwork {
-    /// Creates missing host keys (an RSA key takes seconds), finds sshd's programs, and tries which jail this container
-    /// can make.
+    /// Ends what a killed environment has left running, creates missing host keys (an RSA key takes seconds), finds
+    /// sshd's programs, and tries which jail this container can make.
     pub(crate) fn lay(settings: &Settings, state: &StateDirectory) -> Result<Self> {
+        let left_over = end_left_over(state, settings.sshd.log.as_deref())?;
         crate::sshd::program()?;
         crate::sshd::check_rights()?;
         let sftp = if settings.job.jailed { sftp_server::files()? } else { Vec::new() };
@@ -31,7 +35,7 @@ impl Groundwork {
             tracing::warn!("IMS_JAIL_BINDS has no effect in plain mode: sessions see the container's own files");
         }
         let choose = || trial::choose(&settings.tiers, settings.dkms, state);
-        Ok(Self { sftp, jail: settings.job.jailed.then(choose).transpose()? })
+        Ok(Self { left_over, sftp, jail: settings.job.jailed.then(choose).transpose()? })
     }
 }
 

@@ -58,9 +58,9 @@ pub(super) struct Open {
 impl Open {
     /// Makes everything but the jail and sshd: cleans up after a killed environment, sets up emulation, configures sshd
     /// (the effective options are collected by [`Open::make_jail`]), and listens for sessions.
-    pub(super) fn make(groundwork: Groundwork, place: Place<'_>) -> Result<Self> {
+    pub(super) fn make(mut groundwork: Groundwork, place: Place<'_>) -> Result<Self> {
         let Place { settings, state, files, image_root } = place;
-        let recovered = recover(settings, files, image_root, state)?;
+        let recovered = recover(settings, files, image_root, state, std::mem::take(&mut groundwork.left_over))?;
         if settings.job.jailed && !recovered {
             image_root::remove_old_marks(image_root)?;
         }

@@ -33,14 +33,15 @@ pub(crate) fn end_left_over(state: &StateDirectory, log: Option<&Path>) -> Resul
     Ok(found)
 }
 
-/// Cleans up what a killed environment left on this image root. Returns whether that environment was open.
+/// Cleans up what a killed environment left on this image root. `found` is what [`end_left_over`] has found. Returns
+/// whether that environment was open.
 pub(crate) fn recover(
     settings: &Settings,
     files: &SignalFiles,
     image_root: &Tree,
     state: &StateDirectory,
+    mut found: Vec<&'static str>,
 ) -> Result<bool> {
-    let mut found = end_left_over(state, settings.sshd.log.as_deref())?;
     // The jail itself is gone: its init ends when the supervisor's end of their socket closes.
     match std::fs::remove_file(state.jail()) {
         Ok(()) => found.push("the record of its jail"),

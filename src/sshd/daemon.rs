@@ -1,13 +1,16 @@
 //! The sshd process: starting it, finding it after it has gone into the background, waiting until it listens.
 
 use std::collections::{HashMap, HashSet};
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::fd::{OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, getpid};
+use rustix::net::sockopt::socket_acceptconn;
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 use crate::error::{Attempt, Error, Result};
 use crate::sshd;
@@ -146,18 +149,33 @@ impl Daemon {
     }
 }
 
-/// Number of sockets the process listens on.
+/// Number of sockets the process listens on. Reading the tables in /proc/PID/net takes the kernel milliseconds.
 fn listening_sockets(pid: Pid) -> usize {
     let Ok(descriptors) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return 0 };
-    let inodes: Vec<String> = descriptors
-        .filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok())
-        .filter_map(|target| Some(target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned()))
+    let sockets: Vec<(RawFd, String)> = descriptors
+        .filter_map(|fd| {
+            let fd = fd.ok()?;
+            let target = std::fs::read_link(fd.path()).ok()?;
+            let inode = target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?;
+            Some((fd.file_name().to_str()?.parse().ok()?, inode.to_owned()))
+        })
         .collect();
+    let copies: io::Result<Vec<_>> = sockets.iter().map(|(fd, _)| copy_of(pid, *fd)).collect();
+    if let Ok(copies) = copies {
+        return copies.iter().filter(|copy| socket_acceptconn(copy).is_ok_and(|listens| listens)).count();
+    }
     ["tcp", "tcp6"]
         .into_iter()
         .filter_map(|table| std::fs::read_to_string(format!("/proc/{pid}/net/{table}")).ok())
-        .map(|table| listening_inodes(&table).filter(|inode| inodes.iter().any(|own| own == inode)).count())
+        .map(|table| listening_inodes(&table).filter(|inode| sockets.iter().any(|(_, own)| own == inode)).count())
         .sum()
+}
+
+/// A copy of a process's descriptor (pidfd_getfd(2)). Many containers do not allow that.
+fn copy_of(pid: Pid, descriptor: RawFd) -> io::Result<OwnedFd> {
+    let raw = rustix::process::Pid::from_raw(pid.as_raw()).ok_or(io::ErrorKind::NotFound)?;
+    let process = pidfd_open(raw, PidfdFlags::empty())?;
+    Ok(pidfd_getfd(process, descriptor, PidfdGetfdFlags::empty())?)
 }
 
 /// Inodes of sockets in state LISTEN (0A) in /proc/net/tcp (proc(5)).
