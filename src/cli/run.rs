@@ -22,7 +22,7 @@ use crate::local::remote::{self as offloaded, Offloaded};
 use crate::local::run::{End, Reports, Run};
 use crate::local::script::Script;
 use crate::local::status::{self, Shown};
-use crate::local::{names, steps, work_directory};
+use crate::local::{self, names, steps, work_directory};
 use crate::log::format::{self, Format};
 use crate::manual;
 use crate::pod::sidecar::{self, Places};
@@ -289,9 +289,11 @@ fn local_run(options: JobOptions, source: String, end: Option<End>, command_line
         settings.store.url = output;
         Some(settings)
     };
+    let (source, named) = (local::source::resolve(&source)?, source);
     let (exclude, reports) = (packing.exclude, Reports { changes: packing.changes, result: json });
     Ok(Run {
         source,
+        named,
         command_line,
         name,
         node: None,

@@ -13,8 +13,7 @@ use crate::local::command_line::CommandLine;
 use crate::local::customize::{self, Customization};
 use crate::local::remote::publish_transferred;
 use crate::local::run::{End, Reports, Run};
-use crate::local::source::need_root;
-use crate::local::{steps, work_directory};
+use crate::local::{source, steps, work_directory};
 use crate::publish::manifest::say_result;
 use crate::publish::settings::Settings;
 use crate::publish::source::Source;
@@ -66,7 +65,7 @@ pub struct Creation {
 /// Fetches the recipe, then builds, packs and publishes the image. The build's files stay if a step fails, and are
 /// removed after publication.
 pub fn run(mut creation: Creation) -> Result<u8> {
-    need_root()?;
+    source::need_root()?;
     if let Some(node) = &mut creation.node {
         // The node waits for the repositories, since it may not reach the same ones as this machine.
         node.wait = Some(creation.limit);
@@ -190,8 +189,10 @@ fn mend(creation: &Creation, place: &Path, failed: Error) -> Result<u8> {
     tracing::info!(
         "opening the image root of the failed build; if it is marked complete, it is published as it then is"
     );
+    let named = image_root.display().to_string();
     let run = Run {
-        source: image_root.display().to_string(),
+        source: source::resolve(&named)?,
+        named,
         command_line: creation.command_line.clone(),
         name: Some(creation.settings.name.clone()),
         in_place: true,

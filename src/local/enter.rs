@@ -33,7 +33,6 @@ use crate::local::register;
 use crate::local::run::{End, Fate, Run};
 use crate::local::run_directory::RunDirectory;
 use crate::local::script::Script;
-use crate::local::source;
 use crate::local::unattended::Unattended;
 use crate::printable::Printable;
 use crate::sys::poll;
@@ -87,7 +86,6 @@ pub enum Answer {
 /// changes. Returns the command's exit code, or 0 for a published image. If a signal killed the command, dies of the
 /// same signal.
 pub fn run(mut run: Run, entry: &Entry) -> Result<u8> {
-    source::need_root()?;
     open::program()?;
     let heeded = |(name, _): &(OsString, OsString)| entry.heeds_dkms || name != "JOB_ENABLE_DKMS";
     let (tiers, hostname, dkms, grace) = of_jail(std::env::vars_os().filter(heeded))?;
@@ -97,7 +95,7 @@ pub fn run(mut run: Run, entry: &Entry) -> Result<u8> {
         mounts::own_mounts()?;
     }
     run.unattended = entry.unattended();
-    let question = Question { source: without_query(&run.source), in_place };
+    let question = Question { source: without_query(&run.named), in_place };
     let is_discarded = !decides && !run.is_in_place();
     let registered = run.register()?;
     let label = registered.name();

@@ -32,6 +32,9 @@ const ENTRY: &str = "entry";
 /// Copy of the entry in the work directory, because the register does not survive a reboot.
 const KEPT_ENTRY: &str = ".ims-sshd.entry";
 
+/// Field of an entry: the path on the command line, if it is a link or leads through one.
+pub(crate) const LINK: &str = "link";
+
 /// Value of an entry's `state`: the run has ended, and its changes are kept.
 pub(crate) const KEPT: &str = "kept";
 
@@ -195,8 +198,9 @@ impl Entry {
             return;
         }
         let fields = self.fields.borrow();
-        let recorded = ["name", "command", "source", "command_line", "directory"];
-        let record: Value = recorded.into_iter().map(|field| (field.to_owned(), fields[field].clone())).collect();
+        let recorded = ["name", "command", "source", LINK, "command_line", "directory"];
+        let record: Value =
+            recorded.into_iter().filter_map(|field| Some((field.to_owned(), fields.get(field)?.clone()))).collect();
         if let Err(e) = place.replace(KEPT_ENTRY, record.to_string().as_bytes()) {
             tracing::warn!("cannot write {}/{KEPT_ENTRY}: {e}; 'ims-sshd status' shows less", place.shown().display());
         }
@@ -382,11 +386,13 @@ pub(crate) fn resuming_line(entry: &Value) -> String {
     }
 }
 
-/// Returns whether the source of a run still exists, as far as this machine can tell.
+/// Returns whether the command line of a run still leads to its source, as far as this machine can tell.
 pub(crate) fn has_source(entry: &Value) -> bool {
     let source = Path::new(entry["source"].as_str().unwrap_or_default());
+    let link = entry[LINK].as_str().map(Path::new);
     // A URL is not an absolute path.
-    !source.is_absolute() || source.exists()
+    !source.is_absolute()
+        || source.exists() && link.is_none_or(|link| std::fs::canonicalize(link).is_ok_and(|real| real == source))
 }
 
 /// Entries of finished runs that left nothing behind, because their source or the changes that they kept are gone.

@@ -27,7 +27,6 @@ use crate::local::register::Entry;
 use crate::local::run::{Fate, Run, drop_changes, left_in};
 use crate::local::run_directory::RunDirectory;
 use crate::local::script::Script;
-use crate::local::source;
 use crate::local::work_directory::WorkDirectory;
 use crate::publish::identity::{Identity, Record};
 use crate::publish::journal::{Journal, JournalDirectory};
@@ -42,7 +41,6 @@ use crate::remote::message::{Customize, Task, job_without_ims};
 use crate::remote::node_root;
 use crate::remote::relay;
 use crate::store::Store;
-use crate::sys::named;
 use crate::sys::signals::unblock_signals;
 use crate::transfer::Work;
 use crate::verdict::Verdict;
@@ -79,7 +77,6 @@ pub struct Offloaded {
 /// Opens the environment on the node, waits until it closes, and publishes the image. Returns 0 if the image was marked
 /// complete; if it was marked failed, 1 or the exit code of the command that failed.
 pub fn run(mut run: Run, offloaded: &Offloaded) -> Result<u8> {
-    source::need_root()?;
     let node = run.node.clone().unwrap_or_default();
     // Refuse unusable arguments before anything is registered.
     Destination::named(&node)?;
@@ -88,10 +85,9 @@ pub fn run(mut run: Run, offloaded: &Offloaded) -> Result<u8> {
     let entry = run.register()?;
     entry.set(&[("node", &node)]);
     let mut settings = run.settings.take().ok_or_else(|| Error::bad_input("expected an output"))?;
-    let source = Source::parse(&run.source)?;
+    let source = run.source.clone();
     if let Source::Here(path) = &source {
-        named::resolve(path).map_err(|e| Error::bad_input(format!("SOURCE is '{}': {e}", path.display())))?;
-        directory::refuse_open_source(&run.source)?;
+        directory::refuse_open_source(&run.named)?;
         settings.packing.compression = settings.packing.compression.or_else(|| kind::compression(path));
     }
     let work = Work::begin(&settings.network)?;

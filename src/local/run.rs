@@ -3,7 +3,10 @@
 
 use std::cell::Cell;
 use std::collections::HashSet;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+
+use serde_json::Value;
 
 use crate::environment::stage::Stage;
 use crate::error::{Attempt, Error, Result};
@@ -19,12 +22,13 @@ use crate::local::command_line::CommandLine;
 use crate::local::directory::{self, Held};
 use crate::local::left_over::end_left_over;
 use crate::local::names;
-use crate::local::register::{self, Entry, resuming_line};
+use crate::local::register::{self, Entry, LINK, resuming_line};
 use crate::local::source;
 use crate::local::unattended::{self, Unattended};
 use crate::local::work_directory::{ASIDE, WorkDirectory};
 use crate::local::{apply_checks, apply_progress, space};
 use crate::publish::basis;
+use crate::publish::identity;
 use crate::publish::journal::{Journal, JournalDirectory};
 use crate::publish::manifest::say_result;
 use crate::publish::prepare::{holds_changes, known, prepare};
@@ -32,9 +36,8 @@ use crate::publish::publication::{Image, Publication};
 use crate::publish::settings::Settings;
 use crate::publish::source::Source;
 use crate::store::{self, Store};
-use crate::sys::named;
 use crate::sys::tree::Tree;
-use crate::transfer::{Work, without_query};
+use crate::transfer::Work;
 use crate::verdict::Markers;
 use crate::volume::holds;
 use crate::volume::layout::{ARCHIVE, IMAGE_ROOT, INVENTORY, OVERLAY};
@@ -56,8 +59,11 @@ pub enum End {
 /// A run as the command line describes it.
 #[derive(Debug)]
 pub struct Run {
-    /// A directory, a squashfs, a tar archive, or a URL.
-    pub source: String,
+    /// A directory, a squashfs, a tar archive, or a URL. A path is absolute and has no links, so that changes are kept
+    /// for the image itself.
+    pub source: Source,
+    /// SOURCE on the command line.
+    pub named: String,
     /// The command line itself.
     pub command_line: CommandLine,
     /// Name of the image, if an option or a variable gives one.
@@ -140,27 +146,31 @@ impl Run {
         match (&self.name, &self.settings) {
             (Some(name), _) => names::host_label(name),
             (_, Some(settings)) => names::host_label(&settings.name),
-            _ => names::host_label(&names::of_source(&self.source)),
+            _ => names::host_label(&names::of_source(&self.named)),
         }
     }
 
     /// Name of the work directory for `source`. It differs for a node, so that changes made on this machine and on a
     /// node do not mix.
     pub(super) fn place_name(&self, source: &Source) -> String {
-        name_of(source, &self.source) + if self.node.is_some() { "+node" } else { "" }
+        name_of(source) + if self.node.is_some() { "+node" } else { "" }
     }
 
     /// The source as shown to people and in the register: an absolute path, or a URL without its signature.
     pub(crate) fn shown(&self) -> String {
-        match Source::parse(&self.source) {
-            Ok(Source::Here(path)) => std::path::absolute(&path).unwrap_or(path).display().to_string(),
-            _ => without_query(&self.source),
-        }
+        identity::named(&self.source)
+    }
+
+    /// The absolute path on the command line, if it leads to the source through a link.
+    fn link(&self) -> Option<String> {
+        let Ok(Source::Here(path)) = Source::parse(&self.named) else { return None };
+        let path = std::path::absolute(path).ok()?;
+        (path != Path::new(&self.shown())).then(|| path.display().to_string())
     }
 
     /// Claims a directory that is to lie below an overlay.
     fn hold(&self, directory: &Path, source: &Source) -> Result<Held> {
-        let place = self.work.join(name_of(source, &self.source));
+        let place = self.work.join(name_of(source));
         if self.end == End::Discarded || !directory::is_half_applied_by(&place) {
             directory::refuse_half_applied(directory)?;
         }
@@ -196,7 +206,7 @@ impl Run {
     fn check_publication(&self, work: &Work, ims: &Ims, settings: &Settings, source: &Source) -> Result<()> {
         work.unless_interrupted(ims.job())?;
         settings.packing.packer.check()?;
-        let place = settings.job.parent.join(name_of(source, &self.source));
+        let place = settings.job.parent.join(name_of(source));
         let resumes = holds_changes(&place, &place.join(IMAGE_ROOT));
         work.unless_interrupted(self.check_store(work, settings, source, resumes))?;
         self.reports.changes.as_deref().map_or(Ok(()), |file| packing::check_output(file, "--changes").map(drop))
@@ -236,7 +246,7 @@ impl Run {
 
     /// Claims the work directory. Before a session that is only for looking, warns that it does not show kept changes.
     fn claim(&self, source: &Source, all: &Path) -> Result<WorkDirectory> {
-        let name = name_of(source, &self.source);
+        let name = name_of(source);
         if self.end != End::Discarded {
             let place = all.join(&name);
             return WorkDirectory::claim(all, &name).map_err(|e| self.open_already("work", &place).unwrap_or(e));
@@ -259,11 +269,13 @@ impl Run {
     /// Registers this run.
     pub(crate) fn register(&self) -> Result<Entry> {
         let work = std::fs::canonicalize(&self.work).unwrap_or_else(|_| self.work.clone());
-        let source = Source::parse(&self.source)?;
-        let keeps = (self.decides()).then(|| work.join(self.place_name(&source)));
+        let keeps = (self.decides()).then(|| work.join(self.place_name(&self.source)));
         let CommandLine { command, line, directory, .. } = &self.command_line;
         let entry = Entry::make(command, &self.shown(), (&self.label(), self.name.is_some()), keeps)?;
         entry.set(&[("command_line", line), ("directory", &directory.to_string_lossy())]);
+        if let Some(link) = self.link() {
+            entry.set(&[(LINK, &link)]);
+        }
         Ok(entry)
     }
 
@@ -277,18 +289,15 @@ impl Run {
         done: T,
         session: impl FnOnce(&Path, Markers) -> Result<(Fate, T)>,
     ) -> Result<T> {
-        let source = Source::parse(&self.source)?;
-        if let Source::Here(path) = &source {
-            named::resolve(path).map_err(|e| Error::bad_input(format!("SOURCE is '{}': {e}", path.display())))?;
-        }
+        let source = self.source.clone();
         let directory = match &source {
             Source::Here(path) if path.is_dir() => Some(source::image_root(path)?),
             _ => None,
         };
-        match &directory {
-            Some(directory) => self.refuse_kept(directory, &source)?,
-            None => self.warn_of_kept(&source),
+        if let Some(directory) = &directory {
+            self.refuse_kept(directory, &source)?;
         }
+        self.warn_of_kept(&source);
         if let (Some(settings), Some(directory)) = (&self.settings, &directory) {
             self.refuse_inside(directory, settings)?;
         }
@@ -412,7 +421,7 @@ impl Run {
 
     /// Refuses a directory for which there are kept changes that this run does not resume.
     fn refuse_kept(&self, directory: &Path, source: &Source) -> Result<()> {
-        let place = self.work.join(name_of(source, &self.source));
+        let place = self.work.join(name_of(source));
         if self.in_place {
             end_left_over(directory)?;
             // This check comes first, because its error has the command line that resumes the changes.
@@ -423,23 +432,36 @@ impl Run {
         directory::refuse_kept(directory, &self.work, own.as_deref(), self.end == End::Discarded)
     }
 
-    /// Warns of changes to the source that this run does not resume, since they are kept below another work directory.
+    /// Warns of changes that this run does not resume: those to the source, if it is a file or fetched, that are kept
+    /// below another work directory or under another hard link, and those to the image to which the link on the command
+    /// line led before.
     fn warn_of_kept(&self, source: &Source) {
-        let own = std::fs::canonicalize(self.work.join(name_of(source, &self.source))).ok();
-        let (mut left, shown) = (register::left(), self.shown());
+        let own = std::fs::canonicalize(self.work.join(name_of(source))).ok();
+        let (mut left, shown, link) = (register::left(), self.shown(), self.link());
         left.extend(register::left_below(&self.work));
+        let place = |path: &str| std::fs::metadata(path).ok().map(|found| (found.dev(), found.ino()));
+        let is_directory = source::directory_of(source).is_some();
+        let is_meant = |entry: &&Value| {
+            let Some(other) = entry["source"].as_str() else { return false };
+            let is_same = other == shown || place(other).is_some_and(|other| place(&shown) == Some(other));
+            is_same && !is_directory || other != shown && link.as_deref().is_some_and(|link| entry[LINK] == link)
+        };
         let mut told = HashSet::new();
-        for entry in left.iter().filter(|entry| entry["source"] == *shown) {
+        for entry in left.iter().filter(is_meant) {
             let Some(work) = register::kept_in(entry) else { continue };
             if own.as_ref() == Some(&work) || !told.insert(work.clone()) {
                 continue;
             }
-            let name = entry["name"].as_str().unwrap_or_default();
+            let [name, source, link] = ["name", "source", LINK].map(|field| entry[field].as_str().unwrap_or_default());
+            let resuming = if register::has_source(entry) {
+                format!("to resume: {}", resuming_line(entry))
+            } else {
+                format!("to resume them, let {link} lead to {source} again")
+            };
             tracing::warn!(
-                "changes to {shown} are kept as {name} in {}, and not used here; 'ims-sshd fail {name}' drops them; to \
-                 resume: {}",
-                work.display(),
-                resuming_line(entry)
+                "changes to {source} are kept as {name} in {}, and not used here; 'ims-sshd fail {name}' drops them; \
+                 {resuming}",
+                work.display()
             );
         }
     }
@@ -562,11 +584,8 @@ pub(super) fn left_in(place: &Path) -> String {
 }
 
 /// Name of the work directory for `source`, made from its absolute path, or its URL without the signature.
-fn name_of(source: &Source, text: &str) -> String {
-    match source {
-        Source::Here(path) => name_for(&std::path::absolute(path).unwrap_or_else(|_| path.clone())),
-        _ => name_for(Path::new(&without_query(text))),
-    }
+fn name_of(source: &Source) -> String {
+    name_for(Path::new(&identity::named(source)))
 }
 
 /// A run with its work directory.
@@ -603,7 +622,7 @@ impl Opened<'_> {
         }
         if self.run.end == End::Applied && overlay.is_none() {
             let why = "is a saved container image, to which no changes can be applied";
-            return Err(Error::bad_input(format!("SOURCE is '{}', which {why}", self.run.source))
+            return Err(Error::bad_input(format!("SOURCE is '{}', which {why}", self.run.named))
                 .advise("name a store for a new image with --output"));
         }
         if let (Some(_), None) = (&self.run.reports.changes, &overlay) {

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::publish::source::Source;
 use crate::sys::named;
 use crate::sys::tree::Tree;
 use crate::volume;
@@ -30,7 +31,22 @@ pub(crate) fn image_root(source: &Path) -> Result<PathBuf> {
     }
 }
 
-/// The directory that `source` names; `None` if it does not name one.
-pub(crate) fn directory_of(source: &str) -> Option<PathBuf> {
-    std::fs::canonicalize(source).ok().filter(|path| path.is_dir())
+/// The source that the command line `named`. A path on this machine becomes one without symbolic links.
+pub(crate) fn resolve(named: &str) -> Result<Source> {
+    need_root()?;
+    match Source::parse(named)? {
+        Source::Here(path) => match named::resolve(&path) {
+            Ok(real) => Ok(Source::Here(real)),
+            Err(e) => Err(Error::bad_input(format!("SOURCE is '{}': {e}", path.display()))),
+        },
+        fetched => Ok(fetched),
+    }
+}
+
+/// The directory that `source` is; `None` if it is not one.
+pub(crate) fn directory_of(source: &Source) -> Option<PathBuf> {
+    match source {
+        Source::Here(path) => Some(path.clone()).filter(|path| path.is_dir()),
+        _ => None,
+    }
 }

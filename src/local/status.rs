@@ -290,7 +290,7 @@ fn only_one() -> Result<Target> {
 /// parent.
 fn find(named: &Path) -> Result<Target> {
     let path = std::path::absolute(named).attempt(|| format!("find {}", named.display()))?;
-    let real = std::fs::canonicalize(&path).unwrap_or_else(|_| path.clone());
+    let real = crate::sys::named::resolve_beginning(&path).unwrap_or_else(|_| path.clone());
     let (runs, left) = (register::entries().unwrap_or_default(), register::left());
     let all = [(runs, Target::Run as fn(Value) -> Target), (left, Target::Left), (register::gone(), Target::Left)];
     for (runs, as_target) in all {

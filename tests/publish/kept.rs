@@ -41,7 +41,6 @@ fn directory_with_kept_changes_is_refused_under_other_paths_and_names() {
     let before = state(&tree);
     keep(dir.path(), "echo new > /etc/new");
     let name = entry(dir.path())["name"].as_str().unwrap().to_owned();
-    std::os::unix::fs::symlink("tree", dir.path().join("link")).unwrap();
     let opened_by_nobody = |path: &str| {
         for command in [
             &["enter", path, "--", "touch", "/etc/other"][..],
@@ -59,7 +58,9 @@ fn directory_with_kept_changes_is_refused_under_other_paths_and_names() {
         let looked = run(dir.path(), &["enter", path, "--work", "work", "--discard", "--", "true"]);
         assert!(looked.status.success() && text(&looked.stderr).contains("do not appear here"), "{looked:?}");
     };
-    opened_by_nobody("link");
+    std::os::unix::fs::symlink("tree", dir.path().join("link")).unwrap();
+    let link = ["customize", "link", "--work", "work", "--", "sh", "-c", "test -e /etc/new && exit 3"];
+    assert_eq!(run(dir.path(), &link).status.code(), Some(3), "a link names the directory itself");
     let moved = dir.path().join("moved");
     std::fs::rename(&tree, &moved).unwrap();
     opened_by_nobody("moved");
@@ -128,6 +129,44 @@ fn edits_by_hand_between_runs_without_kept_changes_are_allowed() {
     let output = run(dir.path(), &[&CUSTOMIZE[..], &["--", "sh", "-c", "echo more >> /usr/one"]].concat());
     assert!(output.status.success(), "{output:?}");
     assert_eq!(std::fs::read_to_string(tree.join("usr/one")).unwrap(), "by hand\nmore\n");
+    nothing_stays(dir.path());
+}
+
+#[test]
+fn kept_changes_of_a_file_are_continued_through_any_link_or_path() {
+    let dir = directory();
+    squashfs_of(&tree(dir.path()));
+    let at = |name: &str| dir.path().join(name);
+    for (target, link) in [("tree.sqsh", "current.sqsh"), (".", "here")] {
+        std::os::unix::fs::symlink(target, at(link)).unwrap();
+    }
+    std::fs::create_dir(at("other")).unwrap();
+    let customize = |source: &str, lines: &str| {
+        run(dir.path(), &["customize", source, "--work", "work", "--output", "out", "--", "sh", "-c", lines])
+    };
+    let kept = customize("current.sqsh", "echo 1 > /etc/kept; exit 3");
+    assert_eq!(kept.status.code(), Some(3), "{kept:?}");
+    for source in ["tree.sqsh", "here/current.sqsh", "other/../tree.sqsh", "current.sqsh"] {
+        let again = customize(source, "test -e /etc/kept && exit 3");
+        assert_eq!(again.status.code(), Some(3), "{source}: {again:?}");
+    }
+    // These are other files, or may be.
+    std::fs::hard_link(at("tree.sqsh"), at("hard.sqsh")).unwrap();
+    std::fs::copy(at("tree.sqsh"), at("second.sqsh")).unwrap();
+    let name = entry(dir.path())["name"].as_str().unwrap().to_owned();
+    let warned = |source: &str, resuming: &str| {
+        let output = customize(source, "test ! -e /etc/kept");
+        let said = text(&output.stderr);
+        assert!(output.status.success(), "{source}: {output:?}");
+        assert!(said.contains(&format!("{} are kept as {name} in", at("tree.sqsh").display())), "{source}: {said}");
+        assert!(said.contains("and not used here") && said.contains(resuming), "{source}: {said}");
+    };
+    warned("hard.sqsh", "to resume: ");
+    std::fs::remove_file(at("current.sqsh")).unwrap();
+    std::os::unix::fs::symlink("second.sqsh", at("current.sqsh")).unwrap();
+    warned("current.sqsh", &format!("let {} lead to {} again", at("current.sqsh").display(), at("tree.sqsh").display()));
+    let published = customize("tree.sqsh", "test -e /etc/kept");
+    assert!(published.status.success() && !text(&published.stderr).contains("not used here"), "{published:?}");
     nothing_stays(dir.path());
 }
 
