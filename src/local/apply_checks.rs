@@ -4,15 +4,24 @@ use std::ffi::OsStr;
 use std::io;
 use std::path::Path;
 
-use rustix::fs::{AtFlags, StatxAttributes, StatxFlags, Timespec, Timestamps, UTIME_NOW};
+use rustix::fs::{Access, AtFlags, StatxAttributes, StatxFlags, Timespec, Timestamps, UTIME_NOW};
 
 use crate::error::{Attempt, Error, Result};
 use crate::image::upper_layer::{Directories, directories, touched};
 use crate::sys::tree::Tree;
 use crate::volume::layout::SOURCE;
 
+/// Refuses a directory to which no changes can be applied, for example on a read-only mount.
+pub(crate) fn refuse_unwritable(root: &Tree) -> Result<()> {
+    // This changes nothing, not even a time.
+    rustix::fs::accessat(root, ".", Access::WRITE_OK, AtFlags::empty())
+        .attempt(|| format!("write to {}, to which the changes are to be applied", root.shown().display()))
+        .map_err(|e| e.advise("make it writable, or name a store for the new image with --output"))
+}
+
 /// Refuses, before anything is applied, changes that the file system would refuse halfway.
 pub(crate) fn refuse_unchangeable(upper: &Tree, root: &Tree, directories: &Directories) -> Result<()> {
+    refuse_unwritable(root)?;
     let attempted = || format!("apply the changes to {}", root.shown().display());
     let fixed = touched(upper, root, directories, |_, directory, name| is_fixed(directory, name)).attempt(attempted)?;
     if let Some(path) = fixed.first() {

@@ -65,10 +65,10 @@ pub(crate) fn decide(work: &Tree, root: &Tree) -> Result<()> {
     Progress { step: Step::Decided, root: root_is, stage: STAGE.into(), number: 0 }.write(work)
 }
 
-/// Returns whether nothing is applied yet, though the decision is recorded. If so, the overlay must be mounted again to
-/// complete hard links.
+/// Returns whether nothing is applied yet, not even a stage exists, though the decision is recorded. If so, the overlay
+/// must be mounted again to complete hard links.
 pub(crate) fn is_only_decided(work: &Tree) -> Result<bool> {
-    Ok(Progress::read(work)?.is_some_and(|progress| progress.step == Step::Decided))
+    Ok(Progress::read(work)?.is_some_and(|progress| progress.step <= Step::Moving && progress.number == 0))
 }
 
 /// Returns whether the changes kept in `work` are to be applied, or are being applied.

@@ -310,6 +310,9 @@ impl Run {
             return Ok(value);
         };
         let root = directory.as_deref().filter(|_| !self.in_place).map(directory::open).transpose()?;
+        if let (Some(root), End::Applied) = (&root, self.end) {
+            apply_checks::refuse_unwritable(root)?;
+        }
         let changed = directory.as_deref().zip(root.as_ref());
         let _held = directory
             .as_deref()

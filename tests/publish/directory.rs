@@ -376,6 +376,43 @@ fn directory_unfit_for_an_overlay_is_refused_but_can_be_changed_in_place() {
 }
 
 #[test]
+fn directory_that_cannot_be_written_to_is_refused_before_the_command_runs() {
+    let dir = directory();
+    let tree = tree(dir.path());
+    let before = state(&tree);
+    let in_mounts = |arguments: &[&str]| {
+        let mut command = Command::new("unshare");
+        let mounts = "mount --bind tree tree; mount -o remount,bind,ro tree; exec \"$@\"";
+        command.args(["-m", "sh", "-c", mounts, "sh", &*IMS_SSHD]).args(arguments).current_dir(dir.path());
+        command.stdin(Stdio::null()).output().unwrap()
+    };
+    let refused = in_mounts(&[&CUSTOMIZE[..], &["--", "sh", "-c", "echo ran; touch /etc/new"]].concat());
+    assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+    let said = text(&refused.stderr);
+    assert!(said.contains(&format!("cannot write to {}", tree.display())) && said.contains("Read-only"), "{said}");
+    assert!(text(&refused.stdout).is_empty() && !dir.path().join("work").exists(), "{refused:?}");
+    let published = in_mounts(&[&CUSTOMIZE[..], &["--output", "out", "--", "touch", "/etc/new"]].concat());
+    assert!(published.status.success(), "{published:?}");
+    assert_eq!(state(&tree), before);
+
+    let during = [&CUSTOMIZE[..], &["--", "sh", "-c", "touch /etc/new; echo open; read line; true"]].concat();
+    let mut open = ims_sshd(&during, &[]);
+    open.current_dir(dir.path()).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut open = open.spawn().unwrap();
+    std::io::Read::read_exact(open.stdout.as_mut().unwrap(), &mut [0; 5]).unwrap();
+    succeed(Command::new("chattr").arg("+i").arg(&tree));
+    drop(open.stdin.take());
+    let kept = open.wait_with_output().unwrap();
+    succeed(Command::new("chattr").arg("-i").arg(&tree));
+    let said = text(&kept.stderr);
+    assert!(said.contains("the changes are kept in") && !said.contains("some of the changes"), "{said}");
+    assert_eq!(state(&tree), before);
+    let applied = run(dir.path(), &during);
+    assert!(applied.status.success() && tree.join("etc/new").exists(), "{applied:?}");
+    nothing_stays(dir.path());
+}
+
+#[test]
 fn leftovers_of_a_killed_customization_are_reported_and_ended() {
     let dir = directory();
     let tree = tree(dir.path());
