@@ -83,10 +83,10 @@ pub(crate) fn refuse_kept(directory: &Path, works: &Path, own: Option<&Path>, lo
             continue;
         }
         let [name, source] = ["name", "source"].map(|field| entry[field].as_str().unwrap_or_default());
-        let resuming = if Path::new(source).is_dir() {
+        let resuming = if register::has_source(&entry) {
             format!("to resume: {}", register::resuming_line(&entry))
         } else {
-            format!("to resume them, move it back to {source}")
+            format!("to resume them, move or mount it at {source} again")
         };
         if looks && !is_interrupted {
             tracing::warn!(

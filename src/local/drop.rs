@@ -4,10 +4,10 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::error::{Error, Result};
+use crate::error::{Attempt, Error, Result};
 use crate::local::directory::{self, Held};
 use crate::local::left_over::{clear_left_over, end_left_over};
-use crate::local::register::{self, has_source};
+use crate::local::register;
 use crate::local::work_directory::WorkDirectory;
 use crate::local::{apply_progress, source};
 use crate::publish::journal;
@@ -20,7 +20,9 @@ pub(crate) fn drop_left(entry: &Value) -> Result<&'static str> {
     source::need_root()?;
     let (name, source) = (entry["name"].as_str().unwrap_or_default(), entry["source"].as_str().unwrap_or_default());
     let path = Path::new(source);
-    let is_gone = !has_source(entry);
+    // This need not be the image root any more: it may be the mount point of one that was unmounted.
+    let resolve = || named::resolve(path).attempt(|| format!("open {source}"));
+    let directory = path.is_dir().then(resolve).transpose()?;
     let work = entry["work"].as_str().map(Path::new).filter(|work| work.is_dir());
     // A run without a work directory changed the source in place.
     let mut source_is = if work.is_some() { "is as it was" } else { "stays as it is now" };
@@ -37,14 +39,14 @@ pub(crate) fn drop_left(entry: &Value) -> Result<&'static str> {
             if !apply_progress::is_only_decided(record).unwrap_or(false) {
                 source_is = "keeps the changes that were applied";
             }
-            if path.is_dir() {
-                let directory = source::image_root(path)?;
-                let _held = Held::take(&directory, all)?;
-                let root = directory::open(&directory)?;
-                if !apply_progress::is_of(record, &root)? {
-                    source_is = "is not the directory to which some of them were applied";
+            if let Some(directory) = &directory {
+                let root = directory::open(directory)?;
+                if apply_progress::is_of(record, &root)? {
+                    let _held = Held::take(directory, all)?;
+                    directory::abort_changes(directory, &root, record)?;
+                } else {
+                    source_is = "is not the directory to which they were being applied";
                 }
-                directory::abort_changes(&directory, &root, record)?;
             }
         }
         let mounted = place.path().join(IMAGE_ROOT);
@@ -54,11 +56,10 @@ pub(crate) fn drop_left(entry: &Value) -> Result<&'static str> {
         }
         place.remove()?;
     }
-    if path.is_dir() {
-        let directory = source::image_root(path)?;
-        end_left_over(&directory)?;
-        clear_left_over(&directory::COMMANDS, &directory)?;
-    } else if is_gone {
+    if let Some(directory) = &directory {
+        end_left_over(directory)?;
+        clear_left_over(&directory::COMMANDS, directory)?;
+    } else if path.is_absolute() && !path.exists() {
         end_left_over(&named::resolve_beginning(path).unwrap_or_else(|_| path.to_owned()))?;
         source_is = "does not exist: it was renamed or removed";
     }

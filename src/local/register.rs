@@ -19,6 +19,7 @@ use crate::local::command_line;
 use crate::local::names;
 use crate::local::unattended;
 use crate::local::work_directory;
+use crate::publish::identity::Record;
 use crate::sys::tree::Tree;
 use crate::volume::signal_files::SignalFiles;
 use crate::volume::state_directory::RUN;
@@ -389,10 +390,18 @@ pub(crate) fn resuming_line(entry: &Value) -> String {
 /// Returns whether the command line of a run still leads to its source, as far as this machine can tell.
 pub(crate) fn has_source(entry: &Value) -> bool {
     let source = Path::new(entry["source"].as_str().unwrap_or_default());
-    let link = entry[LINK].as_str().map(Path::new);
     // A URL is not an absolute path.
-    !source.is_absolute()
-        || source.exists() && link.is_none_or(|link| std::fs::canonicalize(link).is_ok_and(|real| real == source))
+    if !source.is_absolute() {
+        return true;
+    }
+    let link = entry[LINK].as_str().map(Path::new);
+    let is_named = link.is_none_or(|link| std::fs::canonicalize(link).is_ok_and(|real| real == source));
+    // Another directory may have taken its path, such as the mount point of one that was unmounted.
+    let is_other = |directory: &Tree| {
+        let known = kept_in(entry).and_then(|work| Record::private(&Tree::open(&work).ok()?).read());
+        known.is_some_and(|known| !known.is_of(directory))
+    };
+    is_named && source.exists() && !(source.is_dir() && Tree::open(source).is_ok_and(|source| is_other(&source)))
 }
 
 /// Entries of finished runs that left nothing behind, because their source or the changes that they kept are gone.

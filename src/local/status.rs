@@ -456,7 +456,7 @@ fn in_words(report: &Value) -> String {
         if register::has_source(report) {
             let _ = writeln!(text, "  {}: {line}{masked}", if kept { "resume" } else { "run again" });
         } else {
-            text += "  the source does not exist: it was renamed or removed\n";
+            text += "  the source is not there: it was renamed, removed or unmounted, or another one has its path\n";
         }
         let _ = writeln!(text, "  {}: ims-sshd fail {}", if kept { "drop" } else { "clean up" }, name_of(report));
     }
