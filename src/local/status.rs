@@ -12,13 +12,14 @@ use crate::error::{Attempt, Error, Result};
 use crate::image::unpack::UPPER;
 use crate::job::DEFAULT_PARENT;
 use crate::local::customize::SOURCE;
-use crate::local::{drop, register};
+use crate::local::{directory, drop, register, work_directory};
 use crate::log::output::{say, say_json};
 use crate::log::redaction::MASK;
 use crate::printable::Printable;
 use crate::publish::identity::Record;
 use crate::session::report;
 use crate::sshd::daemon::Daemon;
+use crate::sys::named;
 use crate::transfer::without_query;
 use crate::verdict::Verdict;
 use crate::volume::layout::{
@@ -161,6 +162,10 @@ fn mark_parent(parent: &Path, verdict: Verdict) -> Result<()> {
         // On a shared volume, the environment may open later, or run on another node, where its lock is not visible
         // from here. Below /run, a missing lock means that the run has ended.
         if parent.starts_with(RUN) || !files.stands(READY)? {
+            // It may be a directory whose changes were made under another path.
+            if let Ok(real) = named::resolve(parent) {
+                directory::refuse_kept(&real, Path::new(work_directory::DEFAULT), None, false)?;
+            }
             return Err(attempted()
                 .because("no environment is open there")
                 .advise("'ims-sshd status' without a name lists what is open or kept"));
@@ -290,7 +295,7 @@ fn only_one() -> Result<Target> {
 /// parent.
 fn find(named: &Path) -> Result<Target> {
     let path = std::path::absolute(named).attempt(|| format!("find {}", named.display()))?;
-    let real = crate::sys::named::resolve_beginning(&path).unwrap_or_else(|_| path.clone());
+    let real = named::resolve_beginning(&path).unwrap_or_else(|_| path.clone());
     let (runs, left) = (register::entries().unwrap_or_default(), register::left());
     let all = [(runs, Target::Run as fn(Value) -> Target), (left, Target::Left), (register::gone(), Target::Left)];
     for (runs, as_target) in all {
@@ -306,7 +311,7 @@ fn find(named: &Path) -> Result<Target> {
         return Err(attempted().because("no run has it open, and no changes to it are kept").advise(advice));
     }
     if path.is_dir() || is_path(named) {
-        crate::sys::named::resolve_beginning(&path).attempt(|| format!("find {}", named.display()))?;
+        named::resolve_beginning(&path).attempt(|| format!("find {}", named.display()))?;
         return Ok(Target::Parent(path));
     }
     Err(Error::new(format!("find '{}'", named.display()))

@@ -80,6 +80,33 @@ fn directory_with_kept_changes_is_refused_under_other_paths_and_names() {
 }
 
 #[test]
+fn changes_are_dropped_by_name_after_their_directory_was_unmounted() {
+    let dir = directory();
+    let tree = tree(dir.path());
+    let mount_point = dir.path().join("mounted");
+    std::fs::create_dir(&mount_point).unwrap();
+    let mut mounted = Command::new("unshare");
+    mounted.args(["-m", "sh", "-c", "mount --bind tree mounted; exec \"$@\"", "sh", &*IMS_SSHD]);
+    mounted.args(["customize", "mounted", "--work", "work", "--", "sh", "-c", "echo 1 > /etc/new; exit 3"]);
+    let kept = mounted.current_dir(dir.path()).stdin(Stdio::null()).output().unwrap();
+    assert_eq!(kept.status.code(), Some(3), "{kept:?}");
+    let name = entry(dir.path())["name"].as_str().unwrap().to_owned();
+    let again = format!("move or mount it at {} again", mount_point.display());
+    for command in [&["customize", "tree", "--work", "work", "--", "true"][..], &["fail", "./tree"]] {
+        let output = run(dir.path(), command);
+        refused(&output, &[&format!("are kept as {name}"), &format!("'ims-sshd fail {name}' drops them"), &again]);
+    }
+    let shown = text(&run(dir.path(), &["status", &name]).stdout);
+    assert!(shown.contains("the source is not there") && !shown.contains("resume: "), "{shown}");
+    let dropped = run(dir.path(), &["fail", &name]);
+    assert!(dropped.status.success(), "{dropped:?}");
+    assert!(!tree.join("etc/new").exists() && std::fs::read_dir(&mount_point).unwrap().count() == 0);
+    let output = run(dir.path(), &[&CUSTOMIZE[..], &["--", "test", "!", "-e", "/etc/new"]].concat());
+    assert!(output.status.success(), "{output:?}");
+    nothing_stays(dir.path());
+}
+
+#[test]
 fn kept_changes_are_refused_after_edits_by_hand() {
     let dir = directory();
     let tree = tree(dir.path());
