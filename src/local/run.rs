@@ -29,7 +29,7 @@ use crate::local::work_directory::{ASIDE, WorkDirectory};
 use crate::local::{apply_checks, apply_progress, space};
 use crate::publish::basis;
 use crate::publish::identity;
-use crate::publish::journal::{Journal, JournalDirectory};
+use crate::publish::journal::{Journal, JournalDirectory, is_begun};
 use crate::publish::manifest::say_result;
 use crate::publish::prepare::{holds_changes, known, prepare};
 use crate::publish::publication::{Image, Publication};
@@ -370,7 +370,9 @@ impl Run {
             is_unchanged.set(false);
         }
         let kept = || self.kept_in(files.parent(), entry);
-        if self.end != End::Discarded && holds_changes(parent, &mounted) && !is_unchanged.get() {
+        // An upload that has begun is kept too: the same command goes on with it.
+        let is_unchanged = is_unchanged.get() && !(result.is_err() && is_begun(files)?);
+        if self.end != End::Discarded && holds_changes(parent, &mounted) && !is_unchanged {
             match result {
                 Ok((Fate::Keep, value)) => {
                     tracing::warn!("{}", kept());
@@ -673,7 +675,13 @@ impl Opened<'_> {
             unattended.begin(self.files.parent());
         }
         let ended = session(image_root);
-        if let (Some(overlay), Ok((Fate::Keep, _)) | Err(_)) = (overlay, &ended) {
+        let may_be_kept = match &ended {
+            Ok((Fate::Discard, _)) => false,
+            // Publishing may fail.
+            Ok((Fate::Publish, _)) => self.run.end == End::Published,
+            Ok((Fate::Keep, _)) | Err(_) => true,
+        };
+        if let Some(overlay) = overlay.filter(|_| may_be_kept) {
             let upper = open_tree(&self.files.path().join(OVERLAY).join(UPPER))?;
             self.is_unchanged.set(upper_layer::is_unchanged(&upper, &overlay.lower).unwrap_or(false));
         }

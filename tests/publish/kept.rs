@@ -107,6 +107,23 @@ fn changes_are_dropped_by_name_after_their_directory_was_unmounted() {
 }
 
 #[test]
+fn nothing_is_kept_of_an_unchanged_image_that_cannot_be_published() {
+    let dir = directory();
+    squashfs_of(&tree(dir.path()));
+    let out = dir.path().join("out");
+    let spoil = format!("rm -rf {0}; touch {0} $IMAGE_ROOT_PARENT/complete\n", out.display());
+    std::fs::write(dir.path().join("spoil"), spoil).unwrap();
+    for source in ["tree", "tree.sqsh"] {
+        let arguments = ["customize", source, "--work", "work", "--output", "out", "--host-script", "./spoil"];
+        let output = run(dir.path(), &arguments);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        assert!(!text(&output.stderr).contains("are kept in"), "{output:?}");
+        nothing_stays(dir.path());
+        std::fs::remove_file(&out).unwrap();
+    }
+}
+
+#[test]
 fn kept_changes_are_refused_after_edits_by_hand() {
     let dir = directory();
     let tree = tree(dir.path());

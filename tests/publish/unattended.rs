@@ -336,7 +336,7 @@ fn store_too_small_for_a_directory_causes_a_warning_and_then_an_error() {
         .unwrap();
     std::fs::create_dir(dir.path().join("small")).unwrap();
     let script = "mount -t tmpfs -o size=1m tmpfs small; $0 customize tree --work work --output small \
-        --kernel vmlinuz --initrd initrd -- echo ran; code=$?; find small; exit $code";
+        --kernel vmlinuz --initrd initrd -- sh -c 'touch /boot/new; echo ran'; code=$?; find small; exit $code";
     let output =
         Command::new("unshare").args(["-m", "sh", "-c", script, &*IMS_SSHD]).current_dir(dir.path()).output().unwrap();
     let said = text(&output.stderr);
