@@ -99,8 +99,9 @@ impl Identity {
     }
 
     /// Warns that a file has another time although it is the same image: it was written again or copied since.
-    pub(crate) fn tell_other_time(&self, now: &Self) {
+    pub(crate) fn tell_other_time(&self, now: Option<&Self>) {
         if self.sums.is_none()
+            && let Some(now) = now
             && let (Some(before), Some(modified)) = (&self.modified, &now.modified)
             && before != modified
         {

@@ -93,6 +93,7 @@ pub(crate) fn make(
     await_unpackers(&volume.shown().join(UNPACKING));
     remove(&volume, UNPACKING)?;
     let known = known(settings, source, &volume, image_root)?;
+    let known = known.inspect(|(known, now)| known.tell_other_time(now.as_ref())).map(|(known, _)| known);
     let record = Record::on(&volume, settings)?;
     let has_overlay = Overlay::changes(&parent.join(OVERLAY)).is_some();
     if let (Some(known), true, Some(open)) = (&known, has_overlay, open) {
@@ -319,14 +320,14 @@ fn check(source: &Opened, tree: &Tree) -> Result<()> {
     image_root::check(tree, &source.shown, source.file().is_some(), refused)
 }
 
-/// Identity of the source of an existing image root; `None` if there is no image root. Fails if that is not `source`,
-/// as far as this can be decided without fetching it.
+/// Recorded identity of the source of an existing image root, and that of `source` if it is on this machine; `None` if
+/// there is no image root. Fails if they are not the same image, as far as this can be decided without fetching it.
 pub(crate) fn known(
     settings: &Settings,
     source: &Source,
     volume: &Tree,
     image_root: &Path,
-) -> Result<Option<Identity>> {
+) -> Result<Option<(Identity, Option<Identity>)>> {
     if Overlay::changes(&settings.job.parent.join(OVERLAY)).is_none() && !image_root.exists() {
         return Ok(None);
     }
@@ -335,17 +336,14 @@ pub(crate) fn known(
         Source::Here(path) => Some(Identity::of(source, &Opened::open(path)?, &settings.expected)?),
         _ => None,
     };
-    let is_same = known.as_ref().is_some_and(|known| match &now {
+    let is_same = |known: &Identity| match &now {
         Some(now) => known.is_same(now),
         None => known.is_named(source, &settings.expected),
-    });
-    if !is_same {
-        return Err(Record::refusal(&image_root.display().to_string(), source, known.as_ref(), now.as_ref()));
+    };
+    match known {
+        Some(known) if is_same(&known) => Ok(Some((known, now))),
+        other => Err(Record::refusal(&image_root.display().to_string(), source, other.as_ref(), now.as_ref())),
     }
-    if let (Some(known), Some(now)) = (&known, &now) {
-        known.tell_other_time(now);
-    }
-    Ok(known)
 }
 
 /// Takes an inventory of the lower layer of an overlay on `volume`, unless there is one. Only a report of changes needs
