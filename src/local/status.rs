@@ -203,7 +203,7 @@ pub fn print(named: Option<&Path>, shown: Shown<'_>) -> Result<u8> {
             None if !shown.is.is_empty() => only_one()?,
             None => {
                 let mut all = all()?;
-                let left = register::left();
+                let left: Vec<_> = register::left().into_iter().map(with_listener).collect();
                 all.extend(killed().into_iter().filter(|killed| {
                     !left.iter().any(|left| left["image_root_parent"] == killed["image_root_parent"])
                 }));
@@ -220,7 +220,7 @@ pub fn print(named: Option<&Path>, shown: Shown<'_>) -> Result<u8> {
         };
     let report = match target {
         Target::Run(run) => with_report(run),
-        Target::Left(left) => left,
+        Target::Left(left) => with_listener(left),
         Target::Parent(parent) => report_of(&parent)?,
     };
     if shown.as_json {
@@ -262,13 +262,13 @@ fn killed() -> Vec<Value> {
         if files.is_claimed() || !StateDirectory::place(&parent).exists() {
             return None;
         }
-        Daemon::recorded(&StateDirectory::of(&parent).ok()?.sshd())?;
+        let sshd = listener(&parent)?;
         let source = String::from_utf8(files.parent().read(SOURCE, LIMIT).ok()?).ok()?;
         tracing::warn!(
             "the customization of {} was killed, and its sshd is still running; the same command ends it",
             Printable(&source)
         );
-        Some(json!({ "image_root_parent": parent, "state": "killed", "source": source }))
+        Some(json!({ "image_root_parent": parent, "state": register::KILLED, "source": source, LISTENER: sshd }))
     };
     directories.filter_map(|directory| left(directory.path())).collect()
 }
@@ -376,6 +376,21 @@ fn with_report(mut run: Value) -> Value {
     run
 }
 
+/// Adds the PID of the sshd that a killed run has left running, or null.
+fn with_listener(mut left: Value) -> Value {
+    let parent = left["image_root_parent"].as_str().filter(|_| left["state"] == register::KILLED);
+    if let Some(pid) = parent.map(|parent| listener(Path::new(parent))) {
+        left[LISTENER] = json!(pid);
+    }
+    left
+}
+
+/// PID of the sshd that a killed environment has left running.
+fn listener(parent: &Path) -> Option<i32> {
+    let state = StateDirectory::place(parent).exists().then(|| StateDirectory::of(parent).ok()).flatten()?;
+    Some(Daemon::recorded(&state.sshd())?.pid.as_raw())
+}
+
 fn report_of(parent: &Path) -> Result<Value> {
     let files = open(parent)?;
     if let Some(report) = ask_at(&StateDirectory::place(parent)) {
@@ -403,9 +418,8 @@ fn report_of(parent: &Path) -> Result<Value> {
     // A state directory without an environment was left behind by a killed one: an environment removes its state
     // directory when it ends, and an environment of another container has its state directory in that container.
     if stage.is_none() && StateDirectory::place(parent).exists() {
-        let listener = Daemon::recorded(&StateDirectory::of(parent)?.sshd());
         report["state"] = register::KILLED.into();
-        report[LISTENER] = json!(listener.map(|sshd| sshd.pid.as_raw()));
+        report[LISTENER] = json!(listener(parent));
     }
     if let Ok(node) = std::fs::read_to_string(StateDirectory::place(parent).join("node")) {
         report["node"] = node.into();

@@ -445,6 +445,9 @@ fn leftovers_of_a_killed_customization_are_reported_and_ended() {
             let said = text(&status.stdout);
             said.contains(": killed, was serving since ") && said.contains(&format!("\n  source: {root}\n"))
         });
+        let json = run(dir.path(), &["status", "--json", &root]).stdout;
+        let listener = serde_json::from_slice::<serde_json::Value>(&json).unwrap()["sshd"].as_u64();
+        assert!(listener.is_some_and(|pid| Path::new(&format!("/proc/{pid}")).exists()), "{}", text(&json));
         let output = run(dir.path(), command);
         assert!(output.status.success(), "{command:?}: {output:?}");
         assert!(
