@@ -296,7 +296,8 @@ fn only_one() -> Result<Target> {
 fn find(named: &Path) -> Result<Target> {
     let path = std::path::absolute(named).attempt(|| format!("find {}", named.display()))?;
     let real = named::resolve_beginning(&path).unwrap_or_else(|_| path.clone());
-    let (runs, left) = (register::entries().unwrap_or_default(), register::left());
+    let (runs, left) = (register::entries(), register::left());
+    let (runs, unreadable) = runs.map_or_else(|e| (Vec::new(), Some(e)), |runs| (runs, None));
     let all = [(runs, Target::Run as fn(Value) -> Target), (left, Target::Left), (register::gone(), Target::Left)];
     for (runs, as_target) in all {
         if let Some(found) = find_in(runs, named, &path, &real)? {
@@ -314,6 +315,7 @@ fn find(named: &Path) -> Result<Target> {
         named::resolve_beginning(&path).attempt(|| format!("find {}", named.display()))?;
         return Ok(Target::Parent(path));
     }
+    unreadable.map_or(Ok(()), Err)?;
     Err(Error::new(format!("find '{}'", named.display()))
         .because("no run on this machine has this name, and it is not a directory")
         .advise("'ims-sshd status' without a name lists what is open or kept"))

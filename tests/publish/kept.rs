@@ -208,9 +208,27 @@ fn kept_changes_of_a_file_are_continued_through_any_link_or_path() {
     warned("hard.sqsh", "to resume: ");
     std::fs::remove_file(at("current.sqsh")).unwrap();
     std::os::unix::fs::symlink("second.sqsh", at("current.sqsh")).unwrap();
-    warned("current.sqsh", &format!("let {} lead to {} again", at("current.sqsh").display(), at("tree.sqsh").display()));
+    warned(
+        "current.sqsh",
+        &format!("let {} lead to {} again", at("current.sqsh").display(), at("tree.sqsh").display()),
+    );
     let published = customize("tree.sqsh", "test -e /etc/kept");
     assert!(published.status.success() && !text(&published.stderr).contains("not used here"), "{published:?}");
+    nothing_stays(dir.path());
+}
+
+#[test]
+fn name_of_a_run_is_told_to_root_alone() {
+    let dir = directory();
+    tree(dir.path());
+    keep(dir.path(), "echo new > /etc/new");
+    let name = entry(dir.path())["name"].as_str().unwrap().to_owned();
+    for command in ["fail", "complete", "status"] {
+        let mut as_user = Command::new("setpriv");
+        as_user.args(["--reuid=1234", "--regid=1234", "--clear-groups", &*IMS_SSHD, command, &name]);
+        refused(&as_user.output().unwrap(), &["Permission denied", "run it as root"]);
+    }
+    assert!(run(dir.path(), &["fail", &name]).status.success());
     nothing_stays(dir.path());
 }
 
