@@ -85,13 +85,22 @@ fn is_being_made(place: &Path) -> bool {
 /// Parses the source of `prepare`. Refuses a directory that is open, or that contains the image root's parent.
 pub fn source_to_prepare(settings: &Settings, source: &str) -> Result<Source> {
     directory::refuse_open_source(source)?;
-    let source = Source::parse(source)?;
+    let (source, parent) = (Source::parse(source)?, &settings.job.parent);
+    // The root directory of a container may have both.
+    if !is_in_pod(settings)
+        && let Ok(above) = named::resolve(parent)
+        && above != Path::new("/")
+        && Tree::open(&above).is_ok_and(|above| image_root::is_one(&above))
+    {
+        let why = format!("the image root's parent is '{}', an image root itself", parent.display());
+        return Err(Error::bad_input(why).advise("name another directory, in which an image root is made"));
+    }
     if let Source::Here(path) = &source
         && path.is_dir()
     {
         // Somebody may have given source and parent in the wrong order.
         refuse_open_environment(path)?;
-        check_directory(path, &settings.job.parent)?;
+        check_directory(path, parent)?;
     }
     Ok(source)
 }
@@ -233,7 +242,12 @@ impl Place {
     fn of(settings: &Settings, named: Option<&Path>, archive: Option<&Path>) -> Result<Self> {
         let parent = named.unwrap_or(&settings.job.parent);
         let is_parent = named.is_none() || parent.join(settings.job.image_root()).is_dir();
-        let directory = real(if is_parent { parent } else { Path::new(".") })?;
+        let directory = real(if is_parent { parent } else { Path::new(".") }).map_err(|e| match named {
+            Some(_) => e,
+            None => e.advise(
+                "name the image root: without an argument it is the one in IMAGE_ROOT_PARENT, by default /mnt/image",
+            ),
+        })?;
         let files = SignalFiles::open(&directory)?.ok_or_else(|| missing(&directory))?;
         let image_root = if is_parent {
             image_root::open(&files, settings.job.image_root())?
@@ -275,7 +289,11 @@ fn real(path: &Path) -> Result<PathBuf> {
 }
 
 fn missing(image_root: &Path) -> Error {
-    Error::bad_input(format!("the image root is '{}': expected an unpacked image", image_root.display()))
+    let why = match std::fs::metadata(image_root) {
+        Err(e) => e.to_string(),
+        Ok(_) => "expected an unpacked image".into(),
+    };
+    Error::bad_input(format!("the image root is '{}': {why}", image_root.display()))
 }
 
 /// Packs an image root.

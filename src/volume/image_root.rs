@@ -46,8 +46,14 @@ pub(crate) fn open(files: &SignalFiles, name: &str) -> Result<Tree> {
 /// Refuses a directory that is not an image root. `refused` makes the error from a reason; `shown` is the path of the
 /// directory, or of the archive that contains it.
 pub(crate) fn check(root: &Tree, shown: &Path, archive: bool, refused: impl Fn(String) -> Error) -> Result<()> {
+    const ADVICE: &str = "name the directory that holds the image's etc and usr";
     if is_one(root) {
-        return Ok(());
+        // This has a bin/sh where /bin is a link to usr/bin.
+        let above = shown.parent().filter(|_| !archive && shown.ends_with("usr"));
+        return match above.filter(|above| Tree::open(above).is_ok_and(|above| is_one(&above))) {
+            Some(above) => Err(refused(format!("it is the usr of {}", above.display())).advise(ADVICE)),
+            None => Ok(()),
+        };
     }
     let (last, others) = KNOWN_BY.split_last().unwrap_or((&"", &[]));
     let error = refused(format!("it is not an image root, which has {} or {last}", others.join(", ")));
@@ -58,7 +64,7 @@ pub(crate) fn check(root: &Tree, shown: &Path, archive: bool, refused: impl Fn(S
     let is_below = |name: &&std::ffi::OsString| root.directory_without_links(name).is_ok_and(|tree| is_one(&tree));
     let found: Vec<_> = below.iter().filter(is_below).collect();
     let [name] = found.as_slice() else {
-        return Err(error.advise("name the directory that holds the image's etc and usr"));
+        return Err(error.advise(ADVICE));
     };
     Err(error.advise(if archive {
         format!("'{}' in it is an image root: unpack the archive and name that directory", name.display())
@@ -67,7 +73,8 @@ pub(crate) fn check(root: &Tree, shown: &Path, archive: bool, refused: impl Fn(S
     }))
 }
 
-fn is_one(root: &Tree) -> bool {
+/// Returns whether the directory is an image root.
+pub(crate) fn is_one(root: &Tree) -> bool {
     KNOWN_BY.iter().any(|path| matches!(root.look(path), Ok(Some(_))))
 }
 

@@ -32,6 +32,29 @@ fn prepare_recognizes_a_source_that_comes_first() {
 }
 
 #[test]
+fn directory_that_is_no_image_root_or_inside_one_is_refused() {
+    let (dir, tree, _) = packed_image();
+    std::fs::create_dir_all(tree.join("usr/bin")).unwrap();
+    std::fs::write(tree.join("usr/bin/sh"), "").unwrap();
+    let dir = dir.path();
+    let why = format!("it is the usr of {}; name the directory that holds", tree.display());
+    for arguments in [&["enter", "tree/usr"][..], &["customize", "./tree/usr"], &["package", "tree/usr"]] {
+        refused(dir, arguments, &why);
+    }
+    for source in ["tree.sqsh", "tree"] {
+        refused(dir, &["prepare", "tree", source], "tree', an image root itself; name another");
+    }
+    assert!(!tree.join("image-root").exists());
+    refused(dir, &["package", "nope"], "the image root is 'nope': No such file or directory");
+    refused(dir, &["package", "tree.sqsh"], "the image root is 'tree.sqsh': expected an unpacked image");
+    let mut package = ims_sshd(&["package"], &[("IMAGE_ROOT_PARENT", "nowhere".to_owned())]);
+    let said = text(&package.current_dir(dir).output().unwrap().stderr);
+    let wanted = "cannot open nowhere: No such file or directory (os error 2); name the image root: without an argument \
+        it is the one in IMAGE_ROOT_PARENT, by default /mnt/image";
+    assert!(said.contains(wanted), "{said}");
+}
+
+#[test]
 fn missing_parents_of_a_directory_are_named_at_the_start_and_not_created() {
     let (dir, _, _) = packed_image();
     let dir = dir.path();
