@@ -45,8 +45,9 @@ const ENDS_SESSION: [&str; 10] = [
 ];
 
 /// Prefixes of lines that are no reason for the end of a login: debugging, records of logins that cannot be written,
-/// configuration that a connection reads again, scanners of ports, and sessions at LogLevel VERBOSE.
-const NO_REASON: [&str; 9] = [
+/// configuration that a connection reads again, scanners of ports, sessions at LogLevel VERBOSE, and the end of sshd
+/// and of idle connections when the environment closes.
+const NO_REASON: [&str; 11] = [
     "debug",
     "kex_",
     "syslogin_perform_logout",
@@ -56,6 +57,8 @@ const NO_REASON: [&str; 9] = [
     "User child is on pid ",
     "Starting session: ",
     "Close session: ",
+    "Received signal ",
+    "Exiting on signal ",
 ];
 
 /// Maximum number of accepted logins that are followed at once.
@@ -411,6 +414,9 @@ mod tests {
             (Some("chown(/dev/pts/0, 0, 5) failed: Operation not permitted"), false, false, true),
             (Some("linux_audit_write_entry failed: Operation not permitted"), true, false, true),
             (Some("something else"), true, true, true),
+            // A connection without a session, such as ssh's ControlPersist keeps, when the environment closes.
+            (Some("Exiting on signal 15"), true, true, false),
+            (Some("Received signal 15; terminating."), true, true, false),
             // The login may have had a short session.
             (Some("something else"), true, false, false),
             (None, true, true, false),
