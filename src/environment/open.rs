@@ -139,7 +139,7 @@ impl Open {
         // Seal the image root while the old jail still exists: a file that is open on the old jail's mount would not be
         // found through the mount of the new jail.
         if self.jail.is_some() {
-            OpenJail::seal(place.state, Instant::now() + TIME_TO_CLOSE_FILES)?;
+            OpenJail::seal(place.state, Instant::now() + TIME_TO_CLOSE_FILES, None)?;
         }
         if let Some(jail) = self.jail.take() {
             jail.clear(place.image_root, place.files.parent())?;
@@ -206,7 +206,8 @@ impl Open {
     pub(super) fn release(self, place: Place<'_>, limit: Instant, is_failed: bool) -> bool {
         let mut cleanly = true;
         if let Some(jail) = self.jail {
-            cleanly = match OpenJail::seal(place.state, limit) {
+            let in_place = place.settings.in_place.then_some(place.image_root);
+            cleanly = match OpenJail::seal(place.state, limit, in_place) {
                 Err(e) if is_failed => {
                     tracing::warn!("{e}");
                     true

@@ -6,3 +6,4 @@ pub mod mount_points;
 pub(crate) mod open;
 pub(crate) mod resolv_conf;
 pub(crate) mod trial;
+pub(crate) mod unsealed;

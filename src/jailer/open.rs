@@ -27,6 +27,7 @@ use crate::jail::tier::Tier;
 use crate::jailer::binds;
 use crate::jailer::mount_points::{self, Made};
 use crate::jailer::resolv_conf::{self, ENVIRONMENT, Replaced};
+use crate::jailer::unsealed;
 use crate::log::redaction::without_secrets;
 use crate::sys::poll;
 use crate::sys::process::{Entry, Handle, Identity, numbers};
@@ -306,8 +307,9 @@ impl OpenJail {
 
     /// Makes sure, after the jail's end, that no process outside the jail can write to the image root any more: a
     /// session can have sent descriptors of files in the image root to such a process. Waits until `limit` for files
-    /// that are open for writing to be closed, then fails.
-    pub(crate) fn seal(state: &StateDirectory, limit: Instant) -> Result<()> {
+    /// that are open for writing to be closed, then fails. An image root `in_place` is recorded then, so that no other
+    /// run opens it.
+    pub(crate) fn seal(state: &StateDirectory, limit: Instant, in_place: Option<&Tree>) -> Result<()> {
         let attempted = || "release the image root";
         let init = Record::read(&state.jail()).attempt(attempted)?.init;
         let holder = |mount| holder(mount, Pid::from_raw(init.pid));
@@ -319,6 +321,7 @@ impl OpenJail {
                 Seal::Busy(mount) => mount,
             };
             if Instant::now() >= limit {
+                in_place.map_or(Ok(()), |image_root| unsealed::record(image_root, mount))?;
                 return Err(Error::new(attempted()).because(holder(mount))).advise(
                     "a session passed the file on; end that process, or the owner of the socket, before marking the image",
                 );

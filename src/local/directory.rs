@@ -8,6 +8,7 @@ use std::path::{Component, Path};
 use crate::error::{Attempt, Error, Result};
 use crate::image::unpack::{INDEX_OF_LINKS, Overlay, UPPER};
 use crate::image::upper_layer;
+use crate::jailer::unsealed;
 use crate::local::apply;
 use crate::local::apply_progress;
 use crate::local::claim::{is_claimed, refuse_nested, remove_directory};
@@ -113,6 +114,7 @@ pub(crate) fn refuse_open(directory: &Path) -> Result<()> {
     refuse_kept(directory, Path::new(work_directory::DEFAULT), None, false)?;
     refuse_half_applied(directory)?;
     refuse_running(directory)?;
+    unsealed::refuse(&open_tree(directory)?)?;
     refuse_nested(directory)
 }
 

@@ -403,7 +403,9 @@ impl Session {
             terminal.restore();
         }
         drop(emulation);
-        let all_ended = all_ended.and_then(|()| OpenJail::seal(&state, Instant::now() + TIME_TO_CLOSE_FILES));
+        let all_ended = all_ended.and_then(|()| {
+            OpenJail::seal(&state, Instant::now() + TIME_TO_CLOSE_FILES, self.in_place.then_some(&tree))
+        });
         jail.clear(&tree, &record_directory)?;
         let is_given_up = run.signal_files().stands(Verdict::Failed.signal_file())?;
         state.remove()?;

@@ -18,6 +18,7 @@ use crate::image::packing::{self, Archive};
 use crate::image::unpack::{Overlay, UPPER};
 use crate::image::upper_layer;
 use crate::ims::client::Ims;
+use crate::jailer::unsealed;
 use crate::local::command_line::CommandLine;
 use crate::local::directory::{self, Held};
 use crate::local::left_over::end_left_over;
@@ -296,6 +297,7 @@ impl Run {
         };
         if let Some(directory) = &directory {
             self.refuse_kept(directory, &source)?;
+            unsealed::refuse(&open_tree(directory)?)?;
         }
         self.warn_of_kept(&source);
         if let (Some(settings), Some(directory)) = (&self.settings, &directory) {

@@ -29,6 +29,11 @@ impl Collector {
     /// Makes a session send the descriptor that the Python expression `opened` returns, and receives it.
     fn receive(&self, environment: &Environment, opened: &str) -> OwnedFd {
         have_sent(environment, &self.name, opened);
+        self.accept()
+    }
+
+    /// Receives a descriptor that was sent.
+    fn accept(&self) -> OwnedFd {
         let (stream, _) = self.listener.accept().unwrap();
         let (_, mut descriptors) = Packets::from_fd(stream.into()).receive_with().unwrap().unwrap();
         descriptors.pop().unwrap()
@@ -37,14 +42,48 @@ impl Collector {
 
 /// Makes a session send the descriptor that the Python expression `opened` returns to the abstract socket `name`.
 fn have_sent(environment: &Environment, name: &str, opened: &str) {
-    let send = format!(
-        "import os, socket\n\
-             s = socket.socket(socket.AF_UNIX); s.connect('\\0{}')\n\
-             socket.send_fds(s, [b'x'], [{opened}])\n",
-        name
-    );
-    let output = feed(environment.ssh(&[]).arg("python3"), send.as_bytes());
+    let output = feed(environment.ssh(&[]).arg("python3"), sending(name, opened).as_bytes());
     assert!(output.status.success(), "{output:?}");
+}
+
+/// Python program that sends the descriptor that the expression `opened` returns to the abstract socket `name`.
+fn sending(name: &str, opened: &str) -> String {
+    format!(
+        "import os, socket\n\
+             s = socket.socket(socket.AF_UNIX); s.connect('\\0{name}')\n\
+             socket.send_fds(s, [b'x'], [{opened}])\n"
+    )
+}
+
+#[test]
+fn directory_changed_in_place_is_not_opened_while_a_process_outside_has_a_file_of_an_earlier_run_open() {
+    let volume = Volume::new(Image::Debian);
+    let root = volume.image_root.to_str().unwrap();
+    let run =
+        |arguments: &[&str]| Command::new(&IMS_SSHD).args(arguments).current_dir(volume.dir.path()).output().unwrap();
+    let collector = Collector::listen("in-place");
+    let opened = "os.open('/root/kept', os.O_RDWR | os.O_CREAT)";
+    let sent = run(&["enter", root, "--in-place", "--", "python3", "-c", &sending(&collector.name, opened)]);
+    let said = String::from_utf8_lossy(&sent.stderr);
+    assert!(sent.status.code() == Some(1) && said.contains("is open for writing outside the jail"), "{said}");
+    // Until now it was in the queue of the socket.
+    let kept = collector.accept();
+    let holder = format!("process {} (", std::process::id());
+    for command in [
+        &["enter", root, "--", "touch", "/root/ran"][..],
+        &["enter", root, "--in-place", "--output", "out", "--yes", "--", "touch", "/root/ran"],
+        &["customize", root, "--work", "work", "--", "touch", "/root/ran"],
+        &["package", root, "--archive", "packed.sqsh"],
+    ] {
+        let refused = run(command);
+        let said = String::from_utf8_lossy(&refused.stderr);
+        assert!(!refused.status.success() && said.contains(&holder), "{command:?}: {said}");
+        assert!(said.contains("which a session of an earlier run passed on; end that process"), "{command:?}: {said}");
+    }
+    assert!(!volume.image_root.join("root/ran").exists());
+    drop(kept);
+    let entered = run(&["enter", root, "--", "touch", "/root/ran"]);
+    assert!(entered.status.success() && volume.image_root.join("root/ran").exists(), "{entered:?}");
 }
 
 #[test]
