@@ -80,7 +80,7 @@ impl Entry {
             known.or_else(|| kept_entry(work))
         });
         let known = before.as_ref().and_then(|before| before["name"].as_str()).map(str::to_owned);
-        let _alone = keeps.is_some().then(alone).transpose()?;
+        let _alone = alone()?;
         if let Some(run) = keeps.as_deref().and_then(open_in_use) {
             return Err(Error::new(format!("open {source}"))
                 .because(format!("it is open as {}", run["name"].as_str().unwrap_or_default()))
@@ -248,7 +248,7 @@ fn restore(entry: &Value) -> bool {
 /// Removes the entry `name` of changes kept in `work`, because they have another name now.
 fn forget_kept(name: &str, work: Option<&Path>) -> Result<()> {
     match read(&place().join(name)) {
-        Some((entry, false)) if kept_in(&entry).as_deref() == work => forget(name),
+        Some((entry, false)) if kept_in(&entry).as_deref() == work => remove_ended(name),
         _ => Ok(()),
     }
 }
@@ -424,6 +424,12 @@ pub(crate) fn process(entry: &Value) -> Option<Pid> {
 
 /// Removes the entry of a run that has ended.
 pub(crate) fn forget(name: &str) -> Result<()> {
+    // Another run may be about to claim this name.
+    let _alone = alone()?;
+    remove_ended(name)
+}
+
+fn remove_ended(name: &str) -> Result<()> {
     let path = place().join(name);
     match SignalFiles::open(&path)? {
         Some(files) if !files.is_claimed() => remove_directory(&path),

@@ -47,9 +47,9 @@ fn directory_that_is_no_image_root_or_inside_one_is_refused() {
     assert!(!tree.join("image-root").exists());
     refused(dir, &["package", "nope"], "the image root is 'nope': No such file or directory");
     refused(dir, &["package", "tree.sqsh"], "the image root is 'tree.sqsh': expected an unpacked image");
-    let mut package = ims_sshd(&["package"], &[("IMAGE_ROOT_PARENT", "nowhere".to_owned())]);
+    let mut package = ims_sshd(&["package"], &[("IMAGE_ROOT_PARENT", "/nowhere".to_owned())]);
     let said = text(&package.current_dir(dir).output().unwrap().stderr);
-    let wanted = "cannot open nowhere: No such file or directory (os error 2); name the image root: without an argument \
+    let wanted = "cannot open /nowhere: No such file or directory (os error 2); name the image root: without an argument \
         it is the one in IMAGE_ROOT_PARENT, by default /mnt/image";
     assert!(said.contains(wanted), "{said}");
 }
