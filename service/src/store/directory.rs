@@ -125,10 +125,10 @@ impl Directory {
         Ok(self.head(at).await?.etag)
     }
 
-    /// Removes files that a killed process was writing. The last change of such a file is at least `age` ago, since
-    /// another process may still be writing a younger one.
+    /// Removes files that a killed process was writing, and the directories that this empties. The last change of such
+    /// a file is at least `age` ago, since another process may still be writing a younger one.
     pub(super) fn remove_unfinished(&self, age: Duration) {
-        remove_unfinished(&self.root, SystemTime::now() - age);
+        remove_unfinished(&self.root, 0, SystemTime::now() - age);
     }
 
     pub(super) async fn remove(&self, at: &Location) -> Result<()> {
@@ -165,17 +165,25 @@ impl Directory {
     }
 }
 
-/// Removes unfinished files below `directory` whose last change was before `before`.
-fn remove_unfinished(directory: &Path, before: SystemTime) {
+/// Removes unfinished files below `directory` whose last change was before `before`. Returns whether it has removed an
+/// entry of `directory` itself. The store's root has depth 0, and its buckets have depth 1.
+fn remove_unfinished(directory: &Path, depth: usize, before: SystemTime) -> bool {
     let entries = match std::fs::read_dir(directory) {
         Ok(entries) => entries,
-        Err(error) => return tracing::warn!("cannot look for unfinished files in {}: {error}", directory.display()),
+        Err(error) => {
+            tracing::warn!("cannot look for unfinished files in {}: {error}", directory.display());
+            return false;
+        }
     };
+    let mut has_removed = false;
     for entry in entries.flatten() {
         let Ok(metadata) = entry.metadata() else { continue };
         let path = entry.path();
         if metadata.is_dir() {
-            remove_unfinished(&path, before);
+            // The kernel refuses to remove a directory that still has entries. A writer that finds its directory
+            // removed creates it again.
+            let is_emptied = remove_unfinished(&path, depth + 1, before);
+            has_removed |= is_emptied && depth > 0 && std::fs::remove_dir(&path).is_ok();
             continue;
         }
         let name = entry.file_name();
@@ -183,11 +191,15 @@ fn remove_unfinished(directory: &Path, before: SystemTime) {
         let changed = UNIX_EPOCH + Duration::from_secs(u64::try_from(metadata.ctime()).unwrap_or_default());
         if name.to_str().is_some_and(is_unfinished) && metadata.is_file() && changed <= before {
             match std::fs::remove_file(&path) {
-                Ok(()) => tracing::info!("removed an unfinished file: {}", path.display()),
+                Ok(()) => {
+                    has_removed = true;
+                    tracing::info!("removed an unfinished file: {}", path.display());
+                }
                 Err(error) => tracing::warn!("cannot remove the unfinished file {}: {error}", path.display()),
             }
         }
     }
+    has_removed
 }
 
 /// Returns whether a file has the name of one that is being written: a dot and an ID of [`crate::records::new_id`].
@@ -271,6 +283,23 @@ mod tests {
         assert!(unfinished.exists(), "it may still be written to");
         store.remove_unfinished(Duration::ZERO);
         assert!(!unfinished.exists() && hidden.exists() && named.exists());
+    }
+
+    #[test]
+    fn cleanup_removes_the_directories_that_it_empties_but_no_bucket() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Directory::open(directory.path()).unwrap();
+        let at = |path: &str| directory.path().join(path);
+        for emptied in ["b/deleted/x", "b/kept", "emptied"] {
+            std::fs::create_dir_all(at(emptied)).unwrap();
+            std::fs::write(at(emptied).join(format!(".{}", crate::records::new_id())), "x").unwrap();
+        }
+        std::fs::write(at("b/kept/object"), "x").unwrap();
+        std::fs::create_dir_all(at("b/empty")).unwrap();
+        store.remove_unfinished(Duration::ZERO);
+        assert!(!at("b/deleted").exists());
+        assert!(at("b/kept/object").exists() && at("emptied").exists());
+        assert!(at("b/empty").exists(), "a writer may have just made it");
     }
 
     #[test]
