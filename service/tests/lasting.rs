@@ -193,6 +193,7 @@ fn files_of_upstream_are_imported_and_written() {
         {"id": id(1), "name": "old", "created": "2025-01-01T00:00:00Z", "unknown": 1},
         {"id": id(2), "name": "torn", "arch": null},
         {"id": id(3), "name": "new", "created": "2026-01-31T09:15:03.207576", "metadata": {"a": "b"}},
+        {"id": id(1), "name": "second", "created": "2026-01-31T09:15:03"},
     ]);
     let file = data.path().join("v2.1_images.json");
     std::fs::write(&file, images.to_string()).unwrap();
@@ -207,6 +208,7 @@ fn files_of_upstream_are_imported_and_written() {
     for file in ["v2.1_images.json", "v2_public_keys.json", "v2.2_recipes.json"] {
         assert!(log.lines().any(|line| line.contains("set aside") && line.contains(file)), "{file}: {log}");
     }
+    assert!(log.lines().any(|line| line.contains("set aside") && line.contains(&id(1))), "{log}");
     let third = server.post("/images", &json!({"name": "later"})).id();
     drop(server);
 

@@ -1,7 +1,7 @@
 //! Upstream's files, one JSON array for each table. They are imported at the first start, and again whenever they have
 //! been replaced. `ims export` writes them, so that a site can go back to upstream's service.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::fs::Permissions;
 use std::io::Write;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -93,23 +93,22 @@ async fn import_text<R: Record>(database: &Database, name: &str, state: &str, te
 async fn replace<R: Record>(change: &mut Change, name: &str, items: Vec<&RawValue>) -> Result<()> {
     let before: Vec<R> = change.records().await?;
     change.clear(R::KIND).await?;
-    let mut records: BTreeMap<String, (usize, R)> = BTreeMap::new();
-    for (place, item) in items.into_iter().enumerate() {
-        match record::<R>(item.get()) {
-            // If several records have the same ID, keep the last, as upstream does.
-            Ok(record) => drop(records.insert(record.id().to_owned(), (place, record))),
-            Err(reason) => {
-                set_aside(change, R::KIND, item.get(), &format!("a record in {name} is wrong: {reason}")).await?;
+    let (mut records, mut ids) = (Vec::new(), BTreeSet::new());
+    for item in items {
+        let reason = match record::<R>(item.get()) {
+            Ok(record) if ids.insert(record.id().to_owned()) => {
+                records.push(record);
+                continue;
             }
-        }
+            Ok(record) => format!("{name} has an earlier record with the ID {}", record.id()),
+            Err(reason) => format!("a record in {name} is wrong: {reason}"),
+        };
+        set_aside(change, R::KIND, item.get(), &reason).await?;
     }
-    for record in before.iter().filter(|record| !records.contains_key(record.id())) {
+    for record in before.iter().filter(|record| !ids.contains(record.id())) {
         let reason = format!("{name} was replaced by a file without this record");
         set_aside(change, R::KIND, &wire::compact(record), &reason).await?;
     }
-    let mut records: Vec<_> = records.into_values().collect();
-    records.sort_unstable_by_key(|(place, _)| *place);
-    let records: Vec<_> = records.into_iter().map(|(_, record)| record).collect();
     change.fill(&records).await?;
     let count = records.len();
     tracing::info!("imported {count} records from {name}");
@@ -134,7 +133,7 @@ fn record<R: Record>(item: &str) -> std::result::Result<R, String> {
 }
 
 async fn set_aside(change: &mut Change, kind: Kind, text: &str, reason: &str) -> Result<()> {
-    tracing::warn!("set aside what is no {}: {reason}; see the table set_aside of the database", kind.noun());
+    tracing::warn!("set aside: {reason}; see the table set_aside of the database");
     change.set_aside(kind, text, reason).await
 }
 
