@@ -64,6 +64,11 @@ pub async fn on_address(
 
 fn tls(cert: &Path, key: &Path) -> Result<TlsAcceptor> {
     let attempted = || format!("use the certificate {} with the key {}", cert.display(), key.display());
+    // Only a warning: Kubernetes mounts the files of a Secret readable by all unless its `defaultMode` is narrower.
+    if key.metadata().is_ok_and(|found| Mode::from_raw_mode(found.mode()).contains(Mode::ROTH)) {
+        let key = key.display();
+        tracing::warn!("all users can read the private key {key}; close it to them with 'chmod o-r {key}'");
+    }
     let read = CertificateDer::pem_file_iter(cert).and_then(Iterator::collect::<std::result::Result<Vec<_>, _>>);
     let chain = read.attempt(|| format!("read the certificates in {}", cert.display()))?;
     let key = PrivateKeyDer::from_pem_file(key).attempt(|| format!("read the private key in {}", key.display()))?;

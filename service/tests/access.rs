@@ -231,6 +231,20 @@ fn clients_come_by_tls_with_token_and_authority() {
     assert!(wrong.contains("certificate"), "{wrong}");
 }
 
+#[test]
+fn private_key_that_all_users_can_read_is_warned_about() {
+    let mut place = Place::new();
+    let [cert, key] = certificate(&place);
+    let listen = place.address.to_string();
+    let words = ["--listen", &listen, "--tls-cert", &cert, "--tls-key", &key];
+    std::fs::set_permissions(&key, Permissions::from_mode(0o640)).unwrap();
+    place.serve(&words);
+    assert!(!place.log().contains("private key"), "{}", place.log());
+    std::fs::set_permissions(&key, Permissions::from_mode(0o644)).unwrap();
+    place.serve(&words);
+    assert!(place.log().contains(&format!("all users can read the private key {key}")), "{}", place.log());
+}
+
 fn mode(path: &Path) -> u32 {
     path.metadata().unwrap().mode() & 0o777
 }
