@@ -147,11 +147,11 @@ impl Connections {
     {
         match tls {
             None => self.answer(stream, peer, seat).await,
-            Some(tls) => {
-                if let Ok(Ok(stream)) = tokio::time::timeout(PATIENCE, tls.accept(stream)).await {
-                    self.answer(stream, peer, seat).await;
-                }
-            }
+            Some(tls) => match tokio::time::timeout(PATIENCE, tls.accept(stream)).await {
+                Ok(Ok(stream)) => self.answer(stream, peer, seat).await,
+                Ok(Err(error)) => tracing::info!("{peer}: TLS handshake failed: {error}"),
+                Err(_) => tracing::info!("{peer}: TLS handshake failed: it took {} s", PATIENCE.as_secs()),
+            },
         }
     }
 

@@ -245,6 +245,16 @@ fn private_key_that_all_users_can_read_is_warned_about() {
     assert!(place.log().contains(&format!("all users can read the private key {key}")), "{}", place.log());
 }
 
+#[test]
+fn failed_tls_handshake_is_logged_with_its_peer() {
+    use std::io::Write;
+    let mut place = Place::new();
+    let [cert, key] = certificate(&place);
+    place.serve(&["--listen", &place.address.to_string(), "--tls-cert", &cert, "--tls-key", &key]);
+    std::net::TcpStream::connect(place.address).unwrap().write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+    wait_until("the failure", || place.log().contains("127.0.0.1: TLS handshake failed: "));
+}
+
 fn mode(path: &Path) -> u32 {
     path.metadata().unwrap().mode() & 0o777
 }
