@@ -235,3 +235,37 @@ fn each_status_of_the_document_is_answered() {
     missing.retain(|missing| !started.contains(&missing.as_str()));
     assert_eq!(missing, [""; 0]);
 }
+
+#[test]
+fn request_that_is_wrong_in_two_ways_gets_the_status_of_upstream() {
+    let server = Server::start();
+    let id = server.post("/v3/images", &json!({"name": "i"})).id();
+    let recipe = json!({"name": "r", "recipe_type": "kiwi-ng", "linux_distribution": "sles15"});
+    let recipe = server.post("/v3/recipes", &recipe).id();
+    let text = "content-type: text/plain\r\n";
+    let missing = json!({"path": "s3://b/missing", "type": "s3"});
+    let (field, link) = (json!({"x": 1, "link": missing}).to_string(), json!({"link": missing}).to_string());
+    for (status, path, headers, body) in [
+        (404, format!("/v3/images/{NO_ID}"), text, "{"),
+        (404, format!("/v3/images/{NO_ID}"), JSON, &*field),
+        (404, format!("/v3/jobs/{NO_ID}"), JSON, "{"),
+        (404, format!("/v3/deleted/images/{NO_ID}"), JSON, "{\"x\": 1}"),
+        (415, format!("/v3/images/{id}"), text, "{"),
+        (415, format!("/v3/recipes/{recipe}"), text, ""),
+        (400, format!("/v3/images/{id}"), JSON, ""),
+        (422, format!("/v3/images/{id}"), JSON, &field),
+        (422, format!("/v3/recipes/{recipe}"), JSON, &link),
+    ] {
+        let answer = ask(server.address, "PATCH", &path, headers, body);
+        assert_eq!(answer.status, status, "{path} {body}: {answer:?}");
+    }
+    // Both the unknown field and the containers of a create job are wrong: fields are checked first.
+    let job = json!({
+        "artifact_id": NO_ID, "public_key_id": NO_ID, "job_type": "create", "image_root_archive_name": "n",
+        "ssh_containers": [{"name": "debug"}],
+    });
+    assert_eq!(server.post("/v3/jobs", &job).status, 400);
+    let mut wrong = job;
+    wrong["x"] = json!(1);
+    assert_eq!(server.post("/v3/jobs", &wrong).status, 422);
+}
