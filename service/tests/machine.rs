@@ -286,6 +286,8 @@ fn job_whose_port_somebody_else_takes_never_waits_for_users() {
     site.runtime.block_on(site.machine.stored(&job));
     site.wait_for("error");
     assert!(!site.ims.statuses().contains(&"waiting_on_user".to_owned()), "{:?}", site.ims.statuses());
+    let log = std::fs::read_to_string(site.machine.log_file(&job.id)).unwrap();
+    assert!(log.contains("Address already in use"), "{log}");
 }
 
 #[test]

@@ -126,7 +126,11 @@ fn title(status: StatusCode) -> &'static str {
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.detail)
+        f.write_str(&self.detail)?;
+        // The errors of fields are for the client alone; failed steps are the reason of the failure.
+        let steps: Vec<_> =
+            self.errors.iter().filter_map(Value::as_array).flatten().filter_map(Value::as_str).collect();
+        if steps.is_empty() { Ok(()) } else { write!(f, ": {}", steps.join("; ")) }
     }
 }
 
@@ -161,4 +165,17 @@ fn answer(status: StatusCode, kind: &'static str, body: String) -> Response<Body
     *answer.status_mut() = status;
     answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
     answer
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failed_steps_are_named_in_the_log() {
+        let failures = ["no port is free".to_owned(), "the store is gone".to_owned()];
+        let problem = Problem::steps("cannot start the job", &failures);
+        assert_eq!(problem.to_string(), "cannot start the job: no port is free; the store is gone");
+        assert_eq!(Problem::failed("cannot start").to_string(), "cannot start");
+    }
 }
