@@ -275,9 +275,8 @@ fn no_content() -> Response<Body> {
 
 /// Parameters of a query, decoded.
 fn pairs(query: &str) -> Vec<(String, String)> {
-    let mut url = reqwest::Url::parse("http://x/").expect("a URL");
-    url.set_query(Some(query));
-    url.query_pairs().filter(|(name, _)| !name.is_empty()).map(|(name, value)| (name.into(), value.into())).collect()
+    let pairs = query.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
+    pairs.filter(|(name, _)| !name.is_empty()).map(|(name, value)| (form_decoded(name), form_decoded(value))).collect()
 }
 
 /// Path and query of a request for the log. A path or a parameter may hold a secret, such as a presigned URL or a
@@ -299,7 +298,7 @@ fn has_secret(text: &str) -> bool {
         if text.len() > LONGEST_SHOWN || without_secrets(&text) != text {
             return true;
         }
-        let plain = String::from_utf8_lossy(&percent_decoded(&text.replace('+', " "))).into_owned();
+        let plain = form_decoded(&text);
         if plain == text {
             return false;
         }
@@ -314,11 +313,18 @@ fn decoded(segment: &str) -> String {
     String::from_utf8(percent_decoded(segment)).ok().filter(|text| !text.contains('\0')).unwrap_or_default()
 }
 
-fn percent_decoded(segment: &str) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(segment.len());
-    let mut rest = segment.as_bytes();
+/// Decodes a name or value of a query, in which `+` is a blank.
+fn form_decoded(text: &str) -> String {
+    String::from_utf8_lossy(&percent_decoded(&text.replace('+', " "))).into_owned()
+}
+
+fn percent_decoded(text: &str) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
     while let Some((first, after)) = rest.split_first() {
-        let digits = after.get(..2).filter(|_| *first == b'%').and_then(|digits| std::str::from_utf8(digits).ok());
+        // `from_str_radix` takes a sign for a digit.
+        let digits = after.get(..2).filter(|two| *first == b'%' && two.iter().all(u8::is_ascii_hexdigit));
+        let digits = digits.and_then(|digits| std::str::from_utf8(digits).ok());
         match digits.and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
             Some(byte) => {
                 bytes.push(byte);
@@ -331,4 +337,19 @@ fn percent_decoded(segment: &str) -> Vec<u8> {
         }
     }
     bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percent_signs_are_decoded_alike_in_paths_and_queries() {
+        let pairs = pairs("a=%2B+%C3%A4&%61b&=x&&c=1=2&d=%zz%4&e=%+f");
+        let texts: Vec<_> = pairs.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+        assert_eq!(texts, [("a", "+ ä"), ("ab", ""), ("c", "1=2"), ("d", "%zz%4"), ("e", "% f")]);
+        assert_eq!(decoded("%C3%A4+%zz%4"), "ä+%zz%4");
+        assert_eq!(decoded("%+f"), "%+f", "a sign is no digit");
+        assert_eq!(decoded("%00"), "");
+    }
 }
