@@ -138,7 +138,7 @@ pub struct BuildFields {
     /// Architecture of the image
     #[arg(long, value_enum)]
     pub(super) arch: Option<Arch>,
-    /// Whether the build may load kernel modules
+    /// Allow the build to load kernel modules
     #[arg(long, value_name = "BOOL", value_parser = boolean)]
     pub(super) require_dkms: Option<bool>,
     /// Names of values for the recipe's templates
@@ -302,7 +302,7 @@ const SSH_EXAMPLES: &str = "Examples:
 /// A new job.
 #[derive(Debug, Args)]
 pub struct NewJob {
-    /// Whether an image is built from a recipe or an image is changed
+    /// Type of the job: `create` builds an image from a recipe, `customize` changes an image
     #[arg(long, value_enum)]
     pub(super) job_type: JobType,
     /// ID or name of the recipe or image
@@ -326,16 +326,16 @@ pub struct NewJob {
     /// Name of the container that users log in to
     #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
     pub(super) ssh_containers_name: Vec<String>,
-    /// Whether sessions begin inside the image
+    /// Begin sessions inside the image
     #[arg(long, value_name = "BOOL,…", value_delimiter = ',', value_parser = boolean)]
     pub(super) ssh_containers_jail: Vec<bool>,
-    /// Whether a shell opens in a build that fails
+    /// Open a shell in a build that fails
     #[arg(long, value_name = "BOOL", value_parser = boolean)]
     pub(super) enable_debug: Option<bool>,
     /// Size of the build environment, in GiB
     #[arg(long, value_name = "GIBIBYTES")]
     pub(super) build_env_size: Option<u32>,
-    /// Whether the job may load kernel modules
+    /// Allow the job to load kernel modules
     #[arg(long, value_name = "BOOL", value_parser = boolean)]
     pub(super) require_dkms: Option<bool>,
 }
@@ -395,7 +395,7 @@ pub enum Nodes {
         #[arg(long)]
         xname: String,
     },
-    /// Whether nodes can run jobs
+    /// Show which nodes can run jobs
     Status {
         #[command(subcommand)]
         verb: NodeStatus,
