@@ -133,15 +133,6 @@ impl Service {
         Ok((manifests, artifacts.into_iter().map(|artifact| artifact.location).chain([at]).collect()))
     }
 
-    /// Fails with 409 unless the record still owns these objects, which the request has claimed: until then, another
-    /// request could give another record a link to one of them.
-    async fn still_own(&self, kind: Kind, id: &str, homes: &[Location], objects: &[Location]) -> Result<(), Problem> {
-        if self.own(kind, id, homes, objects.to_vec()).await?.len() == objects.len() {
-            return Ok(());
-        }
-        Err(Problem::conflict("another record has begun to use one of the objects; try again"))
-    }
-
     /// Removes a record permanently, then its objects. `homes` are its manifests.
     async fn remove_record<R: Record>(
         &self,
@@ -150,9 +141,9 @@ impl Service {
         homes: &[Location],
         objects: Vec<Location>,
     ) -> Result<(), Problem> {
-        let objects = self.own(R::KIND, record.id(), homes, objects).await?;
+        // Claim first: until then, another request could give another record a link to one of the objects.
         self.claim_more(claim, names(&objects)).await?;
-        self.still_own(R::KIND, record.id(), homes, &objects).await?;
+        let objects = self.own(R::KIND, record.id(), homes, objects).await?;
         let mut change = self.database.change(&[R::KIND]).await?;
         self.confirm(&mut change, claim).await?;
         if !change.remove(R::KIND, record.id()).await? {
@@ -186,13 +177,14 @@ impl Service {
 
     async fn soft_delete_recipe(&self, claim: &Claim, id: &str) -> Result<(), Problem> {
         let recipe = self.found::<Recipe>(id).await?;
-        let from = recipe.link.as_ref().and_then(Link::location).into_iter().collect();
-        let Some(from) = self.own(Kind::Recipes, id, &[], from).await?.pop() else {
+        let Some(from) = recipe.link.as_ref().and_then(Link::location) else {
             return self.move_record::<Recipe>(id).await;
         };
         let to = from.when_deleted();
         self.claim_more(claim, names([&from, &to])).await?;
-        self.still_own(Kind::Recipes, id, &[], std::slice::from_ref(&from)).await?;
+        if self.own(Kind::Recipes, id, &[], vec![from.clone()]).await?.is_empty() {
+            return self.move_record::<Recipe>(id).await;
+        }
         let copies = self.copy(&[Copy { from: from.clone(), to: to.clone() }], true).await?;
         let moved = copies.etags[0].clone();
         let link = moved.as_ref().map_or_else(|| recipe.link.clone(), |etag| Some(Link::new(&to, etag)));
@@ -217,7 +209,13 @@ impl Service {
             tracing::warn!("image {id} has no readable manifest at {from}: its objects stay where they are");
             return self.move_record::<Image>(id).await;
         };
-        let named = artifacts.iter().map(|artifact| artifact.location.clone()).collect();
+        let at = Location {
+            bucket: self.settings.boot_images_bucket.clone(),
+            key: format!("deleted/{id}/{DELETED_MANIFEST}"),
+        };
+        let named: Vec<_> = artifacts.iter().map(|artifact| artifact.location.clone()).collect();
+        let places = named.iter().chain([&from]).flat_map(|object| [object.clone(), object.when_deleted()]);
+        self.claim_more(claim, names(&places.chain([at.clone()]).collect::<Vec<_>>())).await?;
         let moved = self.own(Kind::Images, id, std::slice::from_ref(&from), named).await?;
         let artifacts: Vec<_> = artifacts.into_iter().filter(|artifact| moved.contains(&artifact.location)).collect();
         let own = Artifact { location: from.clone(), kind: MANIFEST.into(), md5: None };
@@ -226,12 +224,6 @@ impl Service {
             .iter()
             .map(|artifact| Copy { from: artifact.location.clone(), to: artifact.location.when_deleted() })
             .collect();
-        let at = Location {
-            bucket: self.settings.boot_images_bucket.clone(),
-            key: format!("deleted/{id}/{DELETED_MANIFEST}"),
-        };
-        self.claim_more(claim, names(copies.iter().flat_map(|copy| [&copy.from, &copy.to]).chain([&at]))).await?;
-        self.still_own(Kind::Images, id, std::slice::from_ref(&from), &moved).await?;
         if copies.iter().any(|copy| copy.from == at || copy.to == at) {
             return Err(Problem::conflict(format!(
                 "cannot delete the image: its manifest names {at}, which the deletion writes"
