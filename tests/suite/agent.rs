@@ -4,6 +4,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
+use testbed::node::POD;
 use testbed::*;
 
 use crate::clients::Place;
@@ -72,7 +73,12 @@ fn client_agent_lists_keys_and_signs(place: Place) {
 }
 
 fn git_fetches_with_the_clients_agent(place: Place) {
-    let forge = Environment::open(Image::Busybox, Mode::Plain);
+    let environment = place.open(Image::Node);
+    let volume = Volume::new(Image::Busybox);
+    // Sessions reach the pod by an address of its network if they are on a node.
+    let config = std::fs::read_to_string(&volume.config).unwrap().replace("ListenAddress 127.0.0.1\n", "");
+    std::fs::write(&volume.config, config).unwrap();
+    let forge = volume.start(Mode::Plain).ready();
     let repository = forge.dir.path().join("repository");
     let git = |line: &str| succeed(Command::new("git").arg("-C").arg(forge.dir.path()).args(line.split(' ')));
     git("init -q repository");
@@ -80,11 +86,11 @@ fn git_fetches_with_the_clients_agent(place: Place) {
     git("-C repository add file");
     git("-C repository -c user.name=n -c user.email=n@example.org commit -q -m message");
 
-    let environment = place.open(Image::Node);
     let agent = Agent::start(&environment);
     let options =
         "-F none -o BatchMode=yes -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR";
-    let url = format!("ssh://root@127.0.0.1:{}{}", forge.port, repository.display());
+    let address = if place == Place::Node { POD } else { "127.0.0.1" };
+    let url = format!("ssh://root@{address}:{}{}", forge.port, repository.display());
     let clone = format!(
         "d=$(mktemp -d) && GIT_SSH_COMMAND='ssh {options}' git clone -q {url} $d/clone && cat $d/clone/file && rm -r $d"
     );

@@ -107,15 +107,14 @@ fn newest() -> Ansible {
 fn manages_a_node(place: Place, ansible: Ansible) {
     let volume = Volume::new(Image::Managed);
     std::fs::write(volume.image_root.join("etc/resolv.conf"), "nameserver 192.0.2.1\n").unwrap();
-    let mut environment = volume.start_in_container(place.mode(), place.variables()).ready();
+    let mut environment = place.open_in_container_on(volume, &[]);
     let controller = Controller::new(&environment, ansible);
     let recap = controller.play("node.yml", &marker(place, &environment));
     assert!(recap.contains(" unreachable=0    failed=0 ") && recap.contains(" ignored=2 "), "{recap}");
     assert_eq!(environment.end(), 0, "{}", environment.log_text());
     assert!(environment.signal("complete").exists());
     if place.mode() == Mode::Jailed {
-        let own = std::fs::read_to_string(environment.image_root.join("etc/resolv.conf")).unwrap();
-        assert_eq!(own, "# of 5ec3b0a1-job\nnameserver 192.0.2.53\n");
+        assert_eq!(place.left(&environment, "etc/resolv.conf"), "# of 5ec3b0a1-job\nnameserver 192.0.2.53\n");
     }
 }
 
@@ -183,9 +182,7 @@ fn ends_with_the_image(place: Place, ansible: fn() -> Ansible) {
 }
 
 fn ends_fifty_names(place: Place, ansible: Ansible) {
-    let volume = Volume::new(Image::Managed);
-    let further: Vec<_> = place.variables().iter().copied().chain([("IMS_CLOSE_GRACE", "60")]).collect();
-    let mut environment = volume.start_in_container(place.mode(), &further).ready();
+    let mut environment = place.open_in_container_on(Volume::new(Image::Managed), &[("IMS_CLOSE_GRACE", "60")]);
     let controller = Controller::new(&environment, ansible);
     let complete = marker(place, &environment);
     let output = controller.output(

@@ -55,15 +55,20 @@ const VERSIONS: &[(&str, &str)] = &[
 /// Rows of each file.
 const SHOWN: &[&[Row]] = &[crate::ansible::ROWS, crate::agent::ROWS, crate::transfers::ROWS, crate::people::ROWS];
 
+/// The packed image that a node sends back.
+pub const PACKED: &str = "transfer.sqsh";
+
 /// Place in which a session lands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
     Namespace,
     User,
     Plain,
+    /// A jail on a build node, through the pod's port.
+    Node,
 }
 
-pub const PLACES: [Place; 3] = [Place::Namespace, Place::User, Place::Plain];
+pub const PLACES: [Place; 4] = [Place::Namespace, Place::User, Place::Plain, Place::Node];
 
 impl Place {
     pub fn mode(self) -> Mode {
@@ -75,21 +80,42 @@ impl Place {
         match self {
             Self::Namespace => &[("IMS_JAIL_TIER", "namespace")],
             Self::User => &[("IMS_JAIL_TIER", "user")],
-            Self::Plain => &[],
+            Self::Plain | Self::Node => &[],
         }
     }
 
     pub fn open(self, image: Image) -> Environment {
-        self.open_on(Volume::new(image))
+        self.open_on(Volume::new(image), &[])
     }
 
-    pub fn open_on(self, volume: Volume) -> Environment {
-        volume.start_with(self.mode(), self.variables()).ready()
+    /// Opens it with further variables.
+    pub fn open_on(self, volume: Volume, further: &[(&str, &str)]) -> Environment {
+        let variables = [self.variables(), further].concat();
+        match self {
+            Self::Node => volume.open_on_a_node(&variables),
+            _ => volume.start_with(self.mode(), &variables).ready(),
+        }
+    }
+
+    /// Content of a file in the image of an environment that was closed.
+    pub fn left(self, environment: &Environment, path: &str) -> String {
+        match self {
+            Self::Node => succeed(Command::new("unsquashfs").arg("-cat").arg(environment.signal(PACKED)).arg(path)),
+            _ => std::fs::read_to_string(environment.image_root.join(path)).unwrap(),
+        }
+    }
+
+    pub fn open_in_container(self) -> Environment {
+        self.open_in_container_on(Volume::new(Image::Managed), &[])
     }
 
     /// Opens it in a container made of the same image, so that a plain session may change anything.
-    pub fn open_in_container(self) -> Environment {
-        Volume::new(Image::Managed).start_in_container(self.mode(), self.variables()).ready()
+    pub fn open_in_container_on(self, volume: Volume, further: &[(&str, &str)]) -> Environment {
+        let variables = [self.variables(), further].concat();
+        match self {
+            Self::Node => volume.open_on_a_node(&variables),
+            _ => volume.start_in_container(self.mode(), &variables).ready(),
+        }
     }
 }
 
@@ -143,15 +169,16 @@ const VERSIONS_BEGIN: &str = "\n## Versions\n";
 fn shown_page() -> String {
     let mut page = "# Clients\n\n\
         What the tests show, with the real programs: the page is written by them (`tests/suite/clients.rs`). The columns are\n\
-        where a session lands: in a jail of the tier `namespace` or `user`, or, in plain mode, in the build environment.\n\n\
-        | client | what | namespace | user | plain |\n|---|---|---|---|---|\n"
+        where a session lands: in a jail of the tier `namespace` or `user`, in plain mode in the build environment, or, through\n\
+        the port of the pod, in a jail on a build node.\n\n\
+        | client | what | namespace | user | plain | node |\n|---|---|---|---|---|---|\n"
         .to_owned();
     for row in SHOWN.concat() {
         assert!(VERSIONS.iter().any(|(client, _)| *client == row.client), "'{}' has no line in VERSIONS", row.client);
         let cell = |place| row.but.iter().find(|(but, _)| *but == place).map_or("yes", |(_, cell)| cell);
-        let [namespace, user, plain] = PLACES.map(cell);
+        let cells = PLACES.map(cell).join(" | ");
         for what in row.what {
-            page += &format!("| {} | {what} | {namespace} | {user} | {plain} |\n", row.client);
+            page += &format!("| {} | {what} | {cells} |\n", row.client);
         }
     }
     page + &crate::commands::page() + &crate::limits::page()

@@ -140,7 +140,7 @@ fn refused_operations_fail_as_without_the_capability_and_the_advised_alternative
     for place in [Place::Namespace, Place::User] {
         let volume = Volume::new(Image::Node);
         std::fs::write(volume.image_root.join("root/f"), "").unwrap();
-        let environment = place.open_on(volume);
+        let environment = place.open_on(volume, &[]);
         let master = environment.master();
         for limit in LIMITS {
             let refused = master.ssh().arg(format!("LC_ALL=C {} 2>&1", limit.command)).output().unwrap();

@@ -36,7 +36,7 @@ impl Desk {
         let volume = Volume::new(Image::Node);
         let own = volume.dir.path().join("home");
         let (home, notes) = match place {
-            Place::Plain => (own.clone(), own),
+            Place::Plain => (own.clone(), own.clone()),
             _ => ("/root".into(), volume.image_root.join("root")),
         };
         // The machine may lack utmp, in which screen records logins.
@@ -63,8 +63,8 @@ impl Desk {
             std::fs::write(passwd, text.replacen("root:/root:/bin/bash", &format!("root:/root:{shell}"), 1)).unwrap();
         }
         std::fs::write(volume.image_root.join("etc/hosts"), "127.0.0.1 localhost\n127.0.1.1 nid000001\n").unwrap();
-        let variables = [place.variables(), &[("IMS_JAIL_HOSTNAME", "nid000001")]].concat();
-        let environment = volume.start_with(place.mode(), &variables).ready();
+        let environment = place.open_on(volume, &[("IMS_JAIL_HOSTNAME", "nid000001")]);
+        let notes = if place == Place::Plain { own } else { environment.image_root.join("root") };
         Self { environment, home, notes }
     }
 

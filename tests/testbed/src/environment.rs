@@ -48,12 +48,17 @@ impl Environment {
         std::fs::read_to_string(self.volume.log()).unwrap_or_default()
     }
 
+    /// Maximum time to open or to close. On a loaded machine it takes long to send a whole image, and to pack it.
+    pub(crate) fn limit(&self) -> Duration {
+        if self.lab.is_some() { 4 * LIMIT } else { LIMIT }
+    }
+
     /// Waits for the end of the entrypoint, and returns its exit code.
     pub fn end(&mut self) -> i32 {
         let began = Instant::now();
         while self.status.is_none() {
             self.status = self.entrypoint.try_wait().unwrap();
-            assert!(began.elapsed() < LIMIT, "the entrypoint does not end; its log:\n{}", self.log_text());
+            assert!(began.elapsed() < self.limit(), "the entrypoint does not end; its log:\n{}", self.log_text());
             std::thread::sleep(Duration::from_millis(2));
         }
         let status = self.status.unwrap();

@@ -1,6 +1,7 @@
 //! Remote build nodes: each is a set of namespaces with a root, a /tmp, a network and an sshd of its own. A further
 //! network, in which the pod's programs run, connects them.
 
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::File;
@@ -9,7 +10,7 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock, Weak};
 
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
@@ -27,6 +28,9 @@ pub struct Lab {
     pub key: PathBuf,
     pub nodes: Vec<Node>,
 }
+
+/// IP address of the pod for the first node.
+pub const POD: &str = "198.51.100.1";
 
 /// A node.
 pub struct Node {
@@ -129,6 +133,23 @@ impl Lab {
             lab.add(number, *options);
         }
         lab
+    }
+
+    /// The network, with one node, that this thread and its children are in from now on. Environments that are open at
+    /// the same time share it.
+    pub fn around_this_thread() -> Arc<Self> {
+        thread_local! {
+            static LAB: RefCell<Weak<Lab>> = RefCell::default();
+        }
+        LAB.with_borrow_mut(|around| {
+            around.upgrade().unwrap_or_else(|| {
+                let lab = Arc::new(Self::new());
+                let network = std::fs::File::open(format!("/proc/{}/ns/net", lab.holder.id())).unwrap();
+                setns(network, CloneFlags::CLONE_NEWNET).unwrap();
+                *around = Arc::downgrade(&lab);
+                lab
+            })
+        })
     }
 
     fn add(&mut self, number: usize, options: NodeOptions) {
@@ -280,6 +301,16 @@ impl Node {
                 Some((number, String::from_utf8_lossy(&line).replace('\0', " ").trim().to_owned()))
             })
             .collect()
+    }
+
+    /// Path of the image root of an open job, as seen from this process.
+    pub fn image_root(&self, job: &str) -> PathBuf {
+        let identity = |path: &str| std::fs::metadata(self.path(path)).ok().map(|found| (found.dev(), found.ino()));
+        let parent = identity(&format!("/tmp/ims_{job}/image"));
+        // Processes of other jobs have another directory there, or none.
+        let roots = self.processes().into_iter().map(|(number, _)| format!("/proc/{number}/root/mnt/image"));
+        let root = roots.into_iter().find(|path| parent.is_some() && identity(path) == parent);
+        self.path(&format!("{}/image-root", root.expect("a process of the job")))
     }
 
     /// Kills a process of the node, by its PID in the node's namespace.

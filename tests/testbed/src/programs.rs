@@ -3,11 +3,30 @@
 use std::ffi::OsStr;
 use std::fmt;
 use std::ops::Deref;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::LazyLock;
+
+use crate::succeed;
 
 pub static IMS_SSHD: Program = Program(LazyLock::new(|| path("ims-sshd")));
 pub static IMS_JAIL_SHELL: Program = Program(LazyLock::new(|| path("ims-jail-shell")));
+
+/// `ims-sshd` without symbols, for jobs that send it to a build node: a debug build has hundreds of megabytes of them.
+/// Its helper is next to it.
+pub static IMS_SSHD_TO_SEND: Program = Program(LazyLock::new(|| {
+    let directory = Path::new(&IMS_SSHD).with_file_name("to-send");
+    std::fs::create_dir_all(&directory).unwrap();
+    let [program, _] = [&IMS_SSHD, &IMS_JAIL_SHELL].map(|program| {
+        let to = directory.join(Path::new(program).file_name().unwrap());
+        // Other tests may be running it.
+        let new = to.with_extension(std::process::id().to_string());
+        succeed(Command::new("strip").arg("-o").arg(&new).arg(program));
+        std::fs::rename(new, &to).unwrap();
+        to
+    });
+    program.into_os_string().into_string().unwrap()
+}));
 
 /// Path of a program, as text.
 pub struct Program(LazyLock<String>);

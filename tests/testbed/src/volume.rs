@@ -1,12 +1,18 @@
 //! A pod's volume, and the ways to start an environment on it.
 
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, OnceLock};
 
 use tempfile::TempDir;
 
-use crate::{Environment, IMS_SSHD, Image, directory, free_port, mount, succeed, unmount, wait_until, walk};
+use crate::node::Lab;
+use crate::{
+    Environment, IMS_SSHD, IMS_SSHD_TO_SEND, Image, directory, free_port, mount, succeed, unmount, wait_until,
+    wait_within, walk,
+};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
@@ -34,6 +40,26 @@ pub const MASKING_PROC: [&str; 8] = [
     "sh",
 ];
 
+/// The squashfs of an image, compressed as quickly as possible: all of it is sent to a node.
+fn packed(image: Image) -> Arc<File> {
+    static PACKED: Mutex<Vec<(Image, Arc<File>)>> = Mutex::new(Vec::new());
+    let mut packed = PACKED.lock().unwrap();
+    if let Some((_, file)) = packed.iter().find(|(of, _)| *of == image) {
+        return file.clone();
+    }
+    let dir = directory();
+    let squashfs = dir.path().join("packed.sqsh");
+    let quickly = ["-comp", "gzip", "-Xcompression-level", "1", "-quiet", "-no-progress"];
+    succeed(Command::new("mksquashfs").arg(image.root()).arg(&squashfs).args(quickly));
+    // A static's directory would not be removed, so keep the file without its name.
+    let file = Arc::new(File::open(squashfs).unwrap());
+    packed.push((image, file.clone()));
+    file
+}
+
+/// ID of the IMS job.
+const JOB: &str = "5ec3b0a1-job";
+
 /// A directory laid out as a pod's volume, before an environment opens on it. Mounts on it belong to this thread and
 /// vanish with it.
 pub struct Volume {
@@ -43,6 +69,9 @@ pub struct Volume {
     pub port: u16,
     pub config: PathBuf,
     pub key: PathBuf,
+    image: Image,
+    /// The network around a job on a build node.
+    pub(crate) lab: Option<Arc<Lab>>,
 }
 
 impl Volume {
@@ -94,7 +123,7 @@ impl Volume {
             keys.display()
         );
         std::fs::write(&config, text).unwrap();
-        Self { dir, parent, image_root, port, config, key }
+        Self { dir, parent, image_root, port, config, key, image, lab: None }
     }
 
     /// Paths changed in the overlay over the cached image.
@@ -125,7 +154,7 @@ impl Volume {
             ("ENABLE_DEBUG", "False".to_owned()),
             ("SSHD_OPTIONS", format!("-E {} -f {}", self.sshd_log().display(), self.config.display())),
             ("SSHD_CONFIG_FILE", self.config.display().to_string()),
-            ("IMS_JOB_ID", "5ec3b0a1-job".to_owned()),
+            ("IMS_JOB_ID", JOB.to_owned()),
             ("SSH_JAIL", if mode == Mode::Jailed { "True".to_owned() } else { "False".to_owned() }),
             ("JOB_ENABLE_DKMS", "False".to_owned()),
             ("BUILD_ARCH", "x86_64".to_owned()),
@@ -152,6 +181,42 @@ impl Volume {
         self.equip(command.arg("entrypoint"), mode, further);
         let entrypoint = command.spawn().unwrap();
         Environment { entrypoint, volume: self, status: None }
+    }
+
+    /// Opens the image on a build node, through the port of a pod whose network this thread and its children are in from
+    /// now on. The volume's `image_root` is then the one on the node.
+    pub fn open_on_a_node(mut self, further: &[(&str, &str)]) -> Environment {
+        let lab = Lab::around_this_thread();
+        let node = &lab.nodes[0];
+        // A file without a name is reached by its descriptor.
+        let packed = format!("/proc/self/fd/{}", packed(self.image).as_raw_fd());
+        std::fs::copy(packed, self.parent.join("image.sqsh")).unwrap();
+        unmount(&self.image_root);
+        std::fs::remove_dir_all(&self.image_root).unwrap();
+        // A node takes each ID once at a time.
+        let further_job = format!("further-job-{}", self.port);
+        let job = if node.jobs().is_empty() { JOB } else { &further_job };
+        let key = lab.key.display().to_string();
+        let variables = [
+            ("REMOTE_BUILD_NODE", node.address.as_str()),
+            ("IMS_REMOTE_KEY", &key),
+            ("IMS_JOB_ID", job),
+            // The image has no boot files.
+            ("KERNEL_FILENAME", "auto"),
+        ];
+        self.lab = Some(lab.clone());
+        let all = [&variables[..], further].concat();
+        let mut environment = self.start_by(Path::new(&IMS_SSHD_TO_SEND), Mode::Jailed, &all);
+        environment.touch("ready");
+        let listening = environment.signal("sshd_listening");
+        wait_within(environment.limit(), "the environment on the node", || listening.exists());
+        environment.volume.image_root = node.image_root(job);
+        // Nobody has looked yet, and packing an image for each test would take longer than the test.
+        let changes = environment.dir.path().join("upper/.");
+        succeed(
+            Command::new("cp").args(["-rP", "--preserve=mode,ownership"]).arg(changes).arg(&environment.image_root),
+        );
+        environment
     }
 
     /// Starts the entrypoint in a container whose /proc is masked. The kernel then refuses a user namespace a procfs of
@@ -218,7 +283,10 @@ impl Drop for Volume {
     fn drop(&mut self) {
         // A directory with a mount on it cannot be removed.
         for place in [self.image_root.as_path(), &self.parent, self.dir.path()] {
-            unmount(place);
+            // One on a node is not this thread's to unmount.
+            if place.starts_with(self.dir.path()) {
+                unmount(place);
+            }
         }
     }
 }
