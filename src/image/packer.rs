@@ -53,7 +53,7 @@ pub(crate) struct Order {
     pub(crate) left_out: Vec<PathBuf>,
     /// Files that are packed without their content.
     pub(crate) emptied: Vec<PathBuf>,
-    /// Permissions that differ from those of the tree.
+    /// Paths to pack with another mode than in the tree, and that mode.
     pub(crate) modes: Vec<(PathBuf, u32)>,
     /// True if the packer is to report the state of the tree.
     pub(crate) tells_state: bool,

@@ -461,7 +461,7 @@ impl Overlay {
         let mut mounted_below = Vec::new();
         let lower = match &source.content {
             Content::Directory(tree) if layers::layers(tree)?.is_some() => {
-                let saved = Error::new(attempted()).because("it is a saved image of a container");
+                let saved = Error::new(attempted()).because("it is a saved container image");
                 return Err(saved.advise("unpack its layers (--open unpack)"));
             }
             Content::Directory(tree) => tree.as_fd().try_clone_to_owned().map(Tree::from_fd).attempt(attempted)?,

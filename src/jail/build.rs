@@ -73,8 +73,8 @@ pub(crate) fn build(plan: &Plan) -> Result<Programs> {
                 if let Some(text) = &resolv_conf {
                     put_resolv_conf(&jail, text)?;
                 }
-                // Create the image's entries after the jail's own, which they cannot replace: an entry of the image can
-                // be anything.
+                // Create the image's entries of /run after the jail's own: existing entries stay, so the image, which
+                // is not trusted, cannot replace them.
                 let run = jail.locate("run/-").attempt(|| "fill /run of the jail")?.0;
                 slash_run::make(run, &of_boot);
                 let root = jail.locate("proc/1/root").attempt(|| "open /proc of the jail")?;

@@ -39,7 +39,8 @@ type Node = (&'static str, u32, u32);
 /// Nodes that the jail has itself, mounted read-only, so that nobody inside can change the mode of the machine's node.
 const OWN_NODES: [Node; 2] = [("dev/null", 1, 3), ("dev/tty", 5, 0)];
 
-/// Shared nodes that isatty(3) calls terminals: /dev/console and /dev/ptmx (also the master of a pty).
+/// Shared nodes for which isatty(3) is true: /dev/console and /dev/ptmx. An open master of a pty has the number of
+/// /dev/ptmx.
 const SHARED_TERMINALS: [(u32, u32); 2] = [(5, 1), (5, 2)];
 
 /// Form in which a stream enters the jail.
@@ -242,7 +243,8 @@ fn is_anonymous(pipe: BorrowedFd<'_>) -> io::Result<bool> {
 
 /// Body of a copier. Returns the exit code.
 fn copier(relay: Relay, streams: [BorrowedFd<'_>; 3], stopped: &OwnedFd) -> u8 {
-    // Block all signals: a copier ends with the session, whatever signal ends the session, and with its parent.
+    // Block all signals: a signal that ends the session must not kill the copier, which ends after the session or when
+    // its parent dies.
     let _ = SigSet::all().thread_block();
     let _ = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
     let Relay { number, from, to } = relay;

@@ -125,13 +125,13 @@ fn holder(mount: u64, init: Pid) -> String {
     let place =
         |entry: &Entry| if is_inside(entry) { "of the jail, which is being ended," } else { "outside the jail" };
     if let Some(entry) = writers_on(mount).first() {
-        return format!("{} {} has one of its files open for writing", name(entry), place(entry));
+        return format!("{} {} has a file of the image root open for writing", name(entry), place(entry));
     }
     if let Some(entry) = mapped_on(mount).first() {
-        return format!("{} {} has one of its files mapped for writing", name(entry), place(entry));
+        return format!("{} {} has a file of the image root mapped for writing", name(entry), place(entry));
     }
-    "one of its files is open for writing outside the jail: in a process that is not visible from here, or in the \
-     queue of a socket that nobody has read yet"
+    "a file of the image root is open for writing outside the jail: in a process that is not visible from here, or in \
+     the queue of a socket that nobody has read yet"
         .into()
 }
 

@@ -42,7 +42,7 @@ pub(crate) fn refuse(image_root: &Tree) -> Result<()> {
     let (pid, line) = (holder.pid, without_secrets(&holder.command_line()));
     Err(Error::new(attempted())
         .because(format!(
-            "process {pid} ({line}) has one of its files open, which a session of an earlier run passed on"
+            "process {pid} ({line}) has a file of the directory open, which a session of an earlier run passed on"
         ))
         .advise("end that process"))
 }

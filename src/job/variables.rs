@@ -95,7 +95,7 @@ pub const VARIABLES: &[Variable] = &[
     },
     Variable {
         name: "REMOTE_HEARTBEAT_TIMEOUT_COUNT",
-        format: "whole number; after so many times 5 s of silence a remote build node is lost, and the job fails",
+        format: "whole number; after this many times 5 s of silence a build node counts as lost, and the job fails",
         default: "`12`",
         readers: &[Environment, Recipe],
     },
@@ -344,7 +344,7 @@ pub const VARIABLES: &[Variable] = &[
     },
     Variable {
         name: "AWS_CA_BUNDLE",
-        format: "a file of trusted certificates to check the store's, if `S3_SSL_VALIDATE` names none",
+        format: "a file of CA certificates that verify the store's certificate, if `S3_SSL_VALIDATE` names none",
         default: "none",
         readers: &[Publishing],
     },
@@ -416,7 +416,7 @@ impl Variable {
 /// A checked value of the command line or a variable, or the format that was expected.
 pub(crate) type Checked = std::result::Result<String, String>;
 
-/// Case of letters that a value must have.
+/// How a value must match upper and lower case.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Case {
     Exact,

@@ -295,9 +295,9 @@ pub(super) fn announce(opened: &Opened, parent: &Path, login: &str, name: &str, 
         format!("{shown} is open; sessions see it as {}/image-root", parent.display())
     };
     let inside = if opened.in_place {
-        "When done, there: touch /tmp/complete\n"
+        "When done, in that session: touch /tmp/complete\n"
     } else {
-        "When done, there: touch /tmp/complete    or, to discard the changes: touch /tmp/failed\n"
+        "When done, in that session: touch /tmp/complete    or, to discard the changes: touch /tmp/failed\n"
     };
     let tell = if opened.prints_result { say_aside } else { say };
     tell(&format!(

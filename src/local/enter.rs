@@ -282,7 +282,7 @@ impl Question {
 /// Time for a shell to write its history after it has been hung up.
 const HANG_UP_TIME: Duration = Duration::from_secs(2);
 
-/// A signal that follows another within this time counts as the same one.
+/// Signals that arrive within this time of the first count as one: a terminal that closes can cause two.
 const SAME_SIGNAL: Duration = Duration::from_millis(500);
 
 /// Result of a session.
@@ -334,7 +334,7 @@ impl Session {
         clear_left_over(&["customize"], image_root)?;
         let run = RunDirectory::claim("enter", image_root)?;
         refuse_while_used(image_root).inspect_err(|_| drop(remove_directory(run.path())))?;
-        // Block these signals: the command runs in the foreground and handles them itself.
+        // Block these signals and read them later: none may kill this program while the command runs.
         let blocked = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGCHLD];
         let signals = Signals::block(&blocked).attempt(|| "block signals")?;
         nix::sys::prctl::set_child_subreaper(true).attempt(|| "become the parent of orphaned processes")?;
@@ -469,8 +469,8 @@ impl Session {
             let _ = poll::wait(&mut sources, HANG_UP_TIME / 4);
             let has_message = sources.get(1).is_some_and(|link| !link.revents().is_empty());
             while let Ok(Some((signal, sender))) = signals.next_with_sender() {
-                // A signal from ims-jail-shell reports what was typed at the terminal while the command was in the
-                // foreground.
+                // A signal from ims-jail-shell stands for a key, such as Ctrl-C, that was typed while the command was
+                // in the foreground.
                 let is_typed = sender == Some(pid);
                 let stops = self.stops(signal, is_typed);
                 stopped = stopped.or(stops);

@@ -162,7 +162,7 @@ impl Run {
         identity::named(&self.source)
     }
 
-    /// The absolute path on the command line, if it leads to the source through a link.
+    /// The path on the command line, made absolute, if it leads to the source through a symbolic link.
     fn link(&self) -> Option<String> {
         let Ok(Source::Here(path)) = Source::parse(&self.named) else { return None };
         let path = std::path::absolute(path).ok()?;

@@ -24,7 +24,7 @@ pub(crate) fn is_to_discard(place: &Path) -> bool {
     place.file_name().is_some_and(|name| name.to_string_lossy().contains(TO_DISCARD))
 }
 
-/// Directory for changes that are to be dropped once others have replaced them.
+/// Directory for earlier changes, put aside until the changes of a new run replace them or they are restored.
 pub(crate) const ASIDE: &str = ".aside";
 
 /// Name of [`ASIDE`] while it is being filled or emptied.

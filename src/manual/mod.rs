@@ -24,7 +24,8 @@ const SIGNAL_FILES: &[Entry] = &[
     ("IMAGE_ROOT_PARENT/sshd_listening", "sshd accepts connections."),
     ("IMAGE_ROOT_PARENT/exiting", "The environment has closed, and nothing writes to the image root any more."),
 ];
-const MARKS: &[Entry] = &[("/tmp/complete, /tmp/failed", "In the image: they mark it complete or failed.")];
+const MARKS: &[Entry] =
+    &[("/tmp/complete, /tmp/failed", "Files that a session creates in the image to mark it complete or failed.")];
 const RUN: &[Entry] = &[("/run/ims-sshd", "State of open environments.")];
 const WORK: &[Entry] =
     &[("/var/lib/ims-sshd", "Changes until they are published or discarded; --work names another directory.")];

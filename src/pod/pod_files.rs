@@ -42,7 +42,7 @@ pub(crate) fn warn_of_unused_keys(directory: &Path) -> Result<()> {
     let options = ["-f".to_owned(), config.display().to_string()];
     match Effective::ask(&options, "root") {
         Ok(effective) if !uses(&effective, &keys_in(directory)?) => tracing::warn!(
-            "the keys of --authorized-keys may let nobody in: AuthorizedKeysFile of --sshd-config is '{}', expected {}",
+            "sshd may ignore the keys of --authorized-keys: AuthorizedKeysFile of --sshd-config is '{}', expected {}",
             effective.first("authorizedkeysfile").unwrap_or_default(),
             keys_in(directory)?
         ),

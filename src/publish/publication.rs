@@ -576,7 +576,7 @@ impl Publication<'_> {
                     tracing::error!("{error}; image {id} is left in the store and in IMS: {AGAIN}");
                 } else {
                     tracing::error!(
-                        "{error}; objects of image {id} may be left in the store: run the same command again, which \
+                        "{error}; objects of image {id} may still exist in the store: run the same command again, which \
                          goes on with them or deletes them"
                     );
                 }
@@ -596,11 +596,11 @@ impl Publication<'_> {
             failed.extend(self.ims.delete_image(&id).err().map(|error| (error, "the record")));
         } else if self.ims.is_there() {
             tracing::error!(
-                "the record of image {id} stays in IMS, since objects of the image may be left in the store"
+                "the record of image {id} stays in IMS, since objects of the image may still exist in the store"
             );
         }
         for (error, what) in &failed {
-            tracing::error!("{error}; {what} of image {id} may be left: {AGAIN}");
+            tracing::error!("{error}; {what} of image {id} may still exist: {AGAIN}");
         }
         if failed.is_empty() {
             tracing::info!("nothing is left of image {id}");

@@ -195,8 +195,8 @@ const CLOSING: [&str; 7] = [
 fn refuse_for_container(order: &Customize) -> Result<()> {
     let refused = |what: &str| {
         Err(Error::bad_input(format!(
-            "cannot use the container that IMS's own prepare has started on the build node: {what} has no effect there; \
-             use this program's prepare"
+            "cannot use the container that IMS's own prepare container started on the build node: {what} has no effect \
+             there; use this program's prepare"
         )))
     };
     if order.script.is_some() {
@@ -206,7 +206,9 @@ fn refuse_for_container(order: &Customize) -> Result<()> {
     match lines.clone().find(|(keyword, _)| CLOSING.contains(&keyword.as_str())) {
         Some((keyword, value)) => return refused(&format!("'{keyword} {value}' of sshd's configuration")),
         None => lines.for_each(|(keyword, value)| {
-            tracing::warn!("sshd's '{keyword} {value}' does not hold in the container that IMS's prepare has started");
+            tracing::warn!(
+                "sshd's '{keyword} {value}' has no effect in the container that IMS's own prepare container started"
+            );
         }),
     }
     Ok(())
@@ -252,7 +254,7 @@ impl Container {
         let (name, image) = (format!("ims-{job}"), format!("ims-remote-{job}:1.0.0"));
         let looking = Running::start(&connection, LOOK, &[&directory, &name])?;
         let here = connection.forward(&listen, port, heed)?;
-        tracing::info!("the container {name} on {} was started by IMS's own prepare", connection.host());
+        tracing::info!("the container {name} on {} was started by IMS's own prepare container", connection.host());
         Ok(Self {
             connection,
             directory,
@@ -484,7 +486,7 @@ impl Container {
                     tracing::info!("the container and its directory are removed from the node");
                 } else {
                     let (host, name, directory) = (self.connection.host(), &self.name, &self.directory);
-                    tracing::warn!("{name} and {directory} may be left on {host}; remove them by hand");
+                    tracing::warn!("{name} and {directory} may still exist on {host}; remove them by hand");
                 }
                 return self.error.take().map_or(Ok(Some(Told::Gone)), Err);
             }

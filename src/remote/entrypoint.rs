@@ -165,7 +165,8 @@ fn keys(sshd: &Effective) -> Result<String> {
         }
     }
     if keys.trim().is_empty() {
-        return Err(Error::new("let anybody log in").because("AuthorizedKeysFile of sshd's configuration names no key"));
+        return Err(Error::new("let anybody log in")
+            .because("no file that AuthorizedKeysFile of sshd's configuration names contains a key"));
     }
     Ok(keys)
 }

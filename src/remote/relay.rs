@@ -482,7 +482,7 @@ impl Node {
                     }
                     // If the script has already marked the image, sshd may have closed by now.
                     Err(error) if self.has_script && !error.to_string().contains("administratively prohibited") => {
-                        tracing::warn!("the environment on {host} is open to its script alone: {error}");
+                        tracing::warn!("cannot reach sshd on {host}, so only the script can change the image: {error}");
                     }
                     Err(error) => return Err(error),
                 }

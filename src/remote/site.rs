@@ -125,7 +125,7 @@ pub(super) fn carried(sshd: &Effective, settings: &Settings, keys: &str) -> Resu
             lines.push((keyword.to_owned(), value.to_owned()));
         } else if !is_used_elsewhere {
             let line = format!("{keyword} {value}");
-            tracing::warn!("sshd's '{line}' does not hold on a build node: it is the pod's alone");
+            tracing::warn!("sshd's '{line}' has no effect on a build node: it is for the pod alone");
         }
     }
     Ok(lines)
@@ -149,7 +149,7 @@ fn sftp(value: &str) -> Option<String> {
     if name == "sftp" && (server == "internal-sftp" || server.ends_with("/sftp-server")) {
         return Some(format!("sftp internal-sftp {options}").trim_end().to_owned());
     }
-    tracing::warn!("sshd's 'Subsystem {value}' does not hold on a build node: its program is the pod's");
+    tracing::warn!("sshd's 'Subsystem {value}' has no effect on a build node: its program is in the pod");
     None
 }
 

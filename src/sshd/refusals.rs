@@ -215,8 +215,8 @@ impl Refusals {
         self.end_period();
     }
 
-    /// Logs accepted logins that have ended. A connection that is gone counts only at the next call: a line of sshd
-    /// about its end has been read by then.
+    /// Logs accepted logins that have ended. A login whose connection has disappeared is logged only at the next call:
+    /// if sshd logs a reason, that line has been read by then.
     fn tell_ended(&mut self) {
         let ended: Vec<_> = self.accepted.extract_if(.., |login| login.is_disconnected || login.is_gone).collect();
         if self.accepted.iter().any(|login| login.last.is_some()) {

@@ -245,7 +245,7 @@ impl<'a> Confined<'a> {
 
     /// Sets standard input and resource limits of `command`.
     pub(crate) fn prepare(&self, command: &mut Command) -> Result<()> {
-        // Open these here, because the confined program cannot open devices.
+        // Without an input, open /dev/null here, because the confined program cannot open devices.
         let input = match &self.stdin {
             Some((input, _)) => input.try_clone(),
             None => File::open("/dev/null").map(OwnedFd::from),

@@ -142,7 +142,7 @@ impl Work {
         // kill the process.
         let ending = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGHUP];
         let signals = Signals::block(&ending).attempt(|| "block signals")?;
-        // Uploads are signed and encrypted, which is more than one processor can do.
+        // Signing and encrypting uploads takes more than one processor, so use several worker threads.
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(AT_A_TIME).enable_all().build();
         Ok(Self {
             runtime: runtime.attempt(|| "start an event loop")?,

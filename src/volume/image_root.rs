@@ -29,7 +29,7 @@ pub(crate) fn open(files: &SignalFiles, name: &str) -> Result<Tree> {
     let found = match files.parent().handle_without_links(name) {
         Err(e) if Errno::from_io_error(&e) == Some(Errno::LOOP) => {
             return Err(Error::new(attempted()).because("a directory on the way to it is a symbolic link"))
-                .advise("it has to be a directory of the volume");
+                .advise("replace the link with a directory on the volume");
         }
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
             return Err(Error::new(attempted()).because("it does not exist"))

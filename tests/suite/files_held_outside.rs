@@ -100,7 +100,7 @@ fn image_with_a_file_open_for_writing_outside_is_failed() {
         assert!(environment.signal("failed").exists() && environment.signal("exiting").exists(), "{tier}");
         assert!(!environment.signal("complete").exists(), "{tier}");
         let log = environment.log_text();
-        for words in [&holder, "outside the jail has one of its files open for writing", "end that process"] {
+        for words in [&holder, "outside the jail has a file of the image root open for writing", "end that process"] {
             assert!(log.contains(words), "{tier}: {words}: {log}");
         }
     }
@@ -122,7 +122,7 @@ fn image_with_a_file_mapped_outside_or_in_a_socket_queue_is_failed_with_the_reas
     have_sent(&environment, &collector.name, open);
     assert_eq!(environment.complete(), 1, "{}", environment.log_text());
     let log = environment.log_text();
-    assert!(log.contains("one of its files is open for writing outside the jail"), "{log}");
+    assert!(log.contains("a file of the image root is open for writing outside the jail"), "{log}");
     assert!(log.contains("the queue of a socket"), "{log}");
 
     let mut environment = Volume::new(Image::Debian).start_with(Mode::Jailed, &[("IMS_CLOSE_GRACE", "1")]).ready();
@@ -137,7 +137,7 @@ fn image_with_a_file_mapped_outside_or_in_a_socket_queue_is_failed_with_the_reas
     assert_eq!(environment.complete(), 1, "{}", environment.log_text());
     let log = environment.log_text();
     let holder = format!("process {} (", maps.id());
-    assert!(log.contains(&holder) && log.contains("outside the jail has one of its files mapped"), "{log}");
+    assert!(log.contains(&holder) && log.contains("outside the jail has a file of the image root mapped"), "{log}");
 }
 
 #[test]

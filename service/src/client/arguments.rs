@@ -426,7 +426,7 @@ pub struct Link {
     pub(super) kind: Option<String>,
 }
 
-/// Implements [`ValueEnum`] for words of the API, and names them.
+/// Defines an enum of words of the API. Options accept the words, and `word` returns the word of a variant.
 macro_rules! words {
     ($(#[$meta:meta])* $name:ident { $($variant:ident = $word:literal),+ }) => {
         $(#[$meta])*

@@ -56,7 +56,9 @@ pub fn check(text: &[u8]) -> Result<Checked, Refusal> {
             return Err(wrong("the type of its link is not s3"));
         }
         let path = link.get("path").and_then(Value::as_str).ok_or_else(|| wrong("its link has no path"))?;
-        locations.push(Location::parse(path).ok_or_else(|| wrong("the path of its link names no object"))?);
+        locations.push(
+            Location::parse(path).ok_or_else(|| wrong("the path of its link is not of the form s3://BUCKET/KEY"))?,
+        );
         kinds.push(artifact.get("type").and_then(Value::as_str));
     }
     let refusal = if kinds.iter().any(Option::is_none) {
