@@ -63,10 +63,13 @@ impl Destination {
 
     /// The node that the user has named on the command line.
     pub(crate) fn named(host: &str) -> Result<Self> {
-        if !is_host(host) {
+        // ssh takes an IPv6 address without the brackets that URLs need.
+        let address = host.strip_suffix(']').and_then(|rest| rest.split_once('['));
+        let host = address.map_or_else(|| host.to_owned(), |(user, address)| format!("{user}{address}"));
+        if !is_host(&host) {
             return Err(Error::bad_input(format!("--node is '{host}': expected HOST or USER@HOST")));
         }
-        Ok(Self { host: host.to_owned(), key: None })
+        Ok(Self { host, key: None })
     }
 }
 
@@ -460,6 +463,16 @@ mod tests {
         };
         assert!(greets(address, &heed).is_err());
         assert_eq!(asked.get(), 10);
+    }
+
+    #[test]
+    fn brackets_around_an_ipv6_address_are_left_out() {
+        for (named, expected) in [("root@[::1]", "root@::1"), ("[fe80::1]", "fe80::1"), ("admin@n1", "admin@n1")] {
+            assert_eq!(Destination::named(named).unwrap().host, expected);
+        }
+        for wrong in ["n1]", "[n1", "[]", "a[b]c"] {
+            assert!(Destination::named(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@ use crate::error::{Attempt, Error, Result};
 use crate::image::packer::inheritable;
 use crate::jail::arguments::NAME;
 use crate::jailer::open;
+use crate::printable::Printable;
 use crate::remote::connection::{Connection, Heed, finish, said};
 use crate::sys::architecture::Architecture;
 use crate::transfer::checksum::sha256_of;
@@ -41,9 +42,16 @@ is_whole() {
 }
 "#;
 
-/// Script that prints the node's architecture, and whether the node has the programs. It also sets the time of the
-/// programs' directory, which shows when a job last needed them.
+/// First line that [`LOOK`] prints. If something comes before, the user's shell on the node has printed it.
+const FIRST: &str = "ims-sshd looks at this node";
+
+/// Maximum number of characters of such text in a message.
+const LONGEST_LINE: usize = 80;
+
+/// Script that prints [`FIRST`], the node's architecture, and whether the node has the programs. It also sets the time
+/// of the programs' directory, which shows when a job last needed them.
 const LOOK: &str = r#"
+echo 'ims-sshd looks at this node'
 uname -m
 if is_whole "$@"; then touch "$place/$1"; echo whole; else echo missing; fi
 "#;
@@ -88,11 +96,24 @@ pub(crate) fn provide(connection: &Connection, heed: Heed<'_>) -> Result<String>
     let output =
         run(looking.stdin(Stdio::null()), TIME_TO_LOOK, heed).map_err(|e| Error::new(attempted()).because(e))?;
     let said = succeeded(&output, attempted)?;
+    let unusable = || format!("use the build node {}", connection.host());
+    let Some(said) = said.strip_prefix(FIRST) else {
+        let why = said.lines().next().map_or_else(
+            || "the user's shell there runs no command".to_owned(),
+            |line| {
+                let line: String = line.chars().take(LONGEST_LINE).collect();
+                format!("the user's shell there prints text of its own before a command: '{}'", Printable(line))
+            },
+        );
+        return Err(Error::new(unusable())
+            .because(why)
+            .advise("correct the shell's startup files, such as ~/.bashrc; scp needs that too"));
+    };
     let (arch, state) = said.trim().split_once('\n').unwrap_or((said.trim(), ""));
     let own = Architecture::OWN.name();
     if arch != own {
         let why = format!("it is {arch}, and this program is for {own}");
-        return Err(Error::new(format!("use the build node {}", connection.host()))
+        return Err(Error::new(unusable())
             .because(why)
             .advise("name a node of the image's architecture, from a container image of that architecture"));
     }

@@ -353,6 +353,26 @@ fn node_that_is_not_able_is_refused_before_the_image_is_sent() {
         assert!(remote.log().contains("cannot use the build node"), "{}", remote.log());
         std::fs::rename(program.with_extension("own"), &program).unwrap();
     }
+    // sshd's commands are run by a shell that reads this file first.
+    let bashrc = lab.nodes[0].path("/root/.bashrc");
+    let own = std::fs::read(&bashrc).ok();
+    for (line, words) in [
+        (
+            "echo Welcome to builder",
+            "the user's shell there prints text of its own before a command: 'Welcome to builder'",
+        ),
+        ("exit 0", "the user's shell there runs no command"),
+    ] {
+        std::fs::write(&bashrc, line).unwrap();
+        let mut remote = Remote::new(&lab, &lab.nodes[0], Mode::Jailed);
+        remote.start(&[]);
+        remote.job.volume.touch("ready");
+        remote.fails(1, words);
+    }
+    match own {
+        Some(text) => std::fs::write(&bashrc, text).unwrap(),
+        None => std::fs::remove_file(&bashrc).unwrap(),
+    }
     let uname = lab.nodes[0].path("/usr/bin/uname");
     std::fs::rename(&uname, uname.with_extension("own")).unwrap();
     std::fs::write(&uname, "#!/bin/sh\necho aarch64\n").unwrap();
