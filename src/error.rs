@@ -44,7 +44,7 @@ impl Error {
     }
 
     /// Reports that `signal` interrupted the work.
-    pub(crate) fn interrupted(signal: Signal) -> Self {
+    pub fn interrupted(signal: Signal) -> Self {
         let attempted = format!("interrupted by {signal}");
         Self { attempted, cause: None, advice: None, kind: Kind::Interrupted(signal) }
     }

@@ -202,6 +202,28 @@ fn image_is_imported_changed_over_ssh_and_published() {
 }
 
 #[test]
+fn interrupted_import_ends_its_programs_and_leaves_nothing() {
+    let place = Place::new();
+    let work = place.path("work");
+    // A server that takes the request for the image and never answers.
+    let server = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let source = format!("http://{}/image.sqsh", server.local_addr().unwrap());
+    let import = |source: &str| place.ims(&["images", "import", source, "--work", work.to_str().unwrap()]);
+    let left = || std::fs::read_dir(&work).unwrap().count();
+    for (signal, kept) in [(Signal::SIGINT, 0), (Signal::SIGTERM, 0), (Signal::SIGHUP, 0), (Signal::SIGKILL, 1)] {
+        let mut client = import(&source).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let (_request, _) = server.accept().unwrap();
+        kill(Pid::from_raw(client.id().cast_signed()), signal).unwrap();
+        let status = client.wait().unwrap();
+        let expected = (signal != Signal::SIGKILL).then_some(128 + signal as i32);
+        assert_eq!((status.code(), left()), (expected, kept), "{signal}");
+        wait_until("the program to end", || processes_with(&format!("prepare . {source}")).is_empty());
+    }
+    let next = import("nothing.sqsh").output().unwrap();
+    assert!(text(&next.stderr).contains("which a killed import left behind") && left() == 0, "{next:?}");
+}
+
+#[test]
 fn restarted_service_finds_its_jobs_running() {
     let mut place = Place::with_image();
     let job = place.start("compute-2");

@@ -209,9 +209,18 @@ impl Handle {
 /// Has the kernel kill `command`'s process when this thread ends, however it ends. A writer to a volume must not
 /// outlive the process that reads its result.
 pub(crate) fn end_with_us(command: &mut Command) -> &mut Command {
+    signal_after_us(command, rustix::process::Signal::KILL)
+}
+
+/// Has the kernel ask `command`'s process to end, by SIGTERM, when this thread ends, however it ends.
+pub fn terminate_after_us(command: &mut Command) -> &mut Command {
+    signal_after_us(command, rustix::process::Signal::TERM)
+}
+
+fn signal_after_us(command: &mut Command, signal: rustix::process::Signal) -> &mut Command {
     let parent = getpid();
     let bound = move || {
-        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
+        rustix::process::set_parent_process_death_signal(Some(signal))?;
         // The parent may have ended before prctl took effect.
         if nix::unistd::getppid() == parent { Ok(()) } else { Err(io::ErrorKind::Interrupted.into()) }
     };

@@ -2,16 +2,22 @@
 //! This process itself reads the source and writes to the store, with its own rights, so that the service opens no path
 //! on behalf of others.
 
-use std::fs::DirBuilder;
-use std::os::unix::fs::DirBuilderExt;
+use std::fs::{DirBuilder, File};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::pin::pin;
+use std::process::{Output, Stdio};
 
 use ims_sshd::error::{Attempt, Error, Result};
 use ims_sshd::local::names;
+use ims_sshd::sys::process::terminate_after_us;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use rustix::fs::{FlockOperation, Mode, OFlags};
 use serde::Deserialize;
 use serde_json::json;
 use tokio::process::Command;
+use tokio::signal::unix::{self, SignalKind};
 use uuid::Uuid;
 
 use super::arguments::{ImportImage, ImportRecipe, RecipeType};
@@ -22,22 +28,62 @@ use crate::records::Location;
 use crate::runner::programs;
 use crate::store::Store;
 
+/// Beginning of the name of an import's directory; an ID follows.
+const WORK: &str = "import.";
+
 /// A directory that is removed with its content when this value is dropped.
-struct Work(PathBuf);
+struct Work {
+    path: PathBuf,
+    /// Locked, so that another import does not take the directory for one that a killed import left behind.
+    _lock: File,
+}
 
 impl Work {
     fn below(directory: &Path) -> Result<Self> {
-        let path = directory.join(format!("import.{}", Uuid::new_v4()));
+        let path = directory.join(format!("{WORK}{}", Uuid::new_v4()));
+        let attempted = || format!("create {}", path.display());
         // Keep other users out: they must not reach setuid programs of an image.
-        DirBuilder::new().recursive(true).mode(0o700).create(&path).attempt(|| format!("create {}", path.display()))?;
-        Ok(Self(path))
+        let make = |path: &Path| DirBuilder::new().recursive(true).mode(0o700).create(path);
+        make(directory).attempt(attempted)?;
+        // Locks the directory of all imports for a moment: no other import sees this one without its lock.
+        let all = locked(directory, FlockOperation::LockExclusive).attempt(attempted)?;
+        remove_left_over(directory);
+        make(&path).attempt(attempted)?;
+        let lock = locked(&path, FlockOperation::NonBlockingLockExclusive).attempt(attempted)?;
+        drop(all);
+        Ok(Self { path, _lock: lock })
+    }
+}
+
+fn locked(directory: &Path, operation: FlockOperation) -> std::io::Result<File> {
+    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let opened = File::from(rustix::fs::open(directory, flags, Mode::empty())?);
+    rustix::fs::flock(&opened, operation)?;
+    Ok(opened)
+}
+
+/// Removes directories that killed imports of this user left in `directory`.
+fn remove_left_over(directory: &Path) {
+    for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+        let (name, path) = (entry.file_name(), entry.path());
+        let id = name.to_str().and_then(|name| name.strip_prefix(WORK));
+        let is_own =
+            |lock: &File| lock.metadata().is_ok_and(|found| found.uid() == rustix::process::geteuid().as_raw());
+        if id.is_some_and(|id| Uuid::parse_str(id).is_ok())
+            && locked(&path, FlockOperation::NonBlockingLockExclusive).is_ok_and(|lock| is_own(&lock))
+        {
+            match std::fs::remove_dir_all(&path) {
+                Ok(()) => eprintln!("ims: removed {}, which a killed import left behind", path.display()),
+                Err(error) => eprintln!("ims: cannot remove {}: {error}; remove it by hand", path.display()),
+            }
+        }
     }
 }
 
 impl Drop for Work {
     fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_dir_all(&self.0) {
-            eprintln!("ims: cannot remove {}: {error}; remove it by hand", self.0.display());
+        if let Err(error) = std::fs::remove_dir_all(&self.path) {
+            eprintln!("ims: cannot remove {}: {error}; remove it by hand", self.path.display());
         }
     }
 }
@@ -50,15 +96,16 @@ pub(super) async fn image(service: &Service, wanted: &ImportImage) -> Result<Val
     let source = source.map_or_else(|| wanted.source.clone(), |path| path.display().to_string());
     let variables = programs::store_variables(&wanted.store.settings()?);
     let work = Work::below(&wanted.work)?;
-    let access = service.variables(&work.0)?;
-    let run = async |words: &[&str]| {
+    let access = service.variables(&work.path)?;
+    let mut interrupts = Interrupts::receive()?;
+    let mut run = async |words: &[&str]| {
         let mut command = Command::new(programs::ims_sshd());
-        command.args(words).current_dir(&work.0).stdin(Stdio::null());
+        command.args(words).current_dir(&work.path).stdin(Stdio::null());
         command.envs(variables.clone()).envs(access.clone()).env_remove("IMS_JOB_ID").env("LOG_LEVEL", "WARNING");
         command.envs(wanted.arch.map(|arch| ("BUILD_ARCH", arch.word())));
         let boot = [("KERNEL_FILENAME", &wanted.kernel), ("INITRD_FILENAME", &wanted.initrd)];
         command.envs(boot.into_iter().filter_map(|(name, value)| Some((name, value.as_ref()?))));
-        let output = output_of(&mut command).await.attempt(|| "start ims-sshd")?;
+        let output = output_of(&mut command, &mut interrupts).await?;
         if output.status.success() {
             return Ok(output.stdout);
         }
@@ -78,9 +125,45 @@ pub(super) async fn image(service: &Service, wanted: &ImportImage) -> Result<Val
     service.ask(&IMAGES.describe(&id)).await
 }
 
-/// Returns the standard output of a program; its standard error goes to that of this process.
-async fn output_of(command: &mut Command) -> std::io::Result<std::process::Output> {
-    command.stdout(Stdio::piped()).spawn()?.wait_with_output().await
+/// Signals that interrupt an import.
+struct Interrupts(Vec<(Signal, unix::Signal)>);
+
+impl Interrupts {
+    fn receive() -> Result<Self> {
+        let kinds = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM];
+        let receive = |kind| Ok((kind, unix::signal(SignalKind::from_raw(kind as i32))?));
+        kinds.into_iter().map(receive).collect::<std::io::Result<_>>().map(Self).attempt(|| "receive signals")
+    }
+
+    /// Waits for the next signal.
+    async fn next(&mut self) -> Signal {
+        let received = self.0.iter_mut().map(|(kind, signals)| {
+            Box::pin(async {
+                signals.recv().await;
+                *kind
+            })
+        });
+        futures_util::future::select_all(received).await.0
+    }
+}
+
+/// Returns the standard output of a program; its standard error goes to that of this process. A signal to this process
+/// is passed on, so that the program removes what it has made. Then the error is that of an interruption.
+async fn output_of(command: &mut Command, interrupts: &mut Interrupts) -> Result<Output> {
+    let attempted = format!("start {}", command.as_std().get_program().display());
+    terminate_after_us(command.as_std_mut());
+    // A process group of its own, so that a signal from the terminal comes once.
+    let child = command.process_group(0).stdout(Stdio::piped()).spawn().attempt(|| attempted.clone())?;
+    let pid = child.id().map(|pid| Pid::from_raw(pid.cast_signed()));
+    let mut output = pin!(child.wait_with_output());
+    let signal = tokio::select! {
+        output = &mut output => return output.attempt(|| attempted.clone()),
+        signal = interrupts.next() => signal,
+    };
+    // The child is not reaped yet, so the ID is still its own.
+    let _ = pid.map(|pid| kill(pid, signal));
+    let _ = output.await;
+    Err(Error::interrupted(signal))
 }
 
 /// Returns the ID of the image from the report of an upload.
@@ -103,10 +186,11 @@ const RECIPES_BUCKET: &str = "ims";
 pub(super) async fn recipe(service: &Service, wanted: &ImportRecipe) -> Result<Value> {
     let shown = wanted.source.display().to_string();
     let attempted = || format!("import {shown}");
+    let mut interrupts = Interrupts::receive()?;
     let content = if wanted.source.is_dir() {
         let mut tar = Command::new("tar");
         tar.args(["-cz", "--numeric-owner", "-C"]).arg(&wanted.source).arg(".").stdin(Stdio::null());
-        let output = output_of(&mut tar).await.attempt(|| "start tar")?;
+        let output = output_of(&mut tar, &mut interrupts).await?;
         if !output.status.success() {
             return Err(Error::new(attempted()).because(format!("'tar' failed, {}", output.status)));
         }
@@ -126,7 +210,11 @@ pub(super) async fn recipe(service: &Service, wanted: &ImportRecipe) -> Result<V
         let link = json!({ "path": at.to_string(), "etag": etag, "type": "s3" });
         service.ask(&RECIPES.update(id, json!({ "link": link }))).await
     };
-    let failed = match linked.await {
+    let linked = tokio::select! {
+        linked = linked => linked,
+        signal = interrupts.next() => Err(Error::interrupted(signal)),
+    };
+    let failed = match linked {
         Err(failed) => failed,
         linked => return linked,
     };
