@@ -59,8 +59,11 @@ const TOOLS: &str = "ca-certificates";
 /// Time of everything in the package if `SOURCE_DATE_EPOCH` is not set: 2020-01-01.
 const EPOCH: u32 = 1_577_836_800;
 
-/// Maximum length of a certificate, in bytes.
-const LONGEST: usize = 4 << 20;
+/// Maximum length, in bytes, of a certificate, a signing key, a specification file and the package.
+pub(crate) const LONGEST: u64 = 4 << 20;
+
+/// Words of the line that begins a private key of any kind in PEM.
+const PRIVATE_KEY: &[u8] = b"PRIVATE KEY-----";
 
 /// Writes the package into the directory `output`.
 pub fn run(settings: &Settings, certificate: Option<&Path>, specification: &Path, output: &Path) -> Result<u8> {
@@ -90,13 +93,15 @@ fn default_certificate(settings: &Settings) -> PathBuf {
     named.unwrap_or_else(|| DEFAULT_CERTIFICATE.into())
 }
 
-/// Reads a certificate. Refuses a file that contains none: the image would then lack the authority.
+/// Reads a certificate. Refuses a file that contains none: the image would then lack the authority. Refuses a file that
+/// contains a private key as well: everybody could read the key in the image.
 pub(crate) fn read_certificate(file: &Path) -> Result<Vec<u8>> {
     let attempted = || format!("read the certificate {}", file.display());
-    let content = std::fs::read(file).attempt(attempted)?;
     let advice = "name the site's certificate authority, in PEM";
-    if content.len() > LONGEST {
-        return Err(Error::new(attempted()).because("it is too long").advise(advice));
+    let content = named::read(file, LONGEST).map_err(|e| Error::new(attempted()).because(e).advise(advice))?;
+    if content.windows(PRIVATE_KEY.len()).any(|words| words == PRIVATE_KEY) {
+        let why = "it holds a private key, which everybody could read in the image";
+        return Err(Error::new(attempted()).because(why).advise("name a file that holds certificates alone"));
     }
     match Certificate::from_pem_bundle(&content) {
         Ok(found) if !found.is_empty() => Ok(content),
@@ -126,8 +131,8 @@ pub(crate) fn build(certificate: &[u8], epoch: u32) -> Result<Vec<u8>> {
 
 /// Warns if a site's own spec file has lines to which nothing in the package that is built here corresponds.
 fn tell_other_specification(file: &Path) {
-    let Ok(text) = std::fs::read_to_string(file) else { return };
-    let other = other_lines(&text);
+    let Ok(text) = named::read(file, LONGEST) else { return };
+    let other = other_lines(&String::from_utf8_lossy(&text));
     if !other.is_empty() {
         tracing::warn!(
             "{} differs from the package that is made here and is not used: {}; put what these lines do into a \

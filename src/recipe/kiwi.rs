@@ -497,7 +497,8 @@ impl<'a> Build<'a> {
             // Copy the keys. A pod has them in mounts below /etc, and mounts are left out of the build's copy of /etc.
             let name = key.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
             let name = format!("{number}-{name}");
-            let content = std::fs::read(key).attempt(|| format!("read the signing key {}", key.display()))?;
+            let content =
+                named::read(key, ca_rpm::LONGEST).attempt(|| format!("read the signing key {}", key.display()))?;
             keys.replace(&name, &content).attempt(attempted)?;
             command.push(format!("--signing-key={}", at(&format!("keys/{name}"))));
         }
@@ -663,7 +664,7 @@ impl Authority {
         let certificate = is_named.then(|| ca_rpm::read_certificate(&place)).transpose()?;
         let package = if file.exists() || is_job || wanted.ca_rpm.is_some() {
             let attempted = || format!("read the package of the site's authority, {}", file.display());
-            Some(std::fs::read(&file).attempt(attempted)?)
+            Some(named::read(&file, ca_rpm::LONGEST).attempt(attempted)?)
         } else {
             let made = certificate.as_ref().map(|certificate| ca_rpm::build(certificate, ca_rpm::epoch(settings)));
             made.transpose()?

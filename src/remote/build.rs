@@ -16,6 +16,7 @@ use crate::image::boot::{Names, left_names};
 use crate::image::kind::{Content, Opened};
 use crate::image::unpack::unpack;
 use crate::publish::settings::Settings;
+use crate::recipe::ca_rpm;
 use crate::recipe::kiwi::{self, Offered, Ready};
 use crate::remote::connection::Destination;
 use crate::remote::entrypoint::{AUTHORITIES, certificates};
@@ -23,6 +24,7 @@ use crate::remote::far::give_names;
 use crate::remote::message::{Blob, Build, Message, Order, Part, Task, job_of_ims, job_without_ims};
 use crate::remote::program::{Incoming, Program};
 use crate::remote::transfer::Sending;
+use crate::sys::named;
 use crate::sys::poll;
 use crate::sys::tree::Tree;
 use crate::transfer::Work;
@@ -145,7 +147,8 @@ impl Offloaded {
         let text = |bytes| String::from_utf8(bytes).attempt(|| "read the certificate of the site's authority");
         let key = |file: &PathBuf| -> Result<(String, Blob)> {
             let name = file.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-            let content = std::fs::read(file).attempt(|| format!("read the signing key {}", file.display()))?;
+            let content =
+                named::read(file, ca_rpm::LONGEST).attempt(|| format!("read the signing key {}", file.display()))?;
             Ok((name, Blob(content)))
         };
         let task = Task::Build(Build {

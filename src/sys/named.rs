@@ -98,6 +98,14 @@ pub(crate) fn open_file(named: &Path) -> io::Result<File> {
     reopen(&open(named)?)
 }
 
+/// Reads the regular file `named` of at most `limit` bytes, resolved by [`resolve`]. A device or a FIFO is refused and
+/// not opened: it may have no end, or never answer.
+pub(crate) fn read(named: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let real = resolve(named)?;
+    let (Some(above), Some(name)) = (real.parent(), real.file_name()) else { return Err(Errno::ISDIR.into()) };
+    Tree::open(above)?.read(name, limit)
+}
+
 /// Opens the absolute path `real` as a handle; ELOOP if a component other than the last is a link.
 pub(crate) fn open_without_links(real: &Path) -> io::Result<OwnedFd> {
     let below = real.strip_prefix("/").ok().filter(|below| *below != Path::new("")).unwrap_or(Path::new("."));

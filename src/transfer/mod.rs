@@ -22,6 +22,7 @@ use tokio::runtime::Runtime;
 
 use crate::error::{Attempt, Error, Result, over_file_limit};
 use crate::log::redaction;
+use crate::sys::named;
 use crate::sys::poll;
 use crate::sys::process::end_with_us;
 use crate::sys::signals::{Signals, unblock_signals};
@@ -513,6 +514,9 @@ fn refuse_redirect(previous: &[Url], next: &Url, redirects: Redirects) -> Option
     }
 }
 
+/// Maximum length of a file of CA certificates, in bytes.
+const LONGEST_BUNDLE: u64 = 16 << 20;
+
 /// Trusted CA certificates in addition to the system's.
 fn authorities(network: &Network, validate: &Validate) -> Result<Vec<Certificate>> {
     let named = match validate {
@@ -522,7 +526,7 @@ fn authorities(network: &Network, validate: &Validate) -> Result<Vec<Certificate
     let mut found = Vec::new();
     for file in network.ca.iter().chain(named) {
         let attempted = || format!("read the certificates in {}", file.display());
-        let pem = match std::fs::read(file) {
+        let pem = match named::read(file, LONGEST_BUNDLE) {
             // Pods set CA_CERT whether or not the file exists.
             Err(e) if e.kind() == std::io::ErrorKind::NotFound && network.ca.as_ref() == Some(file) => continue,
             other => other.attempt(attempted)?,

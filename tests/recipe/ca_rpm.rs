@@ -123,4 +123,20 @@ fn script_of_the_pods_container_is_replaced_and_its_failure_reaches_ims() {
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("it holds no certificate"), "{}", text(&output.stderr));
     assert_eq!(ims.statuses(), ["error"]);
+    let both = ["ca.crt", "server.key"].map(|name| std::fs::read_to_string(dir.path().join(name)).unwrap());
+    std::fs::write(dir.path().join("both.pem"), both.concat()).unwrap();
+    succeed(Command::new("mkfifo").arg(dir.path().join("fifo")));
+    succeed(Command::new("truncate").args(["-s", "1T"]).arg(dir.path().join("sparse")));
+    std::fs::remove_file(dir.path().join("ca-rpm").join(FILE)).unwrap();
+    for (wrong, why) in [
+        ("both.pem", "it holds a private key"),
+        ("fifo", "it is a fifo"),
+        ("sparse", "larger than"),
+        ("/dev/zero", "it is a character device"),
+    ] {
+        let output = run(wrong);
+        assert_eq!(output.status.code(), Some(1), "{wrong}");
+        assert!(text(&output.stderr).contains(why), "{}", text(&output.stderr));
+        assert!(!dir.path().join("ca-rpm").join(FILE).exists());
+    }
 }
