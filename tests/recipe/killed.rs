@@ -1,15 +1,14 @@
 //! A creation that is killed at any of its stages: it leaves nothing that runs or is mounted, nothing half that passes
 //! for whole, and the same command succeeds afterwards.
 
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Pid, mkfifo};
+use nix::unistd::Pid;
 use testbed::file_server::{Fault, FileServer};
 use testbed::job::*;
 use testbed::repository_server::RepositoryServer;
@@ -36,7 +35,7 @@ enum Stage {
     Fetch,
     /// A repository has answered that it has nothing yet.
     Wait,
-    /// The certificate, of which the package is made, is being read.
+    /// The repositories are there, and the package of the certificate is made next.
     Package,
     /// kiwi-ng has said this.
     Build(&'static str),
@@ -73,10 +72,6 @@ impl Creation {
         let at = |name: &str| dir.path().join(name);
         certificates(dir.path());
         std::fs::create_dir(at("work")).unwrap();
-        if stage == Stage::Package {
-            std::fs::rename(at("ca.crt"), at("whole.crt")).unwrap();
-            mkfifo(&at("ca.crt"), nix::sys::stat::Mode::S_IRWXU).unwrap();
-        }
         if stage != Stage::Wait {
             std::os::unix::fs::symlink(&*REPOSITORY, at("packages")).unwrap();
         }
@@ -123,22 +118,9 @@ impl Creation {
         let (asked, sent) = (self.packages.requests().len(), self.gate.parts());
         let mut child = Ended::killed(command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap());
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
-        // This succeeds once somebody reads it.
-        let open_certificate =
-            || std::fs::File::options().write(true).custom_flags(libc::O_NONBLOCK).open(self.at("ca.crt")).ok();
-        let mut certificate = None;
         let line = match self.stage {
             Stage::Build(line) => line,
-            Stage::Package => {
-                // Before anything else, it is only looked at.
-                wait_within(LIMIT, "the certificate to be checked", || {
-                    certificate = open_certificate();
-                    certificate.is_some()
-                });
-                let whole = std::fs::read(self.at("whole.crt")).unwrap();
-                certificate.take().unwrap().write_all(&whole).unwrap();
-                "the repository local is there"
-            }
+            Stage::Package => "the repository local is there",
             _ => "",
         };
         let mut before = Vec::new();
@@ -147,14 +129,10 @@ impl Creation {
         // The pipe must not fill.
         let said = std::thread::spawn(move || lines.collect::<Vec<_>>().join("\n"));
         let written = |name: &str| self.built(name).metadata().is_ok_and(|file| file.len() > 0);
-        let mut has_begun = || match self.stage {
+        let has_begun = || match self.stage {
             Stage::Fetch => written(".recipe.part"),
             Stage::Wait => self.packages.requests().len() > asked,
-            Stage::Package => {
-                certificate = open_certificate();
-                certificate.is_some()
-            }
-            Stage::Build(_) => true,
+            Stage::Package | Stage::Build(_) => true,
             Stage::Pack => written("compute.sqsh.part"),
             Stage::Upload => self.gate.parts() > sent,
         };
@@ -167,7 +145,6 @@ impl Creation {
             assert!(text(&output.stderr).contains(reason), "{}", text(&output.stderr));
         }
         kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
-        drop(certificate);
         let status = child.wait().unwrap();
         let said = said.join().unwrap();
         match signal {
@@ -201,10 +178,8 @@ impl Creation {
 
     /// Asserts that the command succeeds, and that its image is the only one.
     fn succeeds(&self) {
-        match self.stage {
-            Stage::Wait => std::os::unix::fs::symlink(&*REPOSITORY, self.at("packages")).unwrap(),
-            Stage::Package => std::fs::rename(self.at("whole.crt"), self.at("ca.crt")).unwrap(),
-            _ => {}
+        if self.stage == Stage::Wait {
+            std::os::unix::fs::symlink(&*REPOSITORY, self.at("packages")).unwrap();
         }
         let output = self.command().output().unwrap();
         assert!(output.status.success(), "{}", text(&output.stderr));

@@ -67,6 +67,11 @@ fn many_refused_logins_are_counted_instead_of_logged() {
     for _ in 0..14 {
         try_key(&environment, "root", "another");
     }
+    // sshd's child may write its last line after the client is gone; closing now would end it first.
+    wait_until("all to be in sshd's log", || {
+        let log = std::fs::read_to_string(environment.sshd_log()).unwrap();
+        log.matches("closed by authenticating user").count() == 14
+    });
     assert_eq!(environment.complete(), 0);
     let told = refusals(&environment);
     assert_eq!(told.iter().filter(|line| line.contains("refused a login")).count(), 10, "{told:#?}");
