@@ -43,7 +43,7 @@ is_whole() {
 "#;
 
 /// First line that [`LOOK`] prints. If something comes before, the user's shell on the node has printed it.
-const FIRST: &str = "ims-sshd looks at this node";
+pub(super) const FIRST: &str = "ims-sshd looks at this node";
 
 /// Maximum number of characters of such text in a message.
 const LONGEST_LINE: usize = 80;

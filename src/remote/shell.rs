@@ -69,7 +69,8 @@ pub(crate) fn run() -> Result<u8> {
         Request::Load => say(&format!("{}\n", job_directory::count()?)),
         Request::Look(digests) => {
             let is_ours = digests.first() == Some(&Programs::own()?.name);
-            say(&format!("{arch}\n{}\n", if is_ours { "whole" } else { "missing" }));
+            let state = if is_ours { "whole" } else { "missing" };
+            say(&format!("{}\n{arch}\n{state}\n", provision::FIRST));
         }
         Request::Take => {
             return Err(Error::new("take a program")
