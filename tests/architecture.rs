@@ -41,8 +41,20 @@ const JAIL_SHELL: &[&str] = &["session", "jail", "sys", "error", "printable", "v
 const TOO_HEAVY: &[&str] = &["tokio", "notify", "clap", "reqwest", "object_store", "tracing_subscriber"];
 
 /// Layers of the service, which is a package of its own.
-const SERVICE_LAYERS: &[&str] =
-    &["client", "serve", "connections", "listen", "data", "http", "runner", "database", "store", "records", "settings"];
+const SERVICE_LAYERS: &[&str] = &[
+    "client",
+    "serve",
+    "connections",
+    "listen",
+    "data",
+    "http",
+    "runner",
+    "database",
+    "store",
+    "records",
+    "settings",
+    "signals",
+];
 
 /// Crates of the service that the pod's programs must not link.
 const SERVICE_ONLY: &[&str] = &["axum", "sqlx", "kube"];

@@ -14,6 +14,7 @@
 //! - [`store`]: the objects to which links of records point.
 //! - [`records`]: the types of the records, and the rules for the fields of requests.
 //! - [`settings`]: variables and options.
+//! - [`signals`]: the signals that ask a program to end.
 
 pub mod client;
 pub mod connections;
@@ -25,4 +26,5 @@ pub mod records;
 pub mod runner;
 pub mod serve;
 pub mod settings;
+pub mod signals;
 pub mod store;

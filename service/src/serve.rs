@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use chrono::TimeDelta;
 use ims_sshd::error::{Attempt, Result};
-use tokio::signal::unix::{SignalKind, signal};
+use nix::sys::signal::Signal;
 use tokio::sync::{mpsc, watch};
 
 use crate::connections::{self, Connections};
@@ -17,6 +17,7 @@ use crate::listen;
 use crate::records::Job;
 use crate::runner::{Kubernetes, Machine, Nothing, Runner};
 use crate::settings::{On, Records, Settings};
+use crate::signals::Signals;
 use crate::store::Store;
 
 /// Interval at which leftovers of jobs are searched for.
@@ -185,13 +186,9 @@ async fn watch(service: Arc<Service>) {
 
 /// Returns a future that waits for SIGTERM or SIGINT.
 fn asked_to_stop() -> Result<impl Future<Output = ()> + Send> {
-    let listen = |kind| signal(kind).attempt(|| "listen for signals");
-    let (mut term, mut int) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
+    let mut signals = Signals::receive(&[Signal::SIGINT, Signal::SIGTERM])?;
     Ok(async move {
-        tokio::select! {
-            _ = term.recv() => {}
-            _ = int.recv() => {}
-        }
+        signals.next().await;
         tracing::info!("stopping: requests that have begun are answered");
     })
 }

@@ -11,13 +11,12 @@ use std::process::{Output, Stdio};
 use ims_sshd::error::{Attempt, Error, Result};
 use ims_sshd::local::names;
 use ims_sshd::sys::process::terminate_after_us;
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::kill;
 use nix::unistd::Pid;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use serde::Deserialize;
 use serde_json::json;
 use tokio::process::Command;
-use tokio::signal::unix::{self, SignalKind};
 use uuid::Uuid;
 
 use super::arguments::{ImportImage, ImportRecipe, RecipeType};
@@ -26,6 +25,7 @@ use super::requests::{self, DELETED_RECIPES, IMAGES, RECIPES};
 use super::value::Value;
 use crate::records::Location;
 use crate::runner::programs;
+use crate::signals::{INTERRUPTS, Signals};
 use crate::store::Store;
 
 /// Beginning of the name of an import's directory; an ID follows.
@@ -71,20 +71,25 @@ fn remove_left_over(directory: &Path) {
             |lock: &File| lock.metadata().is_ok_and(|found| found.uid() == rustix::process::geteuid().as_raw());
         if id.is_some_and(|id| Uuid::parse_str(id).is_ok())
             && locked(&path, FlockOperation::NonBlockingLockExclusive).is_ok_and(|lock| is_own(&lock))
+            && removed(&path)
         {
-            match std::fs::remove_dir_all(&path) {
-                Ok(()) => eprintln!("ims: removed {}, which a killed import left behind", path.display()),
-                Err(error) => eprintln!("ims: cannot remove {}: {error}; remove it by hand", path.display()),
-            }
+            eprintln!("ims: removed {}, which a killed import left behind", path.display());
         }
     }
 }
 
+/// Removes the directory of an import; returns whether that succeeded.
+fn removed(directory: &Path) -> bool {
+    let removed = std::fs::remove_dir_all(directory);
+    let removed = removed.inspect_err(|error| {
+        eprintln!("ims: cannot remove {}: {error}; remove it by hand", directory.display());
+    });
+    removed.is_ok()
+}
+
 impl Drop for Work {
     fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_dir_all(&self.path) {
-            eprintln!("ims: cannot remove {}: {error}; remove it by hand", self.path.display());
-        }
+        removed(&self.path);
     }
 }
 
@@ -97,7 +102,7 @@ pub(super) async fn image(service: &Service, wanted: &ImportImage) -> Result<Val
     let variables = programs::store_variables(&wanted.store.settings()?);
     let work = Work::below(&wanted.work)?;
     let access = service.variables(&work.path)?;
-    let mut interrupts = Interrupts::receive()?;
+    let mut interrupts = Signals::receive(&INTERRUPTS)?;
     let mut run = async |words: &[&str]| {
         let mut command = Command::new(programs::ims_sshd());
         command.args(words).current_dir(&work.path).stdin(Stdio::null());
@@ -125,31 +130,9 @@ pub(super) async fn image(service: &Service, wanted: &ImportImage) -> Result<Val
     service.ask(&IMAGES.describe(&id)).await
 }
 
-/// Signals that interrupt an import.
-struct Interrupts(Vec<(Signal, unix::Signal)>);
-
-impl Interrupts {
-    fn receive() -> Result<Self> {
-        let kinds = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM];
-        let receive = |kind| Ok((kind, unix::signal(SignalKind::from_raw(kind as i32))?));
-        kinds.into_iter().map(receive).collect::<std::io::Result<_>>().map(Self).attempt(|| "receive signals")
-    }
-
-    /// Waits for the next signal.
-    async fn next(&mut self) -> Signal {
-        let received = self.0.iter_mut().map(|(kind, signals)| {
-            Box::pin(async {
-                signals.recv().await;
-                *kind
-            })
-        });
-        futures_util::future::select_all(received).await.0
-    }
-}
-
 /// Returns the standard output of a program; its standard error goes to that of this process. A signal to this process
 /// is passed on, so that the program removes what it has made. Then the error is that of an interruption.
-async fn output_of(command: &mut Command, interrupts: &mut Interrupts) -> Result<Output> {
+async fn output_of(command: &mut Command, interrupts: &mut Signals) -> Result<Output> {
     let attempted = format!("start {}", command.as_std().get_program().display());
     terminate_after_us(command.as_std_mut());
     // A process group of its own, so that a signal from the terminal comes once.
@@ -186,7 +169,7 @@ const RECIPES_BUCKET: &str = "ims";
 pub(super) async fn recipe(service: &Service, wanted: &ImportRecipe) -> Result<Value> {
     let shown = wanted.source.display().to_string();
     let attempted = || format!("import {shown}");
-    let mut interrupts = Interrupts::receive()?;
+    let mut interrupts = Signals::receive(&INTERRUPTS)?;
     let content = if wanted.source.is_dir() {
         let mut tar = Command::new("tar");
         tar.args(["-cz", "--numeric-owner", "-C"]).arg(&wanted.source).arg(".").stdin(Stdio::null());

@@ -19,10 +19,10 @@ use nix::unistd::Pid;
 use rustix::fs::{CWD, FlockOperation, RenameFlags};
 use serde::{Deserialize, Serialize};
 use tokio::process::{Child, Command};
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{Instant, sleep_until};
 
 use super::programs;
+use crate::signals::{INTERRUPTS, Signals};
 
 /// Programs of a job.
 #[derive(Debug, Serialize, Deserialize)]
@@ -216,20 +216,14 @@ struct Run<'a> {
 impl Run<'_> {
     /// Runs the programs; returns the reason, for people, if one fails.
     async fn live(mut self, pod: &Pod) -> std::result::Result<(), String> {
-        let asked = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(signal);
-        let [Ok(mut terminate), Ok(mut interrupt), Ok(mut hangup)] = asked else {
-            return Err("cannot receive signals".into());
-        };
-        let mut asked = async || {
-            tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {}, _ = hangup.recv() => {} }
-        };
+        let mut asked = Signals::receive(&INTERRUPTS).map_err(|error| error.to_string())?;
         for program in &pod.before {
             let mut running = self.start(program)?;
             let mut is_asked = false;
             while running.status.is_none() {
                 tokio::select! {
                     () = running.end() => {}
-                    () = asked() => {
+                    _ = asked.next() => {
                         is_asked = true;
                         running.ask_to_end();
                     }
@@ -259,7 +253,7 @@ impl Run<'_> {
                     }
                 }
                 () = environment.end(), if environment.status.is_none() => {}
-                () = asked() => {
+                _ = asked.next() => {
                     environment.ask_to_end();
                     sidecar.ask_to_end();
                 }
