@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
-use std::fs::{DirBuilder, File};
+use std::fs::DirBuilder;
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -497,9 +497,7 @@ impl<'a> Build<'a> {
             // Copy the keys. A pod has them in mounts below /etc, and mounts are left out of the build's copy of /etc.
             let name = key.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
             let name = format!("{number}-{name}");
-            let content =
-                named::read(key, ca_rpm::LONGEST).attempt(|| format!("read the signing key {}", key.display()))?;
-            keys.replace(&name, &content).attempt(attempted)?;
+            keys.replace(&name, &read_signing_key(key)?).attempt(attempted)?;
             command.push(format!("--signing-key={}", at(&format!("keys/{name}"))));
         }
         self.prepare_home(work, &place.join(HOME))?;
@@ -676,8 +674,12 @@ impl Authority {
 /// Refuses named certificates, packages and keys that cannot be read.
 pub(crate) fn check_files(settings: &Settings, wanted: &Wanted) -> Result<()> {
     Authority::read(settings, wanted)?;
-    let readable = |key: &PathBuf| File::open(key).attempt(|| format!("read the signing key {}", key.display()));
-    wanted.signing_keys.iter().try_for_each(|key| readable(key).map(drop))
+    wanted.signing_keys.iter().try_for_each(|key| read_signing_key(key).map(drop))
+}
+
+/// Reads a file with keys with which packages may be signed.
+pub(crate) fn read_signing_key(file: &Path) -> Result<Vec<u8>> {
+    named::read(file, ca_rpm::LONGEST).attempt(|| format!("read the signing key {}", file.display()))
 }
 
 /// Returns the files with keys with which packages may be signed: [`KEYRINGS`] if there are no others and `manager` is

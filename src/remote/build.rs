@@ -16,7 +16,6 @@ use crate::image::boot::{Names, left_names};
 use crate::image::kind::{Content, Opened};
 use crate::image::unpack::unpack;
 use crate::publish::settings::Settings;
-use crate::recipe::ca_rpm;
 use crate::recipe::kiwi::{self, Offered, Ready};
 use crate::remote::connection::Destination;
 use crate::remote::entrypoint::{AUTHORITIES, certificates};
@@ -24,7 +23,6 @@ use crate::remote::far::give_names;
 use crate::remote::message::{Blob, Build, Message, Order, Part, Task, job_of_ims, job_without_ims};
 use crate::remote::program::{Incoming, Program};
 use crate::remote::transfer::Sending;
-use crate::sys::named;
 use crate::sys::poll;
 use crate::sys::tree::Tree;
 use crate::transfer::Work;
@@ -147,9 +145,7 @@ impl Offloaded {
         let text = |bytes| String::from_utf8(bytes).attempt(|| "read the certificate of the site's authority");
         let key = |file: &PathBuf| -> Result<(String, Blob)> {
             let name = file.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-            let content =
-                named::read(file, ca_rpm::LONGEST).attempt(|| format!("read the signing key {}", file.display()))?;
-            Ok((name, Blob(content)))
+            Ok((name, Blob(kiwi::read_signing_key(file)?)))
         };
         let task = Task::Build(Build {
             variables: node.variables.clone(),

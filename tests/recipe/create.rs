@@ -87,9 +87,10 @@ fn failed_creation_keeps_what_was_built_and_the_next_one_begins_anew() {
 fn unusable_arguments_are_refused_before_anything_is_created() {
     let (dir, recipe) = prepared();
     let missing = dir.path().join("missing");
-    let cases: [(&Path, &str, &[&str], &str); 3] = [
+    let cases: [(&Path, &str, &[&str], &str); 4] = [
         (&recipe, "./no/such", &[], "cannot write to the store ./no/such: "),
         (&recipe, "./out", &["--signing-key", "./no.asc"], "cannot read the signing key ./no.asc: No such file"),
+        (&recipe, "./out", &["--signing-key", "/dev/zero"], "cannot read the signing key /dev/zero: it is a character"),
         (&missing, "./out", &[], "missing': No such file"),
     ];
     for (recipe, output, options, reason) in cases {
