@@ -42,16 +42,15 @@ is_whole() {
 }
 "#;
 
-/// First line that [`LOOK`] prints. If something comes before, the user's shell on the node has printed it.
-pub(super) const FIRST: &str = "ims-sshd looks at this node";
+/// First line that [`look`] prints. If something comes before, the user's shell on the node has printed it.
+const FIRST: &str = "ims-sshd looks at this node";
 
 /// Maximum number of characters of such text in a message.
 const LONGEST_LINE: usize = 80;
 
-/// Script that prints [`FIRST`], the node's architecture, and whether the node has the programs. It also sets the time
+/// Script that prints the node's architecture, and whether the node has the programs. It also sets the time
 /// of the programs' directory, which shows when a job last needed them.
 const LOOK: &str = r#"
-echo 'ims-sshd looks at this node'
 uname -m
 if is_whole "$@"; then touch "$place/$1"; echo whole; else echo missing; fi
 "#;
@@ -131,7 +130,12 @@ pub(crate) fn provide(connection: &Connection, heed: Heed<'_>) -> Result<String>
 
 /// Returns the script that checks whether a node has the programs.
 pub(crate) fn look() -> String {
-    format!("{IS_WHOLE}{LOOK}")
+    format!("{IS_WHOLE}echo '{FIRST}'{LOOK}")
+}
+
+/// Returns what the script of [`look`] prints, for a node whose shell answers itself.
+pub(super) fn seen(arch: &str, is_whole: bool) -> String {
+    format!("{FIRST}\n{arch}\n{}\n", if is_whole { "whole" } else { "missing" })
 }
 
 /// Returns the script that receives the programs.

@@ -69,8 +69,7 @@ pub(crate) fn run() -> Result<u8> {
         Request::Load => say(&format!("{}\n", job_directory::count()?)),
         Request::Look(digests) => {
             let is_ours = digests.first() == Some(&Programs::own()?.name);
-            let state = if is_ours { "whole" } else { "missing" };
-            say(&format!("{}\n{arch}\n{state}\n", provision::FIRST));
+            say(&provision::seen(arch, is_ours));
         }
         Request::Take => {
             return Err(Error::new("take a program")
