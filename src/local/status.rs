@@ -38,6 +38,9 @@ const PREPARED: &str = "image_root";
 /// Field of a killed environment's report with the PID of its sshd, if that is still running.
 const LISTENER: &str = "sshd";
 
+/// Advice to somebody who named something that no run is known of.
+const LIST: &str = "'ims-sshd status' without a name lists what is open or kept";
+
 /// Subject of a status query or a mark.
 enum Target {
     /// An open run of `customize` or `enter` on this machine, by its entry in the register.
@@ -166,9 +169,7 @@ fn mark_parent(parent: &Path, verdict: Verdict) -> Result<()> {
             if let Ok(real) = named::resolve(parent) {
                 directory::refuse_kept(&real, Path::new(work_directory::DEFAULT), None, false)?;
             }
-            return Err(attempted()
-                .because("no environment is open there")
-                .advise("'ims-sshd status' without a name lists what is open or kept"));
+            return Err(attempted().because("no environment is open there").advise(LIST));
         }
         tracing::warn!("no environment is open in {} yet; one that opens there will find the mark", parent.display());
     }
@@ -307,9 +308,8 @@ fn find(named: &Path) -> Result<Target> {
     // The signature of a URL is a secret, so do not show it.
     let shown = without_query(&named.to_string_lossy());
     let attempted = || Error::new(format!("find '{shown}'"));
-    let advice = "'ims-sshd status' without a name lists what is open or kept";
     if path.is_file() || shown.contains("://") {
-        return Err(attempted().because("no run has it open, and no changes to it are kept").advise(advice));
+        return Err(attempted().because("no run has it open, and no changes to it are kept").advise(LIST));
     }
     if path.is_dir() || is_path(named) {
         named::resolve_beginning(&path).attempt(|| format!("find {}", named.display()))?;
@@ -318,7 +318,7 @@ fn find(named: &Path) -> Result<Target> {
     unreadable.map_or(Ok(()), Err)?;
     Err(Error::new(format!("find '{}'", named.display()))
         .because("no run on this machine has this name, and it is not a directory")
-        .advise("'ims-sshd status' without a name lists what is open or kept"))
+        .advise(LIST))
 }
 
 /// Returns whether `named` is a path. A path is never taken for the name of a run, which may be somebody else's.
@@ -411,7 +411,7 @@ fn report_of(parent: &Path) -> Result<Value> {
     if stage.is_none() && verdict.is_none() && !is_ready && root.is_none() {
         return Err(Error::new(format!("find the status of {}", parent.display()))
             .because("no run has it open, no changes to it are kept, and it holds neither image-root nor a signal file")
-            .advise("'ims-sshd status' without a name lists what is open or kept"));
+            .advise(LIST));
     }
     let mut report = json!({ "image_root_parent": parent, "state": stage.map(Stage::name), "verdict": verdict });
     if let Some(since) = since {

@@ -160,7 +160,7 @@ fn listening_sockets(pid: Pid) -> usize {
             Some((fd.file_name().to_str()?.parse().ok()?, inode.to_owned()))
         })
         .collect();
-    let copies: io::Result<Vec<_>> = sockets.iter().map(|(fd, _)| copy_of(pid, *fd)).collect();
+    let copies = copies_of(pid, sockets.iter().map(|(descriptor, _)| *descriptor));
     if let Ok(copies) = copies {
         return copies.iter().filter(|copy| socket_acceptconn(copy).is_ok_and(|listens| listens)).count();
     }
@@ -171,11 +171,11 @@ fn listening_sockets(pid: Pid) -> usize {
         .sum()
 }
 
-/// A copy of a process's descriptor (pidfd_getfd(2)). Many containers do not allow that.
-fn copy_of(pid: Pid, descriptor: RawFd) -> io::Result<OwnedFd> {
+/// Copies of descriptors of a process (pidfd_getfd(2)). Many containers do not allow that.
+fn copies_of(pid: Pid, descriptors: impl Iterator<Item = RawFd>) -> io::Result<Vec<OwnedFd>> {
     let raw = rustix::process::Pid::from_raw(pid.as_raw()).ok_or(io::ErrorKind::NotFound)?;
     let process = pidfd_open(raw, PidfdFlags::empty())?;
-    Ok(pidfd_getfd(process, descriptor, PidfdGetfdFlags::empty())?)
+    descriptors.map(|number| Ok(pidfd_getfd(&process, number, PidfdGetfdFlags::empty())?)).collect()
 }
 
 /// Inodes of sockets in state LISTEN (0A) in /proc/net/tcp (proc(5)).
