@@ -23,6 +23,15 @@ fn refusals(environment: &Environment) -> Vec<String> {
     environment.log_text().lines().filter(|line| line.contains("refused")).map(str::to_owned).collect()
 }
 
+/// Waits until sshd has logged so many refusals. Its child may write its last line after the client is gone, and closing
+/// the environment before would end the child first.
+fn wait_for_refusals_of_root(environment: &Environment, count: usize) {
+    wait_until("the refusals of root to be in sshd's log", || {
+        let log = std::fs::read_to_string(environment.sshd_log()).unwrap();
+        log.matches("closed by authenticating user").count() == count
+    });
+}
+
 #[test]
 fn refused_login_is_logged_once_with_client_user_and_reason() {
     for mode in MODES {
@@ -42,10 +51,7 @@ fn refused_login_is_logged_once_with_client_user_and_reason() {
         wait_until("both to be in the log", || refusals(&environment).len() >= 2);
         std::fs::set_permissions(keys, std::fs::Permissions::from_mode(0o777)).unwrap();
         try_key(&environment, "root", "another");
-        // sshd's child may write its last line after the client is gone; closing now would end it first.
-        wait_until("the second of root to be in sshd's log", || {
-            log().matches("closed by authenticating user").count() == 2
-        });
+        wait_for_refusals_of_root(&environment, 2);
         // Refusals of the last second are logged at the end.
         assert_eq!(environment.complete(), 0);
         let told = refusals(&environment);
@@ -67,11 +73,7 @@ fn many_refused_logins_are_counted_instead_of_logged() {
     for _ in 0..14 {
         try_key(&environment, "root", "another");
     }
-    // sshd's child may write its last line after the client is gone; closing now would end it first.
-    wait_until("all to be in sshd's log", || {
-        let log = std::fs::read_to_string(environment.sshd_log()).unwrap();
-        log.matches("closed by authenticating user").count() == 14
-    });
+    wait_for_refusals_of_root(&environment, 14);
     assert_eq!(environment.complete(), 0);
     let told = refusals(&environment);
     assert_eq!(told.iter().filter(|line| line.contains("refused a login")).count(), 10, "{told:#?}");
