@@ -42,6 +42,8 @@ fn silent_connections_shut_nobody_out() {
                 assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
             }
         }
+        // Answered after all of them were accepted: those still in the backlog would begin another outage.
+        assert_eq!(server.get("/healthz/live").status, 200);
         assert_eq!(warnings(&server), outage, "{}", server.log());
         silent.clear();
         wait_within(SOON, "the end of the outage", || {
