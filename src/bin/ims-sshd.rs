@@ -7,14 +7,14 @@ use ims_sshd::environment::supervisor;
 use ims_sshd::image::packer;
 use ims_sshd::panic;
 use ims_sshd::printable::Printable;
-use ims_sshd::recipe::sandbox;
+use ims_sshd::recipe::{sandbox, template};
 use ims_sshd::sys::{inherited, umask};
 
 fn main() -> ExitCode {
     inherited::set_own();
     umask::set_own();
     panic::tell_by(report);
-    if let Some(code) = packer::run_as_child().or_else(sandbox::run_as_child) {
+    if let Some(code) = packer::run_as_child().or_else(sandbox::run_as_child).or_else(template::run_as_child) {
         return ExitCode::from(code);
     }
     inherited::survive_file_limit();

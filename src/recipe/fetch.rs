@@ -18,7 +18,7 @@ use crate::publish::settings::Settings;
 use crate::publish::source::Source;
 use crate::recipe::description::{self, Description};
 use crate::recipe::outcome;
-use crate::recipe::template::{Values, fill_in, parse_values};
+use crate::recipe::template::{Renderer, Values, fill_in, parse_values};
 use crate::store;
 use crate::sys::attributes::Node;
 use crate::sys::file_kind::FileKind;
@@ -112,7 +112,7 @@ fn fetch(work: &Work, settings: &Settings, source: &Source, wanted: &Wanted) -> 
         None => tree,
     };
     check(&recipe)?;
-    fill_in(&recipe, values.as_ref())?;
+    fill_in(&Renderer { work, directory: &private }, &recipe, values.as_ref())?;
     let described = Description::read(&recipe)?;
     // In a pod, containers of IMS also read the recipe, and may run as another user.
     let mode = if is_job { 0o755 } else { 0o700 };

@@ -1,21 +1,32 @@
 //! Fills in a recipe's templates with the values of the job. The templates are files in Jinja's language that
 //! `.ims_recipe_template.yaml` lists.
 //!
-//! A template is untrusted input in a process that has the job's credentials. Therefore templates have no function that
-//! reads a file or starts a program, cannot load other templates, and have bounded loops.
+//! A template is untrusted input. Therefore templates have no function that reads a file or starts a program, cannot
+//! load other templates, and have bounded loops. They are filled in by a confined child process, since deep nesting, of
+//! operators or of values, overflows the stack, and minijinja limits only some kinds of it. Both ends of the protocol
+//! between parent and child are in this file.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
+use std::fs::File;
 use std::io::{Read, Seek, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Component, Path};
+use std::process::Command;
 
 use minijinja::{AutoEscape, Environment, ErrorKind, UndefinedBehavior};
 use rustix::fs::{FileType, OFlags};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 use crate::error::{Attempt, Error, Result};
+use crate::image::packer::inheritable;
 use crate::printable::listed;
 use crate::sys::file_kind::FileKind;
 use crate::sys::tree::Tree;
+use crate::transfer::Work;
+use crate::transfer::confinement::Confined;
 
 /// File of a recipe that lists the templates.
 const LIST: &str = ".ims_recipe_template.yaml";
@@ -28,6 +39,15 @@ const LONGEST_TEMPLATE: u64 = 16 << 20;
 /// Number of instructions after which a template counts as an endless loop.
 const FUEL: u64 = 5_000_000;
 
+/// Stack of the child, in bytes. The depths that minijinja allows fit into it.
+const STACK: usize = 8 << 20;
+
+/// First argument of the child process.
+const CHILD: &str = "fill-in-as-child";
+
+/// This program's own file.
+const OWN_PROGRAM: &str = "/proc/self/exe";
+
 /// Values for templates, by name.
 pub(crate) type Values = BTreeMap<String, String>;
 
@@ -35,6 +55,128 @@ pub(crate) type Values = BTreeMap<String, String>;
 #[derive(Deserialize)]
 struct Listed {
     template_files: Vec<String>,
+}
+
+/// A template as the child gets it.
+#[derive(Serialize, Deserialize)]
+struct Order {
+    text: String,
+    /// Values to fill in; if `None`, the child only looks for the names of values.
+    values: Option<Values>,
+}
+
+/// Result of the child.
+#[derive(Serialize, Deserialize)]
+enum Answer {
+    Filled(String),
+    Asked(BTreeSet<String>),
+    Refused(Refusal),
+}
+
+/// Reason why a template cannot be filled in.
+#[derive(Debug, Serialize, Deserialize)]
+struct Refusal {
+    line: Option<usize>,
+    why: String,
+    advice: Option<String>,
+}
+
+impl Refusal {
+    fn of(self, name: &str) -> Error {
+        let place = self.line.map_or_else(|| name.to_owned(), |line| format!("{name}, line {line}"));
+        let refused = Error::new(format!("fill in the template {place}")).because(self.why);
+        match self.advice {
+            Some(advice) => refused.advise(advice),
+            None => refused,
+        }
+    }
+}
+
+/// Starts the child processes that fill in templates.
+pub(crate) struct Renderer<'a> {
+    /// Interrupts the child.
+    pub(crate) work: &'a Work,
+    /// Working directory of the child, which it does not use.
+    pub(crate) directory: &'a Tree,
+}
+
+impl Renderer<'_> {
+    /// Returns `None` if the child was killed by a signal.
+    fn ask(&self, name: &str, text: &str, values: Option<&Values>) -> Result<Option<Answer>> {
+        let attempted = format!("fill in the template {name}");
+        let order = json!(Order { text: text.to_owned(), values: values.cloned() }).to_string();
+        let order = inheritable(order.as_bytes()).attempt(|| &attempted)?;
+        let own = File::open(OWN_PROGRAM).attempt(|| "open this program's own file")?;
+        let mut child = Command::new(OWN_PROGRAM);
+        child.args([CHILD, &order.as_raw_fd().to_string()]);
+        let confined = Confined::computing(self.directory).reading([own.as_fd()].into_iter())?;
+        let output = self.work.run(&attempted, &mut child, Some(&confined), |_| {})?;
+        if output.status.signal().is_some() {
+            return Ok(None);
+        }
+        if !output.status.success() {
+            let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+            return Err(Error::new(attempted).because(if said.is_empty() { output.status.to_string() } else { said }));
+        }
+        serde_json::from_slice(&output.stdout).map(Some).attempt(|| attempted)
+    }
+
+    fn filled(&self, name: &str, text: &str, values: &Values) -> Result<String> {
+        match self.ask(name, text, Some(values))? {
+            Some(Answer::Filled(text)) => return Ok(text),
+            Some(Answer::Refused(refusal)) => return Err(refusal.of(name)),
+            Some(Answer::Asked(_)) | None => {}
+        }
+        // A killed child names no line. Find the first one up to which a child is killed as well.
+        let ends: Vec<_> = text.match_indices('\n').map(|(at, _)| at + 1).collect();
+        let ends_well = |end: &usize| matches!(self.ask(name, &text[..*end], Some(values)), Ok(Some(_)));
+        let refusal = Refusal {
+            line: Some(ends.partition_point(ends_well) + 1),
+            why: "it nests operators, statements or values too deeply, or makes a value too large".into(),
+            advice: Some("split it into smaller expressions".into()),
+        };
+        Err(refusal.of(name))
+    }
+}
+
+/// Fills in a template if this process was started for that, and returns the exit code; otherwise returns `None`.
+pub fn run_as_child() -> Option<u8> {
+    let mut words = std::env::args_os().skip(1);
+    if words.next()? != CHILD {
+        return None;
+    }
+    let _ = rustix::thread::set_name(c"ims-sshd");
+    let answer = match (words.next(), words.next()) {
+        (Some(order), None) => read(&order),
+        _ => Err("started by 'ims-sshd fetch-recipe', not by hand; see ims-sshd --help".into()),
+    };
+    // The main thread's stack may be unlimited.
+    let answer = answer.and_then(|order| {
+        let started = std::thread::Builder::new().stack_size(STACK).spawn(|| carried_out(order));
+        started.map_err(|e| e.to_string())?.join().map_err(|_| String::new())
+    });
+    Some(match answer {
+        Ok(answer) => {
+            print!("{}", json!(answer));
+            0
+        }
+        Err(why) => {
+            eprint!("{why}");
+            1
+        }
+    })
+}
+
+fn read(order: &OsStr) -> std::result::Result<Order, String> {
+    let text = std::fs::read(Path::new("/proc/self/fd").join(order)).map_err(|e| e.to_string())?;
+    serde_json::from_slice(&text).map_err(|e| e.to_string())
+}
+
+fn carried_out(order: Order) -> Answer {
+    match order.values {
+        Some(values) => render(&order.text, &values).map_or_else(Answer::Refused, Answer::Filled),
+        None => Answer::Asked(names_in(&order.text)),
+    }
 }
 
 /// Parses the values that IMS passes, a JSON object of strings. An empty file counts as an object without values.
@@ -59,7 +201,7 @@ fn kind_of(error: &serde_json::Error) -> &'static str {
 }
 
 /// Fills in the templates of `recipe`, to which nobody else can write. `values` is `None` if the job has no values.
-pub(crate) fn fill_in(recipe: &Tree, values: Option<&Values>) -> Result<()> {
+pub(crate) fn fill_in(renderer: &Renderer, recipe: &Tree, values: Option<&Values>) -> Result<()> {
     let list_read = || format!("read {LIST} of the recipe");
     let values_given = values.filter(|values| !values.is_empty());
     if recipe.look(LIST).attempt(list_read)?.is_none() {
@@ -80,7 +222,7 @@ pub(crate) fn fill_in(recipe: &Tree, values: Option<&Values>) -> Result<()> {
         }
         let why =
             format!("{LIST} names {}, and the job has no values", crate::printable::listed(&listed.template_files));
-        let asked: BTreeSet<_> = listed.template_files.iter().flat_map(|name| asked(recipe, name)).collect();
+        let asked: BTreeSet<_> = listed.template_files.iter().flat_map(|name| asked(renderer, recipe, name)).collect();
         let asked = match asked.len() {
             0 => String::new(),
             _ => format!("they ask for {}: ", crate::printable::listed(&asked.iter().collect::<Vec<_>>())),
@@ -92,24 +234,37 @@ pub(crate) fn fill_in(recipe: &Tree, values: Option<&Values>) -> Result<()> {
     };
     let mut filled = BTreeSet::new();
     for name in &listed.template_files {
-        fill_in_file(recipe, name, values, &mut filled)?;
+        fill_in_file(renderer, recipe, name, values, &mut filled)?;
         tracing::info!("filled in {name}");
     }
     Ok(())
 }
 
 /// Returns the names of the values that a template uses; none if the template cannot be read.
-fn asked(recipe: &Tree, name: &str) -> BTreeSet<String> {
+fn asked(renderer: &Renderer, recipe: &Tree, name: &str) -> BTreeSet<String> {
     let text = recipe.read(name.trim_start_matches("./"), LONGEST_TEMPLATE).unwrap_or_default();
     let text = String::from_utf8(text).unwrap_or_default();
+    match renderer.ask(name, &text, None) {
+        Ok(Some(Answer::Asked(names))) => names,
+        _ => BTreeSet::new(),
+    }
+}
+
+fn names_in(text: &str) -> BTreeSet<String> {
     let environment = Environment::new();
-    let asked = environment.template_from_str(&text).map(|template| template.undeclared_variables(false));
-    asked.unwrap_or_default().into_iter().collect()
+    let names = environment.template_from_str(text).map(|template| template.undeclared_variables(false));
+    names.unwrap_or_default().into_iter().collect()
 }
 
 /// Fills in the template `name`, unless `filled` already contains the device and inode of its file (under another
 /// name).
-fn fill_in_file(recipe: &Tree, name: &str, values: &Values, filled: &mut BTreeSet<(u64, u64)>) -> Result<()> {
+fn fill_in_file(
+    renderer: &Renderer,
+    recipe: &Tree,
+    name: &str,
+    values: &Values,
+    filled: &mut BTreeSet<(u64, u64)>,
+) -> Result<()> {
     let attempted = || format!("fill in the template {name}");
     let path = Path::new(name);
     let path = path.strip_prefix(".").unwrap_or(path);
@@ -143,15 +298,15 @@ fn fill_in_file(recipe: &Tree, name: &str, values: &Values, filled: &mut BTreeSe
     if text.len() as u64 > LONGEST_TEMPLATE {
         return Err(Error::new(attempted()).because(format!("it is larger than {LONGEST_TEMPLATE} bytes")));
     }
-    let text = render(name, &text, values)?;
+    let text = renderer.filled(name, &text, values)?;
     file.rewind().attempt(attempted)?;
     file.set_len(0).attempt(attempted)?;
     file.write_all(text.as_bytes()).attempt(attempted)
 }
 
-/// Fills in `text`; messages name `name`. In contrast to IMS's use of Jinja2, printing an unknown value is an error. A
-/// condition may still use an unknown value.
-pub(crate) fn render(name: &str, text: &str, values: &Values) -> Result<String> {
+/// Fills in `text`. In contrast to IMS's use of Jinja2, printing an unknown value is an error. A condition may still use
+/// an unknown value.
+fn render(text: &str, values: &Values) -> std::result::Result<String, Refusal> {
     let mut environment = Environment::new();
     environment.set_undefined_behavior(UndefinedBehavior::SemiStrict);
     // Switch escaping off. By default it depends on the file's name: in config.xml, '&' in a value would become
@@ -159,17 +314,15 @@ pub(crate) fn render(name: &str, text: &str, values: &Values) -> Result<String> 
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     environment.set_fuel(Some(FUEL));
-    let template = environment.template_from_named_str(name, text).map_err(|e| refusal(name, text, values, &e, &[]))?;
+    let template = environment.template_from_str(text).map_err(|e| refusal(text, values, &e, &[]))?;
     template.render(values).map_err(|e| {
         let asked: Vec<_> = template.undeclared_variables(false).into_iter().collect();
-        refusal(name, text, values, &e, &asked)
+        refusal(text, values, &e, &asked)
     })
 }
 
-fn refusal(name: &str, text: &str, values: &Values, error: &minijinja::Error, asked: &[String]) -> Error {
+fn refusal(text: &str, values: &Values, error: &minijinja::Error, asked: &[String]) -> Refusal {
     let line = error.line();
-    let place = line.map_or_else(|| name.to_owned(), |line| format!("{name}, line {line}"));
-    let refused = Error::new(format!("fill in the template {place}"));
     let known = || match values.len() {
         0 => "no value is known".to_owned(),
         _ => format!("these are known: {}", listed(&values.keys().collect::<Vec<_>>())),
@@ -182,14 +335,14 @@ fn refusal(name: &str, text: &str, values: &Values, error: &minijinja::Error, as
             missing.retain(|name| holds_word(on_line, name));
         }
         let advice = format!("{}; give it a value, or ask with {{% if … is defined %}}", known());
-        return match missing.as_slice() {
-            [] => refused.because("it prints a value that is not defined"),
-            missing => refused.because(format!("there is no value named {}", listed(missing))),
-        }
-        .advise(advice);
+        let why = match missing.as_slice() {
+            [] => "it prints a value that is not defined".into(),
+            missing => format!("there is no value named {}", listed(missing)),
+        };
+        return Refusal { line, why, advice: Some(advice) };
     }
     let why = error.detail().map_or_else(|| error.kind().to_string(), |detail| format!("{}: {detail}", error.kind()));
-    refused.because(why)
+    Refusal { line, why, advice: None }
 }
 
 fn holds_word(line: &str, word: &str) -> bool {
@@ -202,7 +355,7 @@ mod tests {
 
     fn filled(text: &str, values: &[(&str, &str)]) -> std::result::Result<String, String> {
         let values = values.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect();
-        render("config.xml", text, &values).map_err(|e| e.to_string())
+        render(text, &values).map_err(|refusal| refusal.of("config.xml").to_string())
     }
 
     #[test]

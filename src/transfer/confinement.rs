@@ -212,6 +212,11 @@ impl<'a> Confined<'a> {
         Self { directory, access: Access::Write, stdin: None, readable: Vec::new(), capabilities: &[], limits }
     }
 
+    /// For a program that only computes. It may read `directory`, which it starts in.
+    pub(crate) fn computing(directory: &'a Tree) -> Self {
+        Self { access: Access::Read, ..Self::asking(directory) }
+    }
+
     /// For a program that converts the file `input` to standard output.
     pub(crate) fn filtering(directory: &'a Tree, input: File) -> Self {
         let limits = Limits { memory: memory(), file: 0, time: Duration::from_hours(1), volume: None };

@@ -225,6 +225,46 @@ fn wrong_templates_are_refused_with_file_line_and_name() {
 }
 
 #[test]
+fn templates_that_would_overflow_the_stack_are_refused_with_file_and_line() {
+    let dir = directory();
+    let tree = small(dir.path());
+    for (begin, repeated, end) in [
+        ("{{ ", "not ", "1 }}"),
+        ("{{ ", "(", "1 }}"),
+        ("{{ 1", "+1", " }}"),
+        ("{{ MIRROR", "|upper", " }}"),
+        ("{% for ", "(", "a in [] %}{% endfor %}"),
+        ("", "{% if 1 %}", ""),
+        ("{% if 1 %}", "{% elif 1 %}", "{% endif %}"),
+        // Each round puts the value into a list, so dropping it takes as deep a recursion.
+        (
+            "{% set n = namespace(v=1) %}{% for a in range(300) %}{% for b in range(300) %}{% set n.v = [n.v] %}",
+            "",
+            "{% endfor %}{% endfor %}",
+        ),
+    ] {
+        let template = format!("<image>\n{begin}{}{end}\n</image>\n", repeated.repeat(50_000));
+        write(&tree, "config.xml", &template);
+        refused(dir.path(), &tree, &["--set", "MIRROR=x"], "cannot fill in the template config.xml, line 2: ");
+    }
+    // Without values, the templates are read for the names that they ask for.
+    write(&tree, "config.xml", &format!("{{{{ {}1 }}}}", "not ".repeat(50_000)));
+    refused(dir.path(), &tree, &[], "the job has no values; they ask for NAME: give the recipe");
+    // The depths that docs/RECIPES.md promises.
+    let template = [
+        format!("<image>{{{{ {}MIRROR{}{} }}}}", "(".repeat(50), ")".repeat(50), "|upper".repeat(500)),
+        format!("{{{{ 0{} }}}}{{{{ {}true }}}}", "+1".repeat(500), "not ".repeat(500)),
+        format!("{{% if 0 %}}{}5{{% endif %}}", "{% elif 0 %}".repeat(499) + "{% else %}"),
+        format!("{}6{}</image>", "{% if 1 %}".repeat(50), "{% endif %}".repeat(50)),
+    ];
+    write(&tree, "config.xml", &template.concat());
+    let to = dir.path().join("recipe");
+    let output = fetch(&to, tree.to_str().unwrap(), &["--set", "MIRROR=x"], &[]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(content(&to, "config.xml"), "<image>X500True56</image>");
+}
+
+#[test]
 fn recipe_without_templates_is_left_as_it_is() {
     let dir = directory();
     let tree = dir.path().join("plain");
