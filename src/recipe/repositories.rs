@@ -5,7 +5,7 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use reqwest::{Client, Method, StatusCode, Url};
 use tokio::task::JoinSet;
@@ -144,28 +144,27 @@ fn wait(work: &Work, description: &Description, selection: &Selection, recipe: &
 }
 
 impl Awaited {
-    /// Sends requests until the repository answers or `limit` is over. Fails with the reason why the last attempt
+    /// Waits, for at most `limit`, until the repository answers. Fails with the reason why the last complete attempt
     /// failed.
     async fn come(&self, limit: Duration) -> std::result::Result<(), String> {
-        let began = Instant::now();
-        let (mut pause, mut told) = (PAUSE.0, None);
-        loop {
-            let Err(why) = self.ask().await else {
-                tracing::info!("the repository {} is there", self.alias);
-                return Ok(());
-            };
-            let left = limit.saturating_sub(began.elapsed());
-            if left.is_zero() {
-                return Err(why);
-            }
+        let mut reason = "it has not answered yet".to_owned();
+        // Requests, which have a longer limit of their own, count as well.
+        tokio::time::timeout(limit, self.answer(&mut reason)).await.map_err(|_| reason)
+    }
+
+    /// Sends requests until the repository answers, and records why the last one failed.
+    async fn answer(&self, reason: &mut String) {
+        let mut pause = PAUSE.0;
+        while let Err(why) = self.ask().await {
             // Log each reason once: a log of every attempt would be long.
-            if told.as_ref() != Some(&why) {
+            if *reason != why {
                 tracing::info!("waiting for the repository {}: {why}", self.alias);
-                told = Some(why);
+                *reason = why;
             }
-            tokio::time::sleep(pause.min(left)).await;
+            tokio::time::sleep(pause).await;
             pause = (pause * 2).min(PAUSE.1);
         }
+        tracing::info!("the repository {} is there", self.alias);
     }
 
     async fn ask(&self) -> std::result::Result<(), String> {

@@ -1,5 +1,6 @@
 //! Repositories that a recipe names are waited for.
 
+use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Command, Output};
 use std::time::Instant;
@@ -132,6 +133,22 @@ fn repository_that_comes_later_is_waited_for_and_missing_ones_are_named_once_eac
     std::fs::create_dir(&local).unwrap();
     write(&tree, "repodata/repomd.xml", "");
     assert!(waiting.wait_with_output().unwrap().status.success());
+}
+
+#[test]
+fn server_that_never_answers_is_waited_for_no_longer_than_the_limit() {
+    let dir = directory();
+    // The kernel accepts the connections.
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", silent.local_addr().unwrap());
+    // One repository has one URL, the other one two.
+    let recipe = described(dir.path(), &[source("", &url), source("type='apt-deb'", &url)].concat());
+    let began = Instant::now();
+    let output = wait(&recipe, &["--timeout", "2"], &[("IMS_STALL_LIMIT", "60".into())]);
+    assert!(began.elapsed().as_secs() < 8, "{:?}", began.elapsed());
+    assert_eq!(output.status.code(), Some(1));
+    let said = text(&output.stderr);
+    assert_eq!(said.matches("is missing after 2 s: it has not answered yet").count(), 2, "{said}");
 }
 
 #[test]
