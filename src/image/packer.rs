@@ -444,8 +444,8 @@ fn write(
     options.memory = options.memory.min(told.memory);
     let (seen, lengths) = thread::scope(|scope| {
         let inventory = known.as_ref().map(|known| &known.inventory).filter(|_| options.processors > 1);
-        // While the tree is being collected, another processor would be idle, so measure the source on it.
-        let measuring = inventory.map(|inventory| scope.spawn(|| inventory.measure()));
+        // While the tree is being collected, other processors would be idle, so measure the source on them.
+        let measuring = inventory.map(|inventory| scope.spawn(|| inventory.measure(options.processors)));
         let seen = look(tree, told, known.as_ref());
         (seen, measuring.and_then(|measuring| measuring.join().ok()?.ok()))
     });

@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::panic::resume_unwind;
+use std::thread;
 
 use crate::squashfs::compression::Method;
 use crate::squashfs::error::Fault;
@@ -73,12 +75,14 @@ impl Inventory {
         })
     }
 
-    /// Returns the content length of each fragment block, for [`Inventory::set_lengths`]. gzip blocks do not state
-    /// their length and must be decompressed, so this can run in another thread while a tree is being collected.
-    pub fn measure(&self) -> Result<Vec<u64>, Fault> {
-        let mut blocks = BlockReader::new(&self.file, &self.method);
+    /// Returns the content length of each fragment block, for [`Inventory::set_lengths`], using so many `processors`.
+    /// gzip blocks do not state their length and must be decompressed, so this can run while a tree is being collected.
+    pub fn measure(&self, processors: usize) -> Result<Vec<u64>, Fault> {
         let most = self.block_size as usize;
-        self.fragments.iter().map(|fragment| blocks.length(fragment.start, fragment.size, most)).collect()
+        in_parts(&self.fragments, processors, |part| {
+            let mut blocks = BlockReader::new(&self.file, &self.method);
+            part.iter().map(|fragment| blocks.length(fragment.start, fragment.size, most)).collect()
+        })
     }
 
     /// Stores the result of [`Inventory::measure`].
@@ -124,4 +128,18 @@ impl Inventory {
         let (first, count) = (file.first as usize, file.count as usize);
         self.blocks.get(first..first + count).unwrap_or(&[])
     }
+}
+
+/// Divides `all` among so many `processors`, each of which evaluates its part. Returns the results in order.
+pub(crate) fn in_parts<T: Sync, R: Send>(
+    all: &[T],
+    processors: usize,
+    evaluate: impl Fn(&[T]) -> Result<Vec<R>, Fault> + Sync,
+) -> Result<Vec<R>, Fault> {
+    let parts = all.chunks(all.len().div_ceil(processors.max(1)).max(1));
+    let results: Result<Vec<_>, _> = thread::scope(|scope| {
+        let running: Vec<_> = parts.map(|part| scope.spawn(|| evaluate(part))).collect();
+        running.into_iter().map(|one| one.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+    });
+    Ok(results?.into_iter().flatten().collect())
 }

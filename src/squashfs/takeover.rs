@@ -9,7 +9,6 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::thread;
 
 use rustix::io::Errno;
 
@@ -17,7 +16,7 @@ use crate::squashfs::blocks::{FileBlocks, Halt, Queue};
 use crate::squashfs::content::Reading;
 use crate::squashfs::error::{Failure, Fault};
 use crate::squashfs::format::{Fragment, STORED_BLOCK};
-use crate::squashfs::inventory::{Inventory, SourceFile};
+use crate::squashfs::inventory::{Inventory, SourceFile, in_parts};
 use crate::squashfs::options::{Fragments, Options};
 use crate::squashfs::plan::NodeId;
 use crate::squashfs::progress::Meter;
@@ -230,7 +229,7 @@ fn whole_fragments(source: &Inventory, live: &BTreeMap<u32, Ranges>, processors:
         live.iter().filter(|(index, tails)| ends.get(index).is_some_and(|end| tails.cover(*end))).collect();
     // A fragment block may be longer than all tails in it, so compare with its real length. A gzip block must be
     // decompressed to find that length.
-    let is_whole = |part: &[(&u32, &Ranges)]| {
+    in_parts(&candidates, processors, |part| {
         let mut blocks = BlockReader::new(source.source(), &source.method);
         let mut whole = Vec::new();
         for (index, tails) in part {
@@ -243,13 +242,7 @@ fn whole_fragments(source: &Inventory, live: &BTreeMap<u32, Ranges>, processors:
                 whole.push(**index);
             }
         }
-        Ok::<_, Fault>(whole)
-    };
-    thread::scope(|scope| {
-        let parts = candidates.chunks(candidates.len().div_ceil(processors.max(1)).max(1));
-        let running: Vec<_> = parts.map(|part| scope.spawn(|| is_whole(part))).collect();
-        let parts = running.into_iter().map(|one| one.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
-        Ok(parts.collect::<Result<Vec<_>, _>>()?.concat())
+        Ok(whole)
     })
 }
 

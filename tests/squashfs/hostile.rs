@@ -160,7 +160,7 @@ fn use_as_source(file: File, length: usize, is_taken_over: bool, output: &Memory
     let options = Options { processors: 1, ..reader.options() };
     let mut inventory = Inventory::new(reader)?;
     // Without lengths, the writer measures what it needs, and finds the same damage.
-    if let Ok(lengths) = inventory.measure() {
+    if let Ok(lengths) = inventory.measure(2) {
         inventory.set_lengths(lengths);
     }
     if !is_taken_over {
