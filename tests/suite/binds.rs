@@ -5,6 +5,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use tempfile::TempDir;
 use testbed::*;
 
 /// Paths of the administrator beside the image: a package repository with a mount below it, a licence file, and a
@@ -12,11 +13,13 @@ use testbed::*;
 struct Sources {
     dir: PathBuf,
     _disk: Mounted,
+    _parent: TempDir,
 }
 
 impl Sources {
-    fn new(volume: &Volume) -> Self {
-        let dir = volume.dir.path().join("sources");
+    fn new() -> Self {
+        let parent = directory();
+        let dir = parent.path().join("sources");
         for directory in ["repo/disk", "work", "with space"] {
             std::fs::create_dir_all(dir.join(directory)).unwrap();
         }
@@ -29,7 +32,7 @@ impl Sources {
         std::fs::copy(cache().join("busybox/bin/busybox"), dir.join("work/setuid")).unwrap();
         std::os::unix::fs::chown(dir.join("work/setuid"), Some(0), Some(0)).unwrap();
         std::fs::set_permissions(dir.join("work/setuid"), std::fs::Permissions::from_mode(0o4755)).unwrap();
-        Self { dir, _disk: Mounted(disk) }
+        Self { dir, _disk: Mounted(disk), _parent: parent }
     }
 
     fn binds(&self) -> String {
@@ -49,7 +52,7 @@ fn bind_mounts_appear_in_the_jail_and_leave_no_trace_in_the_image() {
         let volume = Volume::new(Image::Busybox);
         std::fs::create_dir(volume.image_root.join("srv")).unwrap();
         std::fs::write(volume.image_root.join("etc/licence"), "the image's own").unwrap();
-        let sources = Sources::new(&volume);
+        let sources = Sources::new();
         let before = digest(&volume.image_root);
         let sources_before = digest(&sources.dir);
         let mut environment = start(volume, further, &sources.binds()).ready();
@@ -97,7 +100,7 @@ fn bind_mounts_appear_in_the_jail_and_leave_no_trace_in_the_image() {
 #[test]
 fn bind_mount_points_are_removed_after_a_kill_and_after_a_new_jail() {
     let volume = Volume::new(Image::Busybox);
-    let sources = Sources::new(&volume);
+    let sources = Sources::new();
     let before = digest(&volume.image_root);
     let mut environment = start(volume, &[], &sources.binds()).ready();
     nix::sys::signal::kill(environment.jails_init(), nix::sys::signal::Signal::SIGKILL).unwrap();
@@ -123,7 +126,7 @@ fn bind_mount_points_are_removed_after_a_kill_and_after_a_new_jail() {
 fn bind_mount_points_are_removed_although_a_session_moved_their_directory() {
     for tier in NAMESPACE_TIERS {
         let volume = Volume::new(Image::Busybox);
-        let sources = Sources::new(&volume);
+        let sources = Sources::new();
         let image_root = volume.image_root.clone();
         std::fs::create_dir_all(image_root.join("opt/own")).unwrap();
         std::fs::write(image_root.join("opt/own/file"), "").unwrap();
@@ -167,7 +170,7 @@ fn invalid_binds_are_refused_before_sshd_listens() {
     ];
     for (binds, shape, tier, why) in cases {
         let volume = Volume::new(Image::Busybox);
-        let sources = Sources::new(&volume);
+        let sources = Sources::new();
         std::fs::create_dir_all("/run/ims-sshd").unwrap();
         shape(&volume.image_root);
         let before = digest(&volume.image_root);
@@ -191,7 +194,7 @@ fn invalid_binds_are_refused_before_sshd_listens() {
 #[test]
 fn plain_mode_warns_about_binds() {
     let volume = Volume::new(Image::Busybox);
-    let sources = Sources::new(&volume);
+    let sources = Sources::new();
     let binds = sources.binds();
     let mut environment = volume.start_with(Mode::Plain, &[("IMS_JAIL_BINDS", &binds)]).ready();
     assert!(environment.log_text().contains("IMS_JAIL_BINDS has no effect in plain mode"));
@@ -221,7 +224,8 @@ fn bind_source_in_the_image_root_is_refused_by_any_path() {
 #[test]
 fn enter_and_customize_show_binds_but_do_not_pack_them() {
     let volume = Volume::new(Image::Busybox);
-    let sources = Sources::new(&volume);
+    let sources = Sources::new();
+    symlink(&sources.dir, volume.dir.path().join("sources")).unwrap();
     let squashfs = volume.dir.path().join("image.sqsh");
     succeed(Command::new("mksquashfs").arg(&volume.image_root).arg(&squashfs).args(["-quiet", "-no-progress"]));
     let script = volume.dir.path().join("script");

@@ -172,22 +172,27 @@ fn mounted_inside(environment: &Environment) -> Vec<PathBuf> {
 fn jail_has_the_same_mounts_whatever_is_mounted_in_the_container() {
     for tier in NAMESPACE_TIERS {
         let usual = mounted_inside(&open(Image::Busybox, tier));
+        let beside = directory();
+        let mounts = beside.path().join("mounts");
+        std::fs::create_dir(&mounts).unwrap();
+        mount_tmpfs(&mounts);
+        let _mounts = Mounted(mounts.clone());
         let volume = Volume::new(Image::Busybox);
         for number in 0..1000 {
-            let place = volume.dir.path().join("mounts").join(number.to_string());
+            let place = mounts.join(number.to_string());
             std::fs::create_dir_all(&place).unwrap();
             rustix::mount::mount("tmpfs", &place, "tmpfs", rustix::mount::MountFlags::empty(), None).unwrap();
         }
         let mut environment = volume.start_with(Mode::Jailed, &[("IMS_JAIL_TIER", tier)]).ready();
         assert_eq!(mounted_inside(&environment), usual, "{tier}");
         // A jail that is made again has the same mounts too, and none that the first one left.
-        let mounts = |init| std::fs::File::open(format!("/proc/{init}/ns/mnt")).unwrap();
+        let namespace = |init| std::fs::File::open(format!("/proc/{init}/ns/mnt")).unwrap();
         // Keep the namespace open: otherwise the kernel may give its inode number to the next one.
-        let first = mounts(environment.jails_init());
+        let first = namespace(environment.jails_init());
         nix::sys::signal::kill(environment.jails_init(), nix::sys::signal::Signal::SIGKILL).unwrap();
         wait_until("another jail", || environment.log_text().matches("the jail is made").count() == 2);
         assert_eq!(mounted_inside(&environment), usual, "{tier}, made again");
-        let second = mounts(environment.jails_init());
+        let second = namespace(environment.jails_init());
         assert_ne!(second.metadata().unwrap().ino(), first.metadata().unwrap().ino(), "{tier}");
         assert_eq!(environment.complete(), 0);
     }

@@ -4,13 +4,13 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 
 use tempfile::TempDir;
 
 use crate::node::Lab;
 use crate::{
-    Environment, IMS_SSHD, IMS_SSHD_TO_SEND, Image, directory, free_port, mount, succeed, unmount, wait_until,
+    Environment, IMS_SSHD, IMS_SSHD_TO_SEND, Image, cache, directory, free_port, mount, succeed, unmount, wait_until,
     wait_within, walk,
 };
 
@@ -323,14 +323,15 @@ pub fn replace_root(volume: &Volume, home: &Path, shell: &str) {
     mount(&["--bind", file.to_str().unwrap()], Path::new("/etc/passwd"));
 }
 
-/// One key pair for all tests of a run.
+/// One key pair for all tests. It stays in the cache.
 fn client_key() -> PathBuf {
-    static KEY: OnceLock<(TempDir, PathBuf)> = OnceLock::new();
-    let (_, key) = KEY.get_or_init(|| {
-        let dir = directory();
-        let key = dir.path().join("id_ed25519");
+    let pair = cache().join("client-key");
+    if !pair.exists() {
+        let made = directory();
+        let key = made.path().join("id_ed25519");
         succeed(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&key));
-        (dir, key)
-    });
-    key.clone()
+        // Another program may have been faster, so use the pair that is there.
+        let _ = std::fs::rename(made.path(), &pair);
+    }
+    pair.join("id_ed25519")
 }
