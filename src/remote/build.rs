@@ -245,7 +245,7 @@ impl Ready for Offloaded {
                     .because(why)
                     .advise(format!("kiwi-ng's log is {}", log.display()))),
                 None if received.contains(&Part::Image) => {
-                    tracing::info!("the packed image has come from {host}, whole and unaltered");
+                    tracing::info!("received the packed image from {host}, whole and unaltered");
                     Ok(())
                 }
                 None => Err(self.program.refused("it has sent no image")),

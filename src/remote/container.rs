@@ -366,7 +366,7 @@ impl Container {
                 let from = part_name(*place);
                 parent.rename(from, name).attempt(|| format!("rename {from} to {name}"))?;
             }
-            tracing::info!("the packed image has come from {}, whole and unaltered", self.connection.host());
+            tracing::info!("received the packed image from {}, whole and unaltered", self.connection.host());
             self.end();
             return Ok(());
         };

@@ -65,7 +65,7 @@ pub enum Stage {
 /// Runs a stage. Its order is a line on standard input, and it tells its parent on standard output how far it has come.
 pub(crate) fn run(stage: Stage) -> Result<u8> {
     if std::process::id() != 1 {
-        return Err(Error::bad_input("this command is started by 'ims-sshd node' alone"));
+        return Err(Error::bad_input("only 'ims-sshd node' may start this command"));
     }
     match stage {
         Stage::Root => root(),

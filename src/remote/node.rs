@@ -93,7 +93,8 @@ impl Inside {
 
 impl Drop for Inside {
     fn drop(&mut self) {
-        // When this process dies, the kernel ends all others of its PID namespace, and its mounts disappear.
+        // The child is PID 1 of its PID namespace: when it dies, the kernel kills all other processes there, and its
+        // mounts disappear.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

@@ -154,14 +154,14 @@ impl Incoming {
     pub(super) fn take(&mut self, frame: Frame, directory: Option<&Tree>) -> Result<Option<Message>> {
         let refused = |why: &str| Err(Error::new("receive the results").because(why));
         match (frame, directory) {
-            (_, _) if self.is_sent => refused("something has come after the last file"),
+            (_, _) if self.is_sent => refused("the node sent something after the last file"),
             (Frame::Data(data), _) => match &mut self.receiving {
                 Some(receiving) => receiving.take(&data).map(|()| None),
-                None => refused("data has come without a file"),
+                None => refused("the node sent data without a file"),
             },
             (Frame::Message(Message::File { part, size }), Some(directory)) => {
                 if self.receiving.is_some() || part == Part::Source || self.received.contains(&part) {
-                    return refused("a file has come that was not expected");
+                    return refused("the node sent a file that was not expected");
                 }
                 let name = part_name(part);
                 let file = directory.create_file(name).attempt(|| format!("create {name}"))?;
@@ -174,7 +174,7 @@ impl Incoming {
                     self.received.push(part);
                     self.store(part, file).map(|()| None)
                 }
-                None => refused("a digest has come without a file"),
+                None => refused("the node sent a digest without a file"),
             },
             (Frame::Message(Message::Sent), Some(_)) if self.receiving.is_none() => {
                 self.is_sent = true;

@@ -45,7 +45,7 @@ is_whole() {
 /// First line that [`look`] prints. If something comes before, the user's shell on the node has printed it.
 const FIRST: &str = "ims-sshd looks at this node";
 
-/// Maximum number of characters of such text in a message.
+/// Maximum number of characters of that shell's output that a message quotes.
 const LONGEST_LINE: usize = 80;
 
 /// Script that prints the node's architecture, and whether the node has the programs. It also sets the time

@@ -355,7 +355,7 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
         if files.stands(EXITING)? {
             let error = Error::new(format!("open {} again", files.path().display()))
                 .because(format!("'{EXITING}' exists: its environment has ended, and packing may have begun"))
-                .advise("start a new job, which has to remove 'exiting' before it creates 'ready'");
+                .advise("start a new job; a job must remove 'exiting' before it creates 'ready'");
             self.files = None;
             return Err(error);
         }
@@ -492,7 +492,9 @@ impl Node {
             (Message::Closed { verdict, exit_code }, Step::Opening | Step::Open) => {
                 self.step = Step::Closed;
                 if verdict == Judged::Complete && exit_code == 0 {
-                    tracing::info!("the environment on {host} has closed as complete: the image is packed there");
+                    tracing::info!(
+                        "the environment on {host} has closed, marked complete: the image is now being packed there"
+                    );
                 }
                 Ok(Some(Told::Closed(verdict.into(), exit_code)))
             }
@@ -560,7 +562,7 @@ impl Far for Node {
             }
             let files = files.ok_or_else(|| self.program.refused("the image root parent is gone"))?;
             give_names(files.parent(), &received, &self.boot)?;
-            tracing::info!("the packed image has come from {}, whole and unaltered", self.program.connection.host());
+            tracing::info!("received the packed image from {}, whole and unaltered", self.program.connection.host());
             self.end();
             return Ok(None);
         }

@@ -60,7 +60,7 @@ fn parse<'a>(line: &str, words: &'a [String]) -> Option<Request<'a>> {
 pub(crate) fn run() -> Result<u8> {
     let line = std::env::var("SSH_ORIGINAL_COMMAND").unwrap_or_default();
     let words = shell_words::split(&line).unwrap_or_default();
-    let refused = || Err(Error::new("run a command on this node").because("this key is for build jobs of IMS alone"));
+    let refused = || Err(Error::new("run a command on this node").because("only build jobs of IMS may use this key"));
     let Some(request) = parse(&line, &words) else { return refused() };
     let arch = Architecture::OWN.name();
     match request {

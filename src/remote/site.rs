@@ -105,12 +105,12 @@ pub(super) fn carried(sshd: &Effective, settings: &Settings, keys: &str) -> Resu
         return Err(refused("ChrootDirectory", "the directory is the pod's"));
     }
     if !is_off("pubkeyauthentication", "yes") {
-        return Err(refused("PubkeyAuthentication no", "nothing but public keys lets anybody in there"));
+        return Err(refused("PubkeyAuthentication no", "only public keys are accepted there"));
     }
     let methods = sshd.first("authenticationmethods").unwrap_or("any");
     if !methods.split_whitespace().any(|method| ["any", "publickey"].contains(&method)) {
         let what = format!("AuthenticationMethods {methods}");
-        return Err(refused(&what, "nothing but public keys lets anybody in there"));
+        return Err(refused(&what, "only public keys are accepted there"));
     }
     let own = Effective::ask(&["-f".into(), "/dev/null".into()], "root")?;
     let own: BTreeSet<_> = own.lines().collect();
@@ -125,7 +125,7 @@ pub(super) fn carried(sshd: &Effective, settings: &Settings, keys: &str) -> Resu
             lines.push((keyword.to_owned(), value.to_owned()));
         } else if !is_used_elsewhere {
             let line = format!("{keyword} {value}");
-            tracing::warn!("sshd's '{line}' has no effect on a build node: it is for the pod alone");
+            tracing::warn!("sshd's '{line}' has no effect on a build node: it applies only to the pod");
         }
     }
     Ok(lines)

@@ -11,7 +11,7 @@ use crate::remote::channel::Channel;
 use crate::remote::message::{Message, Part};
 use crate::transfer::checksum::hex;
 
-/// Maximum number of bytes that are read from a file at once.
+/// Maximum number of bytes of a file in one read.
 const CHUNK: usize = 256 << 10;
 
 /// A file that is being sent.

@@ -172,7 +172,7 @@ fn key_that_is_tied_to_jobs_answers_ims_runs_jobs_and_nothing_else() {
     for command in ["id", "", "uname -i; id", "sh -c id sh", "env /bin/sh node", "/usr/local/bin/ims-sshd status"] {
         let output = lab.ssh(node, command);
         assert_eq!((output.status.code(), text(output.stdout)), (Some(1), String::new()), "{command}");
-        assert!(text(output.stderr).contains("for build jobs of IMS alone"), "{command}");
+        assert!(text(output.stderr).contains("only build jobs of IMS may use this key"), "{command}");
     }
     let before = node.state();
     let mut remote = Remote::new(&lab, node, Mode::Jailed);
