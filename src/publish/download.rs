@@ -90,7 +90,7 @@ pub(crate) fn fetch(
                     // The download made progress, so the retry clock restarts.
                     Err(Fault::Transient(cause)) if download.length >= reached + LEAST => {
                         reached = download.length;
-                        tracing::warn!("cannot {attempted} yet: {cause}; going on at {} bytes", download.length);
+                        tracing::warn!("cannot {attempted} yet: {cause}; received {reached} bytes, trying again");
                         Ok(false)
                     }
                     Err(fault) => Err(fault),
@@ -239,11 +239,11 @@ impl Download<'_> {
     }
 }
 
-/// A file that was changed at least this long before the answer does not change again within the second that its
+/// A file that was changed at least this long before the response does not change again within the second that its
 /// Last-Modified names, even if the two clocks differ (RFC 9110, 8.8.2.2; RFC 7232 names this time).
 const LONG_AGO: Duration = Duration::from_mins(1);
 
-/// Returns whether any two answers with the same validators as this one have the same bytes (RFC 9110, 8.8.1).
+/// Returns whether any two responses with the same validators as this one have the same bytes (RFC 9110, 8.8.1).
 fn has_strong_validator(headers: &HeaderMap) -> bool {
     if text_of(headers, ETAG.as_str()).is_some_and(|etag| !is_weak(etag)) {
         return true;
@@ -273,7 +273,7 @@ fn range(text: &str) -> Option<(u64, Option<u64>)> {
 
 /// Refuses a download that does not fit on the disk.
 fn check_space(file: &File, path: &str, needed: u64) -> Result<()> {
-    let attempted = || format!("put {needed} bytes into {path}");
+    let attempted = || format!("find {needed} bytes of free space for {path}");
     let disk = rustix::fs::fstatvfs(file).attempt(attempted)?;
     let free = disk.f_bavail.saturating_mul(disk.f_frsize);
     if free < needed {

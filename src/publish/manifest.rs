@@ -50,7 +50,7 @@ fn indented(value: &impl Serialize) -> Vec<u8> {
 /// Prints the report of a publication in upstream's format, since people and scripts search pod logs for it.
 pub(crate) fn say_result(report: &serde_json::Value) {
     let text = String::from_utf8_lossy(&indented(report)).into_owned();
-    // The report quotes answers of servers, which may contain control characters.
+    // The report quotes responses of servers, which may contain control characters.
     say(&format!("{}\n", printable::json(&redaction::without_known(&text))));
 }
 

@@ -156,8 +156,8 @@ impl Sender<'_> {
         }
         let parts = upload.parts.into_iter().flatten().collect();
         match self.store.complete(object.place, &upload.id, parts).await {
-            // An earlier attempt or run may have completed the upload without receiving the answer. Some stores then no
-            // longer know the upload's ID.
+            // An earlier attempt or run may have completed the upload without receiving the response. Some stores then
+            // no longer know the upload's ID.
             Err(_) if self.store.holds(object.place, object.size, object.md5).await => Ok(()),
             ended => ended.map_err(told),
         }

@@ -105,7 +105,7 @@ pub(crate) fn make(
         if Overlay::is_mounted(&parent.join(OVERLAY), image_root) {
             clear_marks()?;
             tracing::info!(
-                "{} is mounted already, made of {}: going on with it and with what was changed",
+                "{} is mounted already, made of {}: continuing with it and its changes",
                 image_root.display(),
                 known.shown()
             );
@@ -117,7 +117,7 @@ pub(crate) fn make(
     if let Some(known) = known.as_ref().filter(|_| !has_overlay && open != Some(Open::Overlay)) {
         clear_marks()?;
         tracing::info!(
-            "{} is there already, made of {}: going on with it and with what was changed; --fresh drops it and begins \
+            "{} is there already, made of {}: continuing with it and its changes; --fresh drops it and begins \
              anew",
             image_root.display(),
             known.shown()

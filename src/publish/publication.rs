@@ -214,7 +214,7 @@ impl Publication<'_> {
         }))
     }
 
-    /// Sets the link in the image's record, and returns the record. If the answer is lost or unexpected, IMS may have
+    /// Sets the link in the image's record, and returns the record. If the response is lost or unexpected, IMS may have
     /// set the link nevertheless, so this reads the record to find out.
     fn link(&self, journal: &Journal, id: &Id, link: Link) -> Result<records::Image> {
         let unknown = match self.ims.link_image(id, &link) {
@@ -245,7 +245,7 @@ impl Publication<'_> {
             Ok(job) => return Ok(job),
             Err(refused) => refused,
         };
-        // An earlier attempt may have succeeded although its answer was lost. IMS refuses any status change of a
+        // An earlier attempt may have succeeded although its response was lost. IMS refuses any status change of a
         // finished job, even to the same status, so ask for the job.
         let unknown = match self.ims.job() {
             Ok(Some(job)) if job.status == Status::Success => return Ok(Some(job)),

@@ -310,7 +310,7 @@ mod tests {
         let limit = Duration::from_mins(1);
         let network = Network { ca: None, stall_limit: limit, retry_limit: limit, is_shortened: false };
         let work = Work::begin(&network).unwrap();
-        // No part, fewer parts than are hashed at once, as many, and more; the last part is shorter or not.
+        // No part, fewer parts than are hashed in parallel, as many, and more; the last part is shorter or not.
         for (size, length) in [(0, 100), (1, 100), (300, 100), (400, 100), (1950, 100), (1_500_000, 150_001)] {
             let content: Vec<u8> = (0..size).map(|at: u32| (at / 3 * 7 + at / 251).to_le_bytes()[0]).collect();
             let mut file = tempfile::tempfile().unwrap();

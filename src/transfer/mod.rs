@@ -586,7 +586,7 @@ impl Outage {
         is_due
     }
 
-    /// Records an answer, which ends the outage.
+    /// Ends the outage, because the server has answered. The next failure begins a new outage.
     pub(crate) fn end(&self) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
