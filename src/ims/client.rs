@@ -52,7 +52,7 @@ struct Token {
     until: Instant,
 }
 
-/// Answer of an OAuth server (RFC 6749, 5.1).
+/// Response of an OAuth server (RFC 6749, 5.1).
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct TokenAnswer {
@@ -67,7 +67,7 @@ const TOKEN_MARGIN: Duration = Duration::from_secs(10);
 /// Maximum time for which a token is kept, in seconds.
 const LONGEST_LIFE: u64 = 24 * 60 * 60;
 
-/// Maximum length of an answer with a token, in bytes.
+/// Maximum length of a token response, in bytes.
 const LONGEST_TOKEN: usize = 1 << 20;
 /// Maximum length of a record, in bytes.
 const LONGEST_RECORD: usize = 4 << 20;
@@ -162,8 +162,8 @@ impl<'a> Ims<'a> {
         })
     }
 
-    /// Finds the image record that `request` created, if the answer was lost with a connection or in a crash. An equal
-    /// name would prove nothing, because another job may register the same name at the same time.
+    /// Finds the image record that `request` created, if the response was lost with a connection or in a crash. An
+    /// equal name would prove nothing, because another job may register the same name at the same time.
     pub(crate) fn find_image(&self, request: &Id) -> Result<Option<Image>> {
         self.call(LIST, async || self.find(request).await)
     }
@@ -176,7 +176,7 @@ impl<'a> Ims<'a> {
         Ok(found?)
     }
 
-    /// Creates the record of a new image. If an answer was lost, only a record that names `request` is taken for the
+    /// Creates the record of a new image. If a response was lost, only a record that names `request` is taken for the
     /// new one.
     pub(crate) fn create_image(&self, name: &str, arch: &str, request: &Id) -> Result<Image> {
         let attempted = format!("register the image '{name}' in IMS");
@@ -195,7 +195,7 @@ impl<'a> Ims<'a> {
             let read = |text: Vec<u8>| serde_json::from_slice(&text).attempt(|| attempted.clone());
             Ok(answer.map(read).transpose()?)
         })?;
-        created.ok_or_else(|| Error::new(attempted).because("IMS answers without its record"))
+        created.ok_or_else(|| Error::new(attempted).because("IMS is not configured"))
     }
 
     /// Refuses a record that `request` cannot have created just now for an image called `name`: publishing with that
@@ -246,7 +246,7 @@ impl<'a> Ims<'a> {
     }
 
     /// Reads the record at `path`, or sets the fields `set` in it. Refuses a record with another ID, and a record in
-    /// which `contradiction` finds a value other than the one that was set. Tries again after an answer without a
+    /// which `contradiction` finds a value other than the one that was set. Tries again after a response without a
     /// record, which may come from a proxy.
     fn call_for_record<R: Record>(
         &self,
@@ -332,8 +332,8 @@ impl<'a> Ims<'a> {
             return Err(Fault::Transient(cause));
         }
         if is_new && REFUSED_FIELDS.contains(&status) && self.takes_metadata.replace(false) {
-            // In an older IMS, images have no metadata, so try again without metadata. If the answer to that request is
-            // lost, its record cannot be found again, and is left behind.
+            // In an older IMS, images have no metadata, so try again without metadata. If the response to that request
+            // is lost, its record cannot be found again, and is left behind.
             return Err(Fault::Transient(cause));
         }
         Err(if is_transient(status) {
@@ -397,7 +397,7 @@ fn token_in(file: &Path) -> Result<String> {
 /// Operation in error messages: "cannot read the records ...".
 const LIST: &str = "read the records of all images in IMS";
 
-/// Advice after an answer that an IMS would not give.
+/// Advice after a response that an IMS would not give.
 const SEE_IMS: &str = "see what answers at IMS_URL";
 
 /// Finds the record that `request` created in a list, keeping no other record in memory. `look` is called regularly,
@@ -432,7 +432,7 @@ fn made_by(list: &[u8], request: &Id, look: impl FnMut() -> bool) -> serde_json:
     serde_json::Deserializer::from_slice(list).deserialize_seq(Records(request, look))
 }
 
-/// Parses a record. An answer without one is a transient error.
+/// Parses a record. A response without one is a transient error.
 fn record_of<R: DeserializeOwned>(text: &[u8]) -> Tried<R> {
     serde_json::from_slice(text).map_err(|cause| {
         let cause: String = cause.to_string().chars().take(MOST_QUOTED).collect();

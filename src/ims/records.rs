@@ -1,5 +1,5 @@
-//! Records of IMS as JSON, in its answers and in requests to it. A newer IMS may answer with fields that are not named
-//! here; these are kept and printed again. A field of a wrong type is an error.
+//! Records of IMS as JSON, in its responses and in requests to it. A newer IMS may respond with fields that are not
+//! named here; these are kept and printed again. A field of a wrong type is an error.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -205,7 +205,7 @@ mod tests {
 
     const ID: &str = "46a2731e-a1d0-4f98-ba92-4f78c756bb12";
 
-    /// Answers as IMS 3.33 gives them, some with an additional field that 3.33 does not have.
+    /// Responses of IMS 3.33, some with an additional field that 3.33 does not have.
     #[test]
     fn records_are_read_and_printed_with_fields_that_are_not_known() {
         fn is_kept<R: DeserializeOwned + Serialize>(record: &Value) {
