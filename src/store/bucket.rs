@@ -1,6 +1,6 @@
 //! Requests to a bucket that the object_store crate does not send. ListMultipartUploads is the only way to find an
 //! unfinished multipart upload whose ID was lost with a connection or in a crash. DeleteObject deletes a single object;
-//! the crate uses DeleteObjects instead, and takes an answer that names no object for a success. Parts are sent from
+//! the crate uses DeleteObjects instead, and takes a response that names no object for a success. Parts are sent from
 //! their file and signed with a known checksum; the crate holds each part in memory, and reads it once more to sign it.
 
 use object_store::MultipartId;
@@ -36,7 +36,7 @@ impl Asked<'_> {
             return Ok(Vec::new());
         }
         refuse(prefix, &answer)?;
-        // One answer lists up to 1000 uploads, which suffices: an image has six keys.
+        // One response lists up to 1000 uploads, which suffices: an image has six keys.
         let text = answer.into_body().bytes().await.map_err(|e| failure(prefix.as_ref(), e))?;
         Ok(parse(&String::from_utf8_lossy(&text)))
     }

@@ -41,17 +41,17 @@ fn told(text: &str) -> String {
     refusal(&server, status, page)
 }
 
-/// The error of a request that got no answer.
+/// The error of a request that got no response.
 pub(crate) fn unanswered(key: &str, server: &str, error: &HttpError) -> object_store::Error {
     failure(key, io::Error::other(silence(server, &in_full(error))))
 }
 
-/// The error of a request whose answer reports an error.
+/// The error of a request whose response reports an error.
 pub(crate) fn answered(key: &str, server: &str, status: StatusCode, page: &[u8]) -> object_store::Error {
     failure(key, io::Error::other(refusal(server, &status.to_string(), &String::from_utf8_lossy(page))))
 }
 
-/// Describes, in words, a request that got no answer.
+/// Describes, in words, a request that got no response.
 fn silence(server: &str, what: &str) -> String {
     let after = |phrase| what.rsplit_once(phrase).map(|(_, after)| after);
     let why = after("client error (Connect): ").or_else(|| after("error sending request: "));
@@ -62,7 +62,7 @@ fn silence(server: &str, what: &str) -> String {
     }
 }
 
-/// Describes, in words, an answer that reports an error: its status, and the text on its page.
+/// Describes, in words, a response that reports an error: its status, and the text on its page.
 fn refusal(server: &str, status: &str, page: &str) -> String {
     let element = |name: &str| {
         let (_, rest) = page.split_once(&format!("<{name}>"))?;

@@ -189,7 +189,7 @@ impl Store {
         Ok(())
     }
 
-    /// Starts an upload below `probe` in a bucket, and aborts it, even if the answer with the upload's ID was lost.
+    /// Starts an upload below `probe` in a bucket, and aborts it, even if the response with the upload's ID was lost.
     async fn try_bucket(&self, probe: &str) -> object_store::Result<()> {
         let Objects::S3 { bucket, .. } = &self.objects else { return Ok(()) };
         let path = self.path(&format!("{probe}/begun"));

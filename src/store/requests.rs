@@ -1,5 +1,5 @@
-//! Requests to a store, retried within the limits of the variables, with a limit on the length of an answer. The
-//! crate's own requests read answers of any length, have no timeout for a stalled connection, and neither end their
+//! Requests to a store, retried within the limits of the variables, with a limit on the length of a response. The
+//! crate's own requests read responses of any length, have no timeout for a stalled connection, and neither end their
 //! retries in time nor log them.
 
 use std::error::Error as _;
@@ -23,7 +23,7 @@ use crate::transfer::SHORTEST;
 use crate::transfer::network::Network;
 use crate::transfer::{self, MOST_COMPLAINED, PAUSE, in_full, is_transient, without_query};
 
-/// Maximum length of an answer, in bytes. Objects, which are longer, are fetched by other means.
+/// Maximum length of a response, in bytes. Objects, which are longer, are fetched by other means.
 const LONGEST: usize = 4 << 20;
 
 /// Size of the pieces in which content is sent, in bytes; each piece that is sent counts as progress.
@@ -36,7 +36,7 @@ const SILENT: Duration = Duration::from_secs(5);
 /// way, and may arrive unaltered the next time.
 const ALTERED: &[u8] = b"XAmzContentSHA256Mismatch";
 
-/// Prefix of errors about an answer that did arrive, as opposed to errors that none did.
+/// Prefix of errors about a response that did arrive, as opposed to errors that none did.
 pub(crate) const ANSWERED: &str = "the answer";
 
 /// Sends requests to a store.
@@ -80,7 +80,7 @@ impl Moved {
     }
 }
 
-/// Failure of a request that got no usable answer.
+/// Failure of a request that got no usable response.
 enum Failure {
     /// A transient error: a retry may succeed.
     Transient(String),
@@ -154,8 +154,8 @@ impl Requests {
         answer
     }
 
-    /// Sends a request once. Returns the answer, and whether it reports a transient error. Fails after `stall_limit`
-    /// without progress, or if the answer is not complete `answer_limit` after the request was `sent`.
+    /// Sends a request once. Returns the response, and whether it reports a transient error. Fails after `stall_limit`
+    /// without progress, or if the response is not complete `answer_limit` after the request was `sent`.
     async fn try_once(
         &self,
         (request, content): (HttpRequest, Option<&Slice>),
@@ -342,7 +342,7 @@ struct Unreadable(io::Error);
 
 impl fmt::Display for Unreadable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "cannot read what is uploaded: {}", self.0)
+        write!(f, "cannot read the file to upload: {}", self.0)
     }
 }
 
@@ -392,7 +392,7 @@ mod tests {
         assert_eq!([false, true].map(|short| shown(limit, short)), ["10 s (IMS_RETRY_LIMIT)", "10 s"]);
     }
 
-    /// Some stores keep an answer open by sending blanks while they complete an upload.
+    /// Some stores keep a response open by sending blanks while they complete an upload.
     #[test]
     fn answer_that_never_ends_is_aborted_at_the_retry_limit() {
         let server = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -455,6 +455,6 @@ mod tests {
             tokio::time::timeout(Duration::from_secs(20), sent).await
         };
         let error = in_full(&runtime.block_on(sent).expect("the request ends by itself").unwrap_err());
-        assert!(error.contains("cannot read what is uploaded: "), "{error}");
+        assert!(error.contains("cannot read the file to upload: "), "{error}");
     }
 }
