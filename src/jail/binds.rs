@@ -56,7 +56,7 @@ impl Bind {
             Err(e) => return refuse(&e.to_string()),
         }
         if let Some(hidden) = HIDDEN_SOURCES.iter().find(|hidden| overlap(&real, Path::new(hidden))) {
-            return refuse(&format!("it is, contains or lies in {hidden}, which a session must not reach"));
+            return refuse(&format!("it overlaps {hidden}, which sessions must not reach"));
         }
         let target = target.map_or(named.clone(), PathBuf::from);
         let refuse = |why: &str| Err(format!("TARGET is '{}': {why}", target.display()));
@@ -189,9 +189,9 @@ mod tests {
             (String::new(), "SOURCE is ''"),
             (format!("{shown}/missing:/opt"), "No such file"),
             (format!("{shown}/socket:/opt"), "expected a directory or a regular file"),
-            ("/:/opt".into(), "it is, contains or lies in /proc"),
-            ("/proc/sys:/opt".into(), "it is, contains or lies in /proc"),
-            ("/dev/shm:/opt".into(), "it is, contains or lies in /dev"),
+            ("/:/opt".into(), "it overlaps /proc"),
+            ("/proc/sys:/opt".into(), "it overlaps /proc"),
+            ("/dev/shm:/opt".into(), "it overlaps /dev"),
             (format!("{shown}:"), "expected an absolute path"),
             (format!("{shown}:opt"), "expected an absolute path"),
             (format!("{shown}:/opt/../etc"), "without '..'"),

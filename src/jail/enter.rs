@@ -1,9 +1,9 @@
 //! Entering the jail: this process joins all its namespaces.
 //!
 //! The child that this process starts in the jail still has descriptors of the container and runs the container's
-//! program, so it must not use any path of the image: /proc/self/fd/4 or an interpreter such as /proc/self/exe would
-//! lead outside (CVE-2024-21626, CVE-2019-5736). The child becomes the jail's own copy of this program, with no
-//! descriptors but the three streams.
+//! program, so it must not resolve a path of the image: a symbolic link to /proc/self/fd/4, or a script whose
+//! interpreter is /proc/self/exe, would lead outside (CVE-2024-21626, CVE-2019-5736). The child becomes the jail's own
+//! copy of this program, with no descriptors but the three streams.
 
 use std::os::fd::OwnedFd;
 

@@ -68,7 +68,8 @@ pub(crate) struct OpenJail {
     /// Duplicate of the init's inotify. Closing an inotify takes ~10 ms; with a duplicate the init's exit does not wait
     /// for it.
     events: Option<OwnedFd>,
-    /// Descriptors of the mount points that were created in the image, valid wherever a session moves them.
+    /// Descriptors of the mount points that were created in the image. They find a mount point that a session has
+    /// moved.
     made: Vec<(PathBuf, OwnedFd)>,
     /// The container's resolv.conf in the image, if it replaces the image's own.
     replaced: Option<Replaced>,
@@ -455,7 +456,7 @@ fn start(wanted: &Wanted<'_>) -> Result<Started> {
         if matches!(ready, Ok(0)) {
             return failed(init, format!("make the jail within {} s", TIME_TO_MAKE.as_secs()));
         }
-        match ours.receive().attempt(|| "receive a message of the jail's init")? {
+        match ours.receive().attempt(|| "receive a message from the jail's init")? {
             Some((Message::Started(pid), _)) => init = Some(Pid::from_raw(pid)),
             Some((Message::Made, descriptors)) => namespaces = descriptors,
             Some((Message::Ready, descriptors)) => events = Some(descriptors),

@@ -37,7 +37,8 @@ impl Choice {
     }
 }
 
-/// Kinds to try, best first. In a user namespace the kernel may refuse to mount a new procfs.
+/// Kinds of jail to try, best first. In a user namespace the kernel may refuse to mount a new procfs; then the
+/// container's procfs is used.
 const KINDS: [(Tier, Proc); 4] = [
     (Tier::Namespace, Proc::New),
     (Tier::User, Proc::New),

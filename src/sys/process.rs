@@ -531,7 +531,8 @@ impl Exec {
         nix::unistd::execve(&self.path, &self.arguments, &self.environment)
     }
 
-    /// Executes the open file `program` in place of the path (execveat(2)). Returns only on failure.
+    /// Executes the open file `program` with these arguments and variables; ignores `path` (execveat(2)). Returns only
+    /// on failure.
     pub(crate) fn replace_this_process_by(&self, program: impl AsFd) -> nix::Result<Infallible> {
         nix::unistd::execveat(program, c"", &self.arguments, &self.environment, AtFlags::AT_EMPTY_PATH)
     }
