@@ -85,10 +85,10 @@ pub(crate) fn abort(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
     };
     put_back().attempt(attempted)?;
     if !stage.names().attempt(attempted)?.is_empty() {
-        let why = format!("{} holds directories whose old names are taken", stage.shown().display());
-        return Err(Error::new(attempted())
-            .because(why)
-            .advise("move them where they belong, then remove that directory"));
+        let shown = stage.shown();
+        let why = format!("{} still holds directories that cannot return to their old paths", shown.display());
+        let advice = format!("move them to where they belong, then remove {}", shown.display());
+        return Err(Error::new(attempted()).because(why).advise(advice));
     }
     root.remove_directory(&begun.stage).map(|_| ()).attempt(attempted)
 }

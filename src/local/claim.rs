@@ -48,7 +48,7 @@ impl Claim {
                 taken => break Self { files: taken? },
             }
         };
-        // Write the path before looking for others: if two runs start at once, at least one sees the other.
+        // Write the path before looking for others: if two runs start at the same time, at least one sees the other.
         let written = claim.files.parent().replace(PATH, image_root.as_os_str().as_bytes());
         written.attempt(|| format!("write {}/{PATH}", path.display()))?;
         refuse_nested(image_root).map(|()| claim)

@@ -271,8 +271,8 @@ pub(crate) fn entries() -> Result<Vec<Value>> {
     Ok(all()?.into_iter().filter_map(|(entry, lasts)| lasts.then_some(entry)).collect())
 }
 
-/// Locks the register until the returned value is dropped. If two runs on one source start at once, the second is thus
-/// refused before it takes a name.
+/// Locks the register until the returned value is dropped. If two runs on one source start at the same time, the
+/// second is thus refused before it takes a name.
 fn alone() -> Result<OwnedFd> {
     let register = place();
     let attempted = || format!("lock {}", register.display());

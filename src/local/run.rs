@@ -439,8 +439,8 @@ impl Run {
         directory::refuse_kept(directory, &self.work, own.as_deref(), self.end == End::Discarded)
     }
 
-    /// Warns of changes that this run does not resume: those to the source, if it is a file or fetched, that are kept
-    /// below another work directory or under another hard link, and those to the image to which the link on the command
+    /// Warns of kept changes that this run does not resume: changes to the same file or URL that are kept below another
+    /// work directory or under another hard link, and changes to the image to which the symbolic link on the command
     /// line led before.
     fn warn_of_kept(&self, source: &Source) {
         let own = std::fs::canonicalize(self.work.join(name_of(source))).ok();

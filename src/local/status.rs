@@ -32,13 +32,13 @@ use crate::volume::state_directory::{RUN, StateDirectory};
 /// Size limit of the file that holds a source, in bytes.
 const LIMIT: u64 = 64 << 10;
 
-/// Field of a report with the path of an image root that 'ims-sshd prepare' has made and that is not open.
+/// Report field: path of an image root that 'ims-sshd prepare' has made and that is not open.
 const PREPARED: &str = "image_root";
 
-/// Field of a killed environment's report with the PID of its sshd, if that is still running.
+/// Report field: PID of a killed environment's sshd, if that sshd is still running.
 const LISTENER: &str = "sshd";
 
-/// Advice to somebody who named something that no run is known of.
+/// Advice after a name that belongs to no run.
 const LIST: &str = "'ims-sshd status' without a name lists what is open or kept";
 
 /// Subject of a status query or a mark.
