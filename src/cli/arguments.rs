@@ -233,11 +233,11 @@ pub(super) struct ImageOptions {
     /// Name of the new image [variable: IMAGE_ROOT_ARCHIVE_NAME] [default: image]
     #[arg(long, value_parser = settings::image_name)]
     pub(super) name: Option<String>,
-    /// Name of the kernel in the image's /boot; auto is the newest one; an image that has none is published without
+    /// Name of the kernel in the image's /boot; 'auto' takes the newest one, and publishes none if the image has none
     /// [variable: KERNEL_FILENAME] [default: auto]
     #[arg(long, value_name = "NAME", value_parser = settings::boot_file)]
     pub(super) kernel: Option<String>,
-    /// Name of the initrd in the image's /boot; auto is the kernel's, none publishes no initrd
+    /// Name of the initrd in the image's /boot; 'auto' takes that of the kernel, 'none' publishes no initrd
     /// [variable: INITRD_FILENAME] [default: auto]
     #[arg(long, value_name = "NAME", value_parser = settings::boot_file)]
     pub(super) initrd: Option<String>,
@@ -523,13 +523,13 @@ pub(super) struct JobOptions {
     /// Publish the new image to this store: a directory, or s3://BUCKET
     #[arg(long, value_name = "STORE")]
     pub(super) output: Option<String>,
-    /// Change a directory in place, not in an overlay until the image is complete
+    /// Change the directory itself, without an overlay that keeps the changes apart until the image is complete
     #[arg(long)]
     pub(super) in_place: bool,
     /// Drop the changes that an earlier run kept, and start over
     #[arg(long, conflicts_with = "in_place")]
     pub(super) fresh: bool,
-    /// Directory in which changes lie below 'ims-sshd' until they are published or applied, on a disk with space for
+    /// Directory that holds changes, below 'ims-sshd', until they are published or applied; needs enough free space for
     /// two new images [default: /var/lib]
     #[arg(long, value_name = "DIRECTORY")]
     pub(super) work: Option<PathBuf>,

@@ -136,7 +136,8 @@ fn parent_or_default(given: Option<PathBuf>) -> PathBuf {
 fn entrypoint(image_root_parent: Option<PathBuf>, log_format: Option<Format>) -> Result<u8> {
     let parent = parent_or_default(image_root_parent.clone());
     let settings = Settings::read(image_root_parent, std::env::vars_os()).map_err(|refusal| {
-        // A container that was started without any variable lacks the volume as well, so name both problems at once.
+        // A container that was started without any variable lacks the volume as well, so name both problems in one
+        // message.
         let missing = || format!("{} does not exist: mount the job's volume there", parent.display());
         if parent.exists() { refusal } else { refusal.advise(missing()) }
     })?;
