@@ -338,7 +338,7 @@ pub const VARIABLES: &[Variable] = &[
     },
     Variable {
         name: "AWS_ENDPOINT_URL",
-        format: "URL of the S3 server, if `AWS_ENDPOINT_URL_S3` is not set either",
+        format: "URL of the S3 server, if neither `S3_ENDPOINT` nor `AWS_ENDPOINT_URL_S3` is set",
         default: "none",
         readers: &[Publishing],
     },
