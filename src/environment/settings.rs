@@ -66,7 +66,7 @@ pub(crate) struct Marked {
 }
 
 impl Marked {
-    /// Messages in a pod, and wherever the image is published.
+    /// Messages if the image will be packed: in a pod, and in every run that publishes.
     pub(crate) const PACKED: Self =
         Self { complete: "marked complete and will be packed", failed: "marked failed and will not be packed" };
     /// Messages if the changes were made in an overlay and are applied to its directory.

@@ -76,7 +76,8 @@ impl<'a> Shown<'a> {
         Ok(shown)
     }
 
-    /// Shows the next stage. The name of a later stage is never shorter, so one write replaces the whole previous name.
+    /// Shows the next stage. Its name must not be shorter than that of the stage before, since the write does not
+    /// truncate the file; the only caller goes from `packing` to `uploading`.
     pub(crate) fn next(&self, stage: Stage) -> io::Result<()> {
         self.file.write_all_at(stage.name().as_bytes(), 0)
     }

@@ -178,7 +178,8 @@ impl Machine {
     pub(crate) fn on(&mut self, event: Event) -> Vec<Action> {
         match (self.state, event) {
             (State::Waiting, Event::Ready) => self.go(State::Preparing, [Action::Prepare]),
-            // A mark instead of `ready`: the sidecar or an administrator has given up, or nothing is left to do.
+            // The image was marked before `ready` was created: the sidecar or an administrator has given up, or nothing
+            // is left to do.
             (State::Waiting, Event::Marked(verdict)) => {
                 self.mark(verdict);
                 self.go(State::Ending, [Action::EndProcesses])

@@ -478,7 +478,7 @@ impl<F: FnOnce()> Supervisor<F> {
         if files.stands(EXITING)? {
             let error = Error::new(format!("open {} again", files.path().display()))
                 .because(format!("'{EXITING}' exists: its environment has ended, and packing may have begun"))
-                .advise("start a new job, which has to remove 'exiting' before it creates 'ready'");
+                .advise("start a new job; a job must remove 'exiting' before it creates 'ready'");
             // Forget the parent, so that the verdict file of the ended environment is not changed.
             self.files = None;
             return Err(error);
