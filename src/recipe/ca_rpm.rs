@@ -101,7 +101,7 @@ pub(crate) fn read_certificate(file: &Path) -> Result<Vec<u8>> {
     let content = named::read(file, LONGEST).map_err(|e| Error::new(attempted()).because(e).advise(advice))?;
     if content.windows(PRIVATE_KEY.len()).any(|words| words == PRIVATE_KEY) {
         let why = "it holds a private key, which everybody could read in the image";
-        return Err(Error::new(attempted()).because(why).advise("name a file that holds certificates alone"));
+        return Err(Error::new(attempted()).because(why).advise("name a file that holds only certificates"));
     }
     match Certificate::from_pem_bundle(&content) {
         Ok(found) if !found.is_empty() => Ok(content),

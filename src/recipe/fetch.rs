@@ -216,8 +216,9 @@ fn unpack_recipe(work: &Work, archive: &Opened, volume: &Tree, name: &str) -> Re
         .map_err(|e| if e.is_interruption() { e } else { Error::new(attempted()).because(e.reason()) })
 }
 
-/// Makes this user the owner of the whole recipe, whose scripts run as root, and removes rights of others. Files in
-/// `overlays` keep their modes and attributes, since the image gets these.
+/// Makes this user the owner of the whole recipe, whose scripts run as root. Removes setuid, setgid and sticky bits,
+/// write permission of group and others, ACLs and file capabilities, except in `overlays`: their modes and attributes
+/// become those of the image.
 fn own(recipe: &Tree, overlays: &[&str]) -> std::io::Result<()> {
     let (user, group) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
     recipe.walk(|path, directory, name, found| {

@@ -180,7 +180,7 @@ pub(crate) struct Order {
     pub(crate) trusts_later: Option<PathBuf>,
 }
 
-/// How kiwi-ng, run by the child, ended.
+/// Result of the child: how kiwi-ng ended, or why it could not be started.
 #[derive(Debug, Serialize, Deserialize, PartialEq, Eq)]
 pub(crate) enum Ended {
     /// kiwi-ng ended with this exit code.
@@ -547,7 +547,7 @@ fn write_mount_programs(private: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Removes rights that a build does not need from this process and its future children. `in_proc` is the directory of
+/// Takes privileges that a build does not need from this process and its future children. `in_proc` is the directory of
 /// this process in a writable /proc.
 fn confine(in_proc: &Tree) -> Result<()> {
     // Root in the build must not remove or change mounts. In another user namespace with fewer rights, the mounts are
