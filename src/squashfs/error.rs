@@ -9,7 +9,7 @@ use std::path::PathBuf;
 pub enum Fault {
     /// The file is not a squashfs.
     NoSquashfs,
-    /// A squashfs that this module cannot read: another version or compression.
+    /// The squashfs has a version or compression that this module cannot read.
     Unsupported(String),
     /// The image contradicts itself or is truncated.
     Damaged(String),

@@ -82,7 +82,7 @@ struct Gathering<'a> {
     plan: Plan,
     attributes: ExtendedAttributes,
     unkept: Unkept<'a>,
-    /// Objects that have several names, by device and inode number.
+    /// Objects with several hard links that were added already, by device and inode number.
     linked: HashMap<(u64, u64), NodeId>,
 }
 

@@ -184,7 +184,7 @@ impl Plan {
         Ok(())
     }
 
-    /// Number of objects. An object with several names counts once.
+    /// Number of objects. An object with several hard links counts once.
     pub fn len(&self) -> usize {
         self.nodes.len()
     }

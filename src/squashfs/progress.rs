@@ -8,7 +8,7 @@ use std::sync::{Mutex, PoisonError};
 pub struct Progress {
     /// Bytes of the image that were taken over from the source.
     pub taken: u64,
-    /// Bytes of the image that were compressed.
+    /// Bytes of new blocks in the image, counted after compression.
     pub compressed: u64,
     /// Bytes of files that were read.
     pub read: u64,

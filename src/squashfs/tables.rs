@@ -127,7 +127,7 @@ fn inodes_and_directories(parts: &Parts, ids: &mut Ids, xattrs: &mut Xattrs) -> 
             NodeBody::Directory(_) => {
                 let entries = listed(plan, *id, &numbers, &places)?;
                 let (listing, size, index) = write_listing(&entries, &mut listings)?;
-                // Give the root a parent with the first unused inode number.
+                // The root has no parent: as mksquashfs does, give it the first unused inode number.
                 let parent = if *id == NodeId::ROOT { number + 1 } else { numbers[plan.parent(*id).index()] };
                 Body::Directory(Directory { listing, size, parent, index })
             }

@@ -159,7 +159,7 @@ impl<'a> Takeover<'a> {
         let mut pieces: Vec<(u64, u64, u64)> = Vec::new();
         for ((from, end), to) in self.copied.0.iter().zip(&self.places) {
             match pieces.last_mut() {
-                // Copy adjacent ranges at once: they are also adjacent in the new image.
+                // Copy adjacent ranges as one piece: they are also adjacent in the new image.
                 Some((last_from, length, _)) if *last_from + *length == *from => *length += end - from,
                 _ => pieces.push((*from, end - from, *to)),
             }

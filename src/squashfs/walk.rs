@@ -119,7 +119,7 @@ struct Open<'r, 'a> {
 
 impl Reader {
     /// Calls `visit` with each entry: the root first, and each directory before its entries. Visits an object with
-    /// several names once for each name. With `with_xattrs`, also reads extended attributes.
+    /// several hard links once for each. With `with_xattrs`, also reads extended attributes.
     pub fn walk(&self, with_xattrs: bool, visit: &mut dyn FnMut(&Entry) -> Result<(), Fault>) -> Result<(), Fault> {
         let (metadata, xattr_metadata) = (self.metadata(), self.metadata());
         let root = Place::decode(self.superblock().root).ok_or_else(|| Fault::damaged("it has no root"))?;
@@ -246,7 +246,7 @@ impl<'r, 'a> Walk<'r, 'a> {
             return Err(Fault::damaged("two inodes have the same number"));
         }
         if self.known.len() as u64 > u64::from(self.reader.superblock().inodes) {
-            return Err(Fault::damaged("it has more inodes than it says"));
+            return Err(Fault::damaged("it has more inodes than its superblock states"));
         }
         Ok(inode)
     }
