@@ -56,7 +56,7 @@ struct Reader<R> {
 pub(crate) fn unpack(input: impl Read, root: &Tree, mut look: impl FnMut() -> io::Result<()>) -> io::Result<()> {
     let mut archive = Reader { input, at: 0, ended: false };
     let mut directories = Vec::new();
-    // Path of the first name of each file with several names, by inode and device in the archive.
+    // Path of the first hard link of each file with several, by inode and device in the archive.
     let mut linked: HashMap<(u32, (u32, u32)), PathBuf> = HashMap::new();
     while let Some(header) = archive.header()? {
         look()?;
@@ -104,10 +104,10 @@ pub(crate) fn unpack(input: impl Read, root: &Tree, mut look: impl FnMut() -> io
                     flags |= OFlags::CREATE | OFlags::EXCL;
                 }
                 let mut file = File::from(rustix::fs::openat(&parent, &name, flags, Mode::RUSR | Mode::WUSR)?);
-                // In this format, the last entry of a file with several names has the content.
+                // In this format, the last entry of a file with several hard links has the content.
                 let sum = archive.copy(u64::from(header.size), &mut file, &mut look)?;
-                // Check only an entry with content: among the entries of a file with several names, no other has the
-                // checksum.
+                // Check only an entry with content: among the entries of a file with several hard links, no other has
+                // the checksum.
                 if header.size > 0 && header.sum.is_some_and(|expected| expected != sum) {
                     return Err(invalid(&format!("the content of '{}' does not match its checksum", path.display())));
                 }

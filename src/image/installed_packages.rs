@@ -16,7 +16,7 @@ use crate::transfer::confinement::Confined;
 
 /// dpkg's database in an image.
 const DPKG: &str = "var/lib/dpkg/status";
-/// Places of rpm's database in an image.
+/// Directories that may hold the rpm database in an image.
 const RPM: [&str; 2] = ["usr/lib/sysimage/rpm", "var/lib/rpm"];
 
 /// Maximum size of dpkg's database, in bytes.

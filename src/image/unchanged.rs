@@ -110,7 +110,7 @@ pub(crate) struct Overlaid {
     pub(crate) in_upper: HashSet<OsString>,
     /// Directories of the upper layer.
     pub(crate) directories: Directories,
-    /// True if no file with several names was changed.
+    /// True if no file with several hard links was changed.
     pub(crate) has_whole_links: bool,
     /// Cache of the last query: its directory, and the directory of the source from which the entries there come.
     last: RefCell<Option<(PathBuf, Option<PathBuf>)>>,

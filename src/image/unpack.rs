@@ -412,7 +412,7 @@ fn lacking(image_root: &Path) -> Vec<&'static str> {
 
 fn without(option: &str) -> &'static str {
     match option {
-        "index" => "a file with several names becomes several files when it is changed",
+        "index" => "a file with several hard links becomes several files when it is changed",
         _ => "directories of the source cannot be renamed",
     }
 }
@@ -425,7 +425,7 @@ pub(crate) const UPPER: &str = "upper";
 
 /// Work directory of the overlay, which only the kernel uses.
 const INNER: &str = "work";
-/// Index of changed files that have several names.
+/// Index of changed files with several hard links.
 pub(crate) const INDEX_OF_LINKS: &str = "work/index";
 
 /// Time for the kernel to tear down the mounts of a process that has just ended.
@@ -476,7 +476,7 @@ impl Overlay {
                 unmount_all(&squashfs)?;
                 mount_squashfs(file, &squashfs, attributes)
                     .attempt(attempted)
-                    .advise("a loop device and CAP_SYS_ADMIN are needed; without them, --open unpack")?;
+                    .advise("provide a loop device and CAP_SYS_ADMIN, or unpack the image instead (--open unpack)")?;
                 mounted_below.push(squashfs.clone());
                 Tree::open(&squashfs).attempt(attempted)?
             }

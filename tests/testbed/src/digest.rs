@@ -38,7 +38,7 @@ pub fn digest(root: &Path) -> Digest {
         let m = std::fs::symlink_metadata(path).unwrap();
         let content = match m.file_type() {
             t if t.is_symlink() => std::fs::read_link(path).unwrap().into_os_string().into_encoded_bytes(),
-            // The content of a file with several names is read once.
+            // The content of a file with several hard links is read once.
             t if t.is_file() && read.insert(m.ino()) => std::fs::read(path).unwrap(),
             _ => Vec::new(),
         };
