@@ -241,7 +241,8 @@ struct Word<'a> {
 }
 
 impl Line<'_> {
-    /// `NAME=value`, `name: value`, `"name": "value"`, `name => value`, `<name>value</name>`.
+    /// Finds secrets after their names: `NAME=value`, `name: value`, `"name": "value"`, `name => value`,
+    /// `<name>value</name>`.
     fn named(&self) -> Vec<Range<usize>> {
         let text = self.text;
         let mut found = Vec::new();
@@ -288,7 +289,7 @@ impl Line<'_> {
         found
     }
 
-    /// `--password value`, `-pvalue` of some programs, `setenv NAME value`.
+    /// Finds secrets in arguments: `--password value`, `-pvalue` of some programs, `setenv NAME value`.
     fn of_options(&self) -> Vec<Range<usize>> {
         let mut found = Vec::new();
         let mut options: Vec<&str> = Vec::new();
@@ -329,7 +330,8 @@ impl Line<'_> {
         found
     }
 
-    /// `echo value | chpasswd`, `passwd --stdin root <<< value`.
+    /// Finds secrets that a program reads from standard input: `echo value | chpasswd`,
+    /// `passwd --stdin root <<< value`.
     fn read_from_stdin(&self) -> Vec<Range<usize>> {
         let reads = |word: &&Word| READERS.contains(&word.text.rsplit('/').next().unwrap_or_default());
         let Some(reader) = self.words.iter().rfind(reads) else { return Vec::new() };
@@ -348,7 +350,7 @@ impl Line<'_> {
         found
     }
 
-    /// `IDENTIFIED BY 'value'`, `CREATE ROLE name PASSWORD 'value'`.
+    /// Finds secrets in SQL statements: `IDENTIFIED BY 'value'`, `CREATE ROLE name PASSWORD 'value'`.
     fn in_sql(&self) -> Vec<Range<usize>> {
         let lower = self.text.to_ascii_lowercase();
         let statement = ["create ", "alter ", "set ", "grant "].iter().any(|verb| lower.contains(verb));
@@ -362,7 +364,7 @@ impl Line<'_> {
         found
     }
 
-    /// `scheme://user:password@host`.
+    /// Finds logins in URLs: `scheme://user:password@host`.
     fn in_urls(&self) -> Vec<Range<usize>> {
         self.text.match_indices("://").filter_map(|(at, _)| login(self.text, at + 3)).collect()
     }

@@ -20,7 +20,7 @@ pub struct Account {
     pub home: PathBuf,
     /// Login shell.
     pub shell: PathBuf,
-    /// True if passwd has an entry for root; otherwise the fields have the customary values.
+    /// True if passwd has an entry for root; otherwise the fields have default values.
     pub(crate) known: bool,
 }
 
@@ -36,7 +36,7 @@ const LIMIT: u64 = 4 << 20;
 const LONGEST_LINE: usize = 16 << 10;
 
 impl Account {
-    /// Account of root in `image_root`, with customary values for what the image does not say.
+    /// Account of root in `image_root`, with default values for what the image does not say.
     pub fn root_of(image_root: &Tree) -> Self {
         let passwd = image_root.read("etc/passwd", LIMIT).unwrap_or_default();
         let group = image_root.read("etc/group", LIMIT).unwrap_or_default();
@@ -45,7 +45,7 @@ impl Account {
 
     /// Reads passwd(5) and group(5) as glibc's getpwuid and getgrouplist do: the first entry with user ID 0 counts,
     /// comments and NIS entries (`+`, `-`) do not, and trailing fields may be missing. A path that is not absolute gets
-    /// the customary value.
+    /// the default value.
     pub fn parse(passwd: &[u8], group: &[u8]) -> Self {
         let mut account = Self {
             name: "root".into(),
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn image_without_an_entry_for_root_gets_the_customary_one() {
+    fn image_without_an_entry_for_root_gets_the_default_one() {
         for passwd in [
             &b""[..],
             b"root:x:0:0",
@@ -156,7 +156,7 @@ mod tests {
                     (line.into_bytes(), Some(Root { name, group, home, shell }))
                 },
             ),
-            // Fields that are missing or empty get the customary values.
+            // Fields that are missing or empty get the default values.
             2 => (name, 0..100_u32, ":{0,3}").prop_map(|(name, group, colons)| {
                 let line = format!("{name}:x:0:{group}{colons}").into_bytes();
                 (line, Some(Root { name, group, home: "/root".into(), shell: DEFAULT_SHELL.into() }))

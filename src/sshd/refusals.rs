@@ -17,7 +17,7 @@ use rustix::fs::OFlags;
 
 use crate::sys::tree::Tree;
 
-/// Maximum number of bytes of sshd's log that are read at once.
+/// Maximum number of bytes of sshd's log in one read.
 const LONGEST_READ: usize = 64 << 10;
 
 /// Maximum number of refusals logged per [`PERIOD`]. The rest are only counted, so that password guessing does not fill
@@ -61,7 +61,7 @@ const NO_REASON: [&str; 11] = [
     "Exiting on signal ",
 ];
 
-/// Maximum number of accepted logins that are followed at once.
+/// Maximum number of accepted logins that are followed at the same time.
 const MOST_ACCEPTED: usize = 256;
 
 /// A line of sshd's log that concerns logins.
