@@ -117,7 +117,10 @@ impl Connections {
     /// Returns a place for a new connection, if need be that of the one that has waited longest for a request.
     async fn place(&self) -> OwnedSemaphorePermit {
         if self.places.available_permits() > self.most / 2 && self.is_full.swap(false, Ordering::Relaxed) {
-            tracing::info!("connections have become fewer than {}", self.most / 2);
+            tracing::info!(
+                "fewer than half of the {} possible connections are open; new ones no longer close others",
+                self.most
+            );
         }
         if let Ok(place) = self.places.clone().try_acquire_owned() {
             return place;

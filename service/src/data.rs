@@ -112,7 +112,7 @@ pub fn check_export(data: &Path, into: &Path) -> Result<()> {
 /// Locks a directory for this process, until the returned descriptor is dropped. Fails if another service holds the
 /// lock.
 pub fn lock(directory: &Path) -> Result<File> {
-    let attempted = || format!("use {} alone", directory.display());
+    let attempted = || format!("lock {}", directory.display());
     let locked = File::open(directory).attempt(attempted)?;
     match rustix::fs::flock(&locked, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(locked),

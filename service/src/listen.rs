@@ -96,13 +96,13 @@ pub fn access(settings: &Settings) -> Result<Access> {
     let is_ours = found.is_file() && found.uid() == rustix::process::geteuid().as_raw() && is_private;
     if !is_ours {
         let refused = Error::new(attempted()).because("other users can read or replace it");
-        return Err(refused.advise("remove it: the next start makes a new one, for its owner alone"));
+        return Err(refused.advise("remove it: the next start creates a new one that only its owner can read"));
     }
     let text = std::fs::read_to_string(&path).attempt(attempted)?;
     let token = text.trim();
     if token.len() < SHORTEST_TOKEN || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
         let refused = Error::new(attempted()).because(format!("it is no word of {SHORTEST_TOKEN} characters or more"));
-        return Err(refused.advise("remove it: the next start makes a new one"));
+        return Err(refused.advise("remove it: the next start creates a new one"));
     }
     Ok(Access::Token(Box::new(Token::new(token)?)))
 }

@@ -35,10 +35,10 @@ pub struct Settings {
     /// Secret key of the S3 server
     #[arg(long, env = "S3_SECRET_KEY", hide_env_values = true, value_name = "KEY", default_value = "")]
     pub s3_secret_key: String,
-    /// Access key for copies of objects that the owner `STS` has
+    /// Access key for copying objects whose owner is `STS`
     #[arg(long, env = "S3_STS_ACCESS_KEY", hide_env_values = true, value_name = "KEY")]
     pub s3_sts_access_key: Option<String>,
-    /// Secret key for copies of objects that the owner `STS` has
+    /// Secret key for copying objects whose owner is `STS`
     #[arg(long, env = "S3_STS_SECRET_KEY", hide_env_values = true, value_name = "KEY")]
     pub s3_sts_secret_key: Option<String>,
     /// `False` accepts any certificate of the S3 server; otherwise a file of authorities
@@ -137,7 +137,7 @@ pub enum On {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Jobs on this machine")]
 pub struct MachineSettings {
-    /// Directory of the jobs: their image roots, with space for several images, and their logs
+    /// Directory for the jobs' image roots and logs; needs enough free space for several images
     #[arg(long, env = "IMS_JOBS_DIR", default_value = "/var/lib/ims/jobs", value_name = "DIRECTORY")]
     pub jobs: PathBuf,
     /// Ports on which jobs accept users, one for each job
@@ -186,7 +186,8 @@ pub struct KubernetesSettings {
     /// Heartbeats in a row, one every five seconds, that a job on a remote build node may miss
     #[arg(long, env = "DEFAULT_IMS_JOB_REMOTE_TIMEOUT_COUNT", default_value_t = 12, value_name = "NUMBER")]
     pub remote_timeout_count: u32,
-    /// Seconds for which a pod may wait for a node, its volumes and its container images before its job is an error
+    /// Seconds for which a pod may wait for a node, its volumes and its container images before its job fails with
+    /// status error
     #[arg(long = "job-pending-limit", env = "IMS_JOB_PENDING_LIMIT", default_value_t = 900, value_name = "SECONDS")]
     pub pending_limit: u64,
 }

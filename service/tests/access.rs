@@ -335,7 +335,7 @@ fn second_service_on_the_same_data_or_jobs_is_refused() {
     let (socket, data) = (place.path("other.sock"), place.path("other"));
     let [socket, data] = [&socket, &data].map(|path| path.to_str().unwrap());
     let log = place.refused(&["--socket", socket]);
-    assert!(log.contains("/data alone: another service is using it"), "{log}");
+    assert!(log.contains("/data: another service is using it"), "{log}");
     let log = place.refused(&["--socket", socket, "--data", data, "--runner", "machine", "--jobs", &jobs]);
-    assert!(log.contains("/jobs alone: another service is using it"), "{log}");
+    assert!(log.contains("/jobs: another service is using it"), "{log}");
 }

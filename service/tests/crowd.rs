@@ -48,7 +48,7 @@ fn silent_connections_shut_nobody_out() {
         silent.clear();
         wait_within(SOON, "the end of the outage", || {
             server.get("/healthz/live");
-            server.log().matches("connections have become fewer").count() == outage
+            server.log().matches("new ones no longer close others").count() == outage
         });
     }
     assert!(!server.log().contains("ERROR"), "{}", server.log());

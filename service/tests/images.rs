@@ -1,4 +1,4 @@
-//! Links, and what becomes of objects when records are deleted and brought back, on a real S3 server.
+//! Links, and what becomes of objects when records are deleted and undeleted, on a real S3 server.
 
 use serde_json::{Value, json};
 use tempfile::TempDir;

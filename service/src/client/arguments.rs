@@ -231,7 +231,7 @@ pub struct ImportImage {
     /// Name of the initrd in the image's /boot [default: the kernel's]
     #[arg(long, value_name = "NAME")]
     pub(super) initrd: Option<String>,
-    /// Directory for the unpacked image, with space for it, until it is uploaded
+    /// Directory that holds the unpacked image until it is uploaded; needs enough free space for the image
     #[arg(long, value_name = "DIRECTORY", default_value = "/var/lib/ims")]
     pub(super) work: PathBuf,
     #[command(flatten)]

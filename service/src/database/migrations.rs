@@ -29,7 +29,7 @@ const VERSIONS: &[&[&str]] = &[
 pub(super) async fn run(pool: &AnyPool) -> Result<String> {
     let mut transaction = pool.begin().await?;
     if transaction.backend_name() == "PostgreSQL" {
-        // Let replicas wait for each other: CREATE TABLE IF NOT EXISTS fails if two replicas run it at once.
+        // Let replicas wait for each other: CREATE TABLE IF NOT EXISTS fails if two replicas run it together.
         sqlx::query("SELECT pg_advisory_xact_lock(470100)").execute(&mut *transaction).await?;
     }
     sqlx::query("CREATE TABLE IF NOT EXISTS schema_version (version BIGINT NOT NULL)")

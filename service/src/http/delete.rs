@@ -429,7 +429,9 @@ pub fn only(query: &str, known: &[&str]) -> Result<(), Problem> {
 
 /// The problem of a parameter that could be meant as a filter.
 pub fn unknown(name: &str) -> Problem {
-    Problem::filter(format!("the parameter '{name}' is not known here, and without it all records would be changed"))
+    Problem::filter(format!(
+        "unknown parameter '{name}': it may be meant as a filter, and without a filter all records would be changed"
+    ))
 }
 
 #[cfg(test)]

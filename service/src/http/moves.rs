@@ -32,13 +32,13 @@ pub struct Copy {
     pub to: Location,
 }
 
-/// State of the destination before a copy is made.
+/// State of the original and of the destination before a copy is made.
 enum Found {
     /// Nothing to copy.
     NoOriginal,
-    /// The original only.
+    /// An original without a copy.
     Original,
-    /// The copy too, with its ETag.
+    /// The original, and a copy that equals it; contains the ETag of the copy.
     Copy(String),
 }
 
@@ -52,7 +52,7 @@ pub struct Copies {
 
 impl Service {
     /// Copies objects, all of which are claimed. An existing object is never overwritten: it is an error (409), unless
-    /// it equals the original and was left by an interrupted move or is brought back by an undelete. A missing original
+    /// it equals the original and was left by an interrupted move or is restored by an undelete. A missing original
     /// is an error unless this is a soft delete.
     pub async fn copy(&self, copies: &[Copy], is_delete: bool) -> Result<Copies, Problem> {
         let mut new = Vec::new();

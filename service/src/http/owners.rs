@@ -54,8 +54,9 @@ impl Service {
         Ok(own)
     }
 
-    /// Returns those of `objects` that a live or deleted record names, by its link or in its manifest. If a manifest
-    /// cannot be used, everything in its directory counts as named. Fails if a manifest cannot be read now.
+    /// Returns those of `objects` that a live or deleted record names, by its link or in its manifest. If a manifest is
+    /// missing, too large or malformed, everything in its directory counts as named. Fails if the store refuses to give
+    /// a manifest or does not answer.
     pub async fn named(&self, objects: &BTreeSet<Location>) -> Result<BTreeSet<Location>, Problem> {
         let mut named = BTreeSet::new();
         for kind in KINDS {

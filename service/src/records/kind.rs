@@ -13,11 +13,11 @@ pub enum Kind {
     Jobs,
     /// Remote build nodes.
     Nodes,
-    /// Deleted public keys, which can be brought back.
+    /// Deleted public keys, which can be undeleted.
     DeletedPublicKeys,
-    /// Deleted recipes, which can be brought back.
+    /// Deleted recipes, which can be undeleted.
     DeletedRecipes,
-    /// Deleted images, which can be brought back.
+    /// Deleted images, which can be undeleted.
     DeletedImages,
     /// Jobs that are being started and have no record yet.
     Starting,

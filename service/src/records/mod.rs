@@ -99,7 +99,7 @@ pub struct Image {
     pub created: String,
 }
 
-/// A deleted record, which an undelete can bring back.
+/// A deleted record, which can be undeleted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Deleted<R> {
     /// The record; its link points to where its object was moved.

@@ -33,7 +33,7 @@ pub struct Nodes {
 }
 
 impl Nodes {
-    /// Access to the nodes by the private key in the file `key`, which logs in as root.
+    /// Creates access to the nodes: logs in as root with the private key in the file `key`.
     pub fn new(key: &Path) -> Self {
         Self { key: key.to_owned() }
     }

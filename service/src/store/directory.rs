@@ -165,8 +165,9 @@ impl Directory {
     }
 }
 
-/// Removes unfinished files below `directory` whose last change was before `before`. Returns whether it has removed an
-/// entry of `directory` itself. The store's root has depth 0, and its buckets have depth 1.
+/// Removes unfinished files below `directory` that have not changed after `before`, and directories that become empty
+/// by this, but no buckets. Returns whether it removed something directly in `directory`. `depth` is 0 for the store's
+/// root, and 1 for its buckets.
 fn remove_unfinished(directory: &Path, depth: usize, before: SystemTime) -> bool {
     let entries = match std::fs::read_dir(directory) {
         Ok(entries) => entries,

@@ -109,7 +109,8 @@ pub(super) fn of_job(job: &batch::Job) -> Option<Trouble> {
             Some(trouble(format!("Job {name} has failed: {}", words.join(": ")), Patience::Brief))
         }
         "Complete" => {
-            Some(trouble(format!("Job {name} is complete, but its programs have not reported an end"), Patience::Brief))
+            let why = format!("Job {name} is complete, but its programs have not reported a result");
+            Some(trouble(why, Patience::Brief))
         }
         _ => None,
     })

@@ -219,7 +219,10 @@ impl Kubernetes {
                     continue;
                 }
                 Err(refusal) if kind == Kind::Secret && refusal.status == Some(403) => {
-                    tracing::warn!("cannot create the Secret {name}: {}; job {id} signs no packages", refusal.reason);
+                    tracing::warn!(
+                        "cannot create the Secret {name}: {}; job {id} gets no keys to sign packages with",
+                        refusal.reason
+                    );
                     continue;
                 }
                 Err(refusal) => return Err(format!("cannot create the {} {name}: {}", kind.api().1, refusal.reason)),

@@ -69,9 +69,9 @@ fn parse(text: &str, kind: Kind, variables: &Variables) -> std::result::Result<V
     let (version, name) = kind.api();
     if filled["apiVersion"] != version || filled["kind"] != name {
         return Err(format!(
-            "it is a {} of {}: expected a {name} of {version}",
-            filled["kind"].as_str().unwrap_or("nameless object"),
-            filled["apiVersion"].as_str().unwrap_or("no version")
+            "its kind is {} and its apiVersion is {}: expected {name} and {version}",
+            filled["kind"].as_str().unwrap_or("missing"),
+            filled["apiVersion"].as_str().unwrap_or("missing")
         ));
     }
     if filled["metadata"]["name"].as_str().is_none_or(str::is_empty) {
@@ -223,7 +223,7 @@ mod tests {
             assert!(refused.contains(reason), "{text}: {refused}");
         }
         let refused = parse("apiVersion: v1\nkind: Secret", Kind::ConfigMap, &variables()).unwrap_err();
-        assert_eq!(refused, "it is a Secret of v1: expected a ConfigMap of v1");
+        assert_eq!(refused, "its kind is Secret and its apiVersion is v1: expected ConfigMap and v1");
         assert!(parse("apiVersion: v1\nkind: ConfigMap", Kind::ConfigMap, &variables()).is_err());
     }
 
