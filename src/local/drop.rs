@@ -13,6 +13,7 @@ use crate::local::{apply_progress, source};
 use crate::publish::journal;
 use crate::sys::named;
 use crate::volume::layout::IMAGE_ROOT;
+use crate::volume::state_directory::StateDirectory;
 
 /// Drops what a finished run left behind: its kept changes, its sshd, and its mount points in the image. Returns a verb
 /// phrase that describes the state of the source.
@@ -53,6 +54,11 @@ pub(crate) fn drop_left(entry: &Value) -> Result<&'static str> {
         end_left_over(&mounted)?;
         if mounted.exists() {
             clear_left_over(&directory::COMMANDS, &mounted)?;
+        }
+        // The directories of a run on a node have the name of the work directory itself.
+        clear_left_over(&directory::COMMANDS, place.path())?;
+        if StateDirectory::place(place.path()).exists() {
+            StateDirectory::of(place.path())?.remove()?;
         }
         place.remove()?;
     }

@@ -4,6 +4,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
+use ims_sshd::volume::state_directory::StateDirectory;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use testbed::job::*;
@@ -177,6 +178,23 @@ fn fail_or_a_signal_ends_it_without_an_image_here_and_there() {
     assert!(shown.contains("\n  run again: ") && !shown.contains("resume"), "{shown}");
     let output = machine.run(&[], &machine.source, &["true"]);
     assert!(output.status.success(), "{output:?}");
+    machine.keeps_nothing();
+}
+
+#[test]
+fn fail_clears_what_a_killed_run_on_a_node_has_left() {
+    let lab = Lab::new();
+    let machine = Machine::new(&lab);
+    let (mut child, status) = machine.open(&["--plain"]);
+    let parent = Path::new(status["image_root_parent"].as_str().unwrap());
+    let state = StateDirectory::place(parent);
+    let run = state.with_file_name("customize").join(state.file_name().unwrap());
+    signal(&child, Signal::SIGKILL);
+    child.wait().unwrap();
+    assert!(state.exists() && run.exists());
+    let dropped = ims_sshd(&["fail", machine.source.to_str().unwrap()], &[]).output().unwrap();
+    assert!(dropped.status.success(), "{dropped:?}");
+    assert_eq!((state.exists(), run.exists()), (false, false));
     machine.keeps_nothing();
 }
 
