@@ -42,13 +42,16 @@ const WRITER: &[(Capability, &str)] = &[
 /// Capabilities of `WRITER` that may be missing: without them, creating a device node fails with an error of its own.
 const NOT_NEEDED: [Capability; 2] = [Capability::CAP_MKNOD, Capability::CAP_SYS_ADMIN];
 
-/// Refuses to unpack as root without the needed capabilities, since unpackers would skip owners and modes silently.
+/// Refuses to unpack without the needed capabilities, since unpackers would skip owners and modes silently.
 pub(crate) fn refuse_to_lose_attributes() -> Result<()> {
     let is_lacking = |(needed, _): &&(Capability, &str)| !NOT_NEEDED.contains(needed) && lacks(*needed);
-    let lacking = WRITER.iter().find(is_lacking).filter(|_| rustix::process::geteuid().is_root());
-    let Some((needed, reason)) = lacking else { return Ok(()) };
+    let Some((needed, reason)) = WRITER.iter().find(is_lacking) else { return Ok(()) };
     let refused = Error::new("unpack an image").because(format!("{needed} is missing, which is needed to {reason}"));
-    Err(refused.advise("give the container this capability, and the others in docs/CAPABILITIES.md"))
+    Err(refused.advise(if rustix::process::geteuid().is_root() {
+        "give the container this capability, and the others in docs/CAPABILITIES.md"
+    } else {
+        "run it as root"
+    }))
 }
 
 /// Capabilities of a program that reads a tree, with reasons.

@@ -1,5 +1,6 @@
 //! Sources other than a squashfs: saved images of containers, cpio archives, tar archives with absolute names.
 
+use std::fs::File;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -245,6 +246,22 @@ archive.close()";
             assert_eq!((found.uid(), found.gid()), (u32::MAX - 1, 7));
         }
     }
+}
+
+#[test]
+fn ordinary_user_cannot_unpack_since_owners_would_be_lost() {
+    let (dir, _, squashfs) = packed_image();
+    let place = dir.path().join("of a user");
+    std::fs::create_dir(&place).unwrap();
+    std::os::unix::fs::chown(&place, Some(1234), Some(1234)).unwrap();
+    let mut as_user = Command::new("setpriv");
+    as_user.args(["--reuid=1234", "--regid=1234", "--clear-groups", &*IMS_SSHD, "prepare", "parent"]);
+    // The path of the cache may be closed to others, so the directory is entered and the image opened before.
+    let output = as_user.arg("/dev/stdin").stdin(File::open(&squashfs).unwrap()).current_dir(&place).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let said = text(&output.stderr);
+    assert!(said.contains("is missing, which is needed to") && said.contains("run it as root"), "{said}");
+    is_empty(&place);
 }
 
 #[test]
