@@ -78,6 +78,12 @@ pub(crate) struct OpenJail {
 /// Timeout for making a jail, which takes milliseconds.
 const TIME_TO_MAKE: Duration = Duration::from_secs(10);
 
+/// Said of a program that was killed.
+pub(crate) const UNEXPLAINED: &str = "ended without a message";
+
+/// Said of a program that was too slow.
+pub(crate) const UNREADY: &str = "was not ready within";
+
 /// Time for the init to exit by itself, which it does unless a session keeps all processors busy.
 const TIME_TO_FINISH: Duration = Duration::from_millis(200);
 
@@ -174,7 +180,7 @@ impl OpenJail {
             // The init has not been reaped, so its PID cannot belong to another process.
             let ended = || {
                 Error::new("make the jail")
-                    .because("its init ended at once")
+                    .because(format!("its init {UNEXPLAINED}"))
                     .advise("see the node's log: it may have been killed for lack of memory")
             };
             let identity = Identity::of(init).ok_or_else(ended)?;
@@ -454,7 +460,7 @@ fn start(wanted: &Wanted<'_>) -> Result<Started> {
         let mut sources = [PollFd::new(&ours, PollFlags::IN)];
         let ready = poll::wait(&mut sources, TIME_TO_MAKE);
         if matches!(ready, Ok(0)) {
-            return failed(init, format!("make the jail within {} s", TIME_TO_MAKE.as_secs()));
+            return failed(init, format!("make the jail: its init {UNREADY} {} s", TIME_TO_MAKE.as_secs()));
         }
         match ours.receive().attempt(|| "receive a message from the jail's init")? {
             Some((Message::Started(pid), _)) => init = Some(Pid::from_raw(pid)),
@@ -464,10 +470,7 @@ fn start(wanted: &Wanted<'_>) -> Result<Started> {
             // Ignore the message: the mark itself, a file in the image's /tmp, is not lost.
             Some((Message::Marked(..), _)) => {}
             None => {
-                return failed(
-                    init,
-                    format!("make the jail: {} ended without a message ({status})", program.display()),
-                );
+                return failed(init, format!("make the jail: {} {UNEXPLAINED} ({status})", program.display()));
             }
         }
     }
@@ -501,6 +504,9 @@ pub(crate) fn helper_output(arguments: &Arguments) -> std::result::Result<String
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
     let message = String::from_utf8_lossy(&output.stderr);
+    if message.trim().is_empty() {
+        return Err(format!("{NAME} {UNEXPLAINED} ({})", output.status));
+    }
     Err(message.trim().trim_start_matches(&format!("{NAME}: ")).to_owned())
 }
 

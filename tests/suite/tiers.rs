@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use ims_sshd::sshd::daemon::Daemon;
 use ims_sshd::sys::mounts::mount_points;
@@ -18,11 +18,27 @@ fn descriptor_shortage_is_an_error_and_no_reason_for_a_weaker_tier() {
     let image_root = volume.image_root.display();
     for limit in 22..28 {
         let line = format!("ulimit -n {limit}; exec {IMS_SSHD} enter {image_root} -- test -e /proc/1/comm");
-        let output = Command::new("bash").args(["-c", &line]).stdin(std::process::Stdio::null()).output().unwrap();
+        let output = Command::new("bash").args(["-c", &line]).stdin(Stdio::null()).output().unwrap();
         let said = text(&output.stderr);
         assert!(output.status.success() || said.contains("Too many open files"), "{limit}: {output:?}");
         assert!(!said.contains("tier=\"chroot\""), "{limit}: {said}");
     }
+}
+
+#[test]
+fn killed_trial_is_an_error_and_no_reason_for_a_weaker_tier() {
+    let volume = Volume::new(Image::Busybox);
+    // A helper that is killed, as the OOM killer would do it.
+    let programs = directory();
+    let (program, helper) = (programs.path().join("ims-sshd"), programs.path().join("ims-jail-shell"));
+    std::fs::copy(&*IMS_SSHD, &program).unwrap();
+    std::fs::write(&helper, "#!/bin/sh\nkill -KILL $$\n").unwrap();
+    std::fs::set_permissions(&helper, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let mut enter = Command::new(&program);
+    let output = enter.arg("enter").arg(&volume.image_root).args(["--", "true"]).output().unwrap();
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("the tier is still unknown") && !said.contains("the jail's tier is"), "{said}");
 }
 
 #[test]
