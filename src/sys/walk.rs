@@ -155,13 +155,16 @@ fn about_mount(error: io::Error, path: &Path) -> io::Error {
 
 /// Explains the error that the listed name `path` does not exist; returns other errors unchanged. The directory may be
 /// on an overlay, which lists, but does not find, names that were created in its lower directory while the overlay was
-/// mounted.
+/// mounted, and whiteouts of another overlay there.
 fn about_change(error: io::Error, path: &Path) -> io::Error {
     if error.raw_os_error() != Some(Errno::NOENT.raw_os_error()) {
         return error;
     }
-    let why =
-        format!("/{} is listed, but not found: the directory was changed from outside while open", path.display());
+    let why = format!(
+        "/{} is listed, but not found: the directory was changed from outside while open, or the source has a whiteout of \
+         an overlay there",
+        path.display()
+    );
     io::Error::new(io::ErrorKind::NotFound, why)
 }
 
