@@ -186,18 +186,20 @@ impl Offloaded {
                 sending = None;
                 tracing::info!("the recipe is on {}, which builds it", program.connection.host());
             }
-            while let Some(frame) = program.channel.next()? {
-                match incoming.take(frame, built.is_some().then_some(volume))? {
+            while let Some(frame) = program.next()? {
+                let message = incoming.take(frame, built.is_some().then_some(volume));
+                match message.map_err(|e| program.refused(e))? {
                     None => {}
-                    Some(Message::Built { failure }) if built.is_none() => built = Some(failure),
                     Some(Message::Failed { why }) => return Err(program.refused(why)),
-                    Some(_) => return Err(program.refused("it has sent something unexpected")),
+                    Some(Message::Built { failure }) if sending.is_none() && built.is_none() => built = Some(failure),
+                    Some(message) => return Err(program.out_of_order(&message)),
                 }
             }
             if let (Some(failure), Some(received)) = (&built, incoming.results()?) {
                 return Ok((failure.clone(), received));
             }
-            program.check()?;
+            // The build itself may take hours. The results are packed by the time that the node says how it ended.
+            program.check(sending.is_some() || built.is_some() && !incoming.is_sent())?;
             let mut sources: Vec<_> = program.channel.sources().into_iter().chain(incoming.sources()).collect();
             sources.push(PollFd::new(work.signals(), PollFlags::IN));
             let _ = poll::wait(&mut sources, TICK);

@@ -76,6 +76,8 @@ pub(crate) struct Channel {
     taken: usize,
     outbox: Vec<u8>,
     silence: Silence,
+    /// Time in which neither side has sent anything but keepalives.
+    standstill: Silence,
     said: Instant,
     /// Time for which the other side may be silent. If `None`, there is no limit, and this side sends no keepalives.
     patience: Option<Duration>,
@@ -96,6 +98,7 @@ impl Channel {
             taken: 0,
             outbox: Vec::new(),
             silence: Silence::begin(),
+            standstill: Silence::begin(),
             said: Instant::now(),
             patience,
             is_over: false,
@@ -106,6 +109,7 @@ impl Channel {
     pub(crate) fn set_patience(&mut self, patience: Duration) {
         self.patience = Some(patience);
         self.silence.end();
+        self.standstill.end();
     }
 
     /// Queues a message.
@@ -164,12 +168,17 @@ impl Channel {
         self.inbox.drain(..self.taken);
         self.taken = 0;
         self.silence.listen();
+        self.standstill.listen();
         let mut bytes = vec![0; AT_ONCE];
         while !self.is_over && self.inbox.len() < LONGEST_LINE + ENOUGH {
             match self.input.read(&mut bytes) {
                 Ok(0) => self.is_over = true,
                 Ok(length) => {
                     self.silence.end();
+                    // Data of newlines alone looks like keepalives, but the line before it does not.
+                    if bytes[..length].iter().any(|byte| *byte != b'\n') {
+                        self.standstill.end();
+                    }
                     self.inbox.extend(&bytes[..length]);
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
@@ -186,11 +195,15 @@ impl Channel {
 
     fn write(&mut self) -> io::Result<()> {
         let mut written = 0;
+        let is_keepalive = self.outbox == b"\n";
         let result = loop {
             match self.output.write(&self.outbox[written..]) {
                 _ if written == self.outbox.len() => break Ok(()),
                 Ok(length) => {
                     self.said = Instant::now();
+                    if !is_keepalive {
+                        self.standstill.end();
+                    }
                     written += length;
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break Ok(()),
@@ -218,7 +231,7 @@ impl Channel {
             let line = &unread[..end];
             if let Some(length) = line.strip_prefix(b"@") {
                 let length = std::str::from_utf8(length).ok().and_then(|length| length.parse::<usize>().ok());
-                let Some(length) = length.filter(|length| *length <= MOST_DATA) else {
+                let Some(length) = length.filter(|length| (1..=MOST_DATA).contains(length)) else {
                     return refused("the length of data is wrong");
                 };
                 let Some(data) = unread.get(end + 1..end + 1 + length) else { return Ok(None) };
@@ -245,6 +258,19 @@ impl Channel {
         match self.patience {
             Some(patience) if self.silence.exceeds(patience) => {
                 lost(format!("nothing was heard from the other side for {} s", patience.as_secs()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Fails as [`check`](Self::check) does, and if nothing but keepalives has passed for as long as the other side may
+    /// be silent. For times in which one side sends a file or owes an answer: keepalives alone would let it wait for ever.
+    pub(crate) fn check_progress(&self) -> Result<()> {
+        self.check()?;
+        match self.patience {
+            Some(patience) if self.standstill.exceeds(patience) => {
+                let why = format!("nothing but keepalives was heard from the other side for {} s", patience.as_secs());
+                Err(Error::new("go on with the job").because(why))
             }
             _ => Ok(()),
         }
@@ -277,6 +303,8 @@ mod tests {
         let listening = Message::Listening { port: 22, host_key: "ssh-ed25519 AAAA".into() };
         ends[0].say(&listening);
         ends[0].send(&data);
+        // A length of 0 would be refused.
+        ends[0].send(&[]);
         ends[0].say(&Message::End);
         let (mut messages, mut arrived) = (Vec::new(), Vec::new());
         while messages.len() < 2 {
@@ -294,7 +322,7 @@ mod tests {
 
     #[test]
     fn line_that_is_no_message_is_refused() {
-        for wrong in ["{\"is\":\"order\"}\n", "no JSON\n", "@-1\n", "@262145\n", "@1x\n", "\u{0}\n"] {
+        for wrong in ["{\"is\":\"order\"}\n", "no JSON\n", "@-1\n", "@0\n", "@262145\n", "@1x\n", "\u{0}\n"] {
             let mut ends = pair(None);
             ends[0].output.write_all(wrong.as_bytes()).unwrap();
             ends[1].turn().unwrap();
@@ -331,6 +359,32 @@ mod tests {
         drop(ours);
         theirs.turn().unwrap();
         assert!(theirs.check().unwrap_err().to_string().contains("closed the connection"));
+    }
+
+    #[test]
+    fn keepalives_alone_are_no_progress_but_messages_and_data_in_either_direction_are() {
+        let standing = || {
+            let mut ends = pair(Some(BEAT * 3));
+            for end in &mut ends {
+                end.standstill.length = BEAT * 4;
+            }
+            ends
+        };
+        let mut ends = standing();
+        ends[0].outbox.push(b'\n');
+        turn(&mut ends);
+        for end in &ends {
+            end.check().unwrap();
+            assert!(end.check_progress().unwrap_err().to_string().contains("nothing but keepalives"));
+        }
+        ends[0].say(&Message::Ask);
+        turn(&mut ends);
+        ends.iter().try_for_each(Channel::check_progress).unwrap();
+        let mut ends = standing();
+        ends[1].send(b"\n");
+        ends[1].turn().unwrap();
+        ends[0].turn().unwrap();
+        ends.iter().try_for_each(Channel::check_progress).unwrap();
     }
 
     #[test]

@@ -36,6 +36,9 @@ const HEARTBEAT: Duration = Duration::from_secs(5);
 /// Time limit for removing the container.
 const TIME_TO_CLEAR: Duration = Duration::from_secs(30);
 
+/// Time limit for stopping the container, and for the digests of its files.
+const TIME_TO_STOP: Duration = Duration::from_mins(30);
+
 /// Maximum number of bytes that are read of the output of a command on the node.
 const MOST_OUTPUT: usize = 64 << 10;
 
@@ -98,8 +101,8 @@ enum Step {
     Opening(Option<Instant>),
     /// Users can log in.
     Open,
-    /// The container has reported success, and is being stopped.
-    Stopping(Running),
+    /// The container has reported success, and has been in stopping since this time.
+    Stopping(Running, Instant),
     /// The container's files are being received.
     Fetching(Option<Fetching>),
     /// The container has been in removal since this time. The command is `None` if it could not be started.
@@ -121,6 +124,8 @@ struct Fetching {
     file: File,
     /// The file's description; `None` once the file has arrived.
     result: Option<Fetched>,
+    /// Number of bytes that have come, and the time since then.
+    came: (u64, Silence),
 }
 
 impl Drop for Fetching {
@@ -228,6 +233,8 @@ pub(super) struct Container {
     missed: u64,
     /// Maximum number of consecutive failed heartbeats that is tolerated.
     limit: u64,
+    /// Time when the container was found.
+    began: Instant,
     silence: Silence,
     patience: Duration,
     step: Step,
@@ -266,6 +273,7 @@ impl Container {
             looking,
             missed: 0,
             limit: silence.as_secs() / HEARTBEAT.as_secs(),
+            began: Instant::now(),
             silence: Silence::begin(),
             patience: silence,
             step: Step::Opening(None),
@@ -296,7 +304,7 @@ impl Container {
                 let verdict = if has("failed") || !has("complete") { Verdict::Failed } else { Verdict::Complete };
                 if verdict == Verdict::Complete {
                     let stopping = Running::start(&self.connection, STOP, &[&self.directory, &self.name])?;
-                    self.step = Step::Stopping(stopping);
+                    self.step = Step::Stopping(stopping, Instant::now());
                 }
                 tracing::info!("the container {} has closed as {}", self.name, verdict.signal_file());
                 return Ok(Some(Told::Closed(verdict, 0)));
@@ -352,9 +360,25 @@ impl Container {
     fn fetch(&mut self, files: Option<&SignalFiles>) -> Result<()> {
         let parent = files.ok_or_else(|| self.refused("the image root parent is gone"))?.parent();
         let Step::Fetching(fetching) = &mut self.step else { return Ok(()) };
-        if let Some(Fetching { child, file, result: Some(result) }) = fetching {
+        if let Some(Fetching { child, file, result: Some(result), came: (length, silence) }) = fetching {
             let attempted = || format!("receive {}", result.name);
-            let Some(status) = child.try_wait().attempt(attempted)? else { return Ok(()) };
+            let Some(status) = child.try_wait().attempt(attempted)? else {
+                // The node goes on sending for as long as it likes, or is silent, while ssh's own keepalives pass.
+                let now = file.metadata().attempt(attempted)?.len();
+                silence.listen();
+                if now > *length {
+                    silence.end();
+                }
+                *length = now;
+                if now > result.size {
+                    return Err(Error::new(attempted()).because("it is longer than announced"));
+                }
+                if silence.exceeds(self.patience) {
+                    let why = format!("nothing of it has come for {} s", self.patience.as_secs());
+                    return Err(Error::new(attempted()).because(why));
+                }
+                return Ok(());
+            };
             if !status.success() {
                 return Err(Error::new(attempted()).because(format!("ssh ended: {status}")));
             }
@@ -377,15 +401,22 @@ impl Container {
         let mut command = self.connection.command(&["cat", "--", &path]);
         let to = file.try_clone().attempt(attempted)?;
         let child = self.connection.spawn(command.stdin(Stdio::null()).stdout(to)).attempt(attempted)?;
-        self.step = Step::Fetching(Some(Fetching { child, file, result: Some(result) }));
+        self.step = Step::Fetching(Some(Fetching { child, file, result: Some(result), came: (0, Silence::begin()) }));
         Ok(())
     }
 
     /// After the container has stopped, queues the files that it left behind.
     fn stopped(&mut self) -> Result<()> {
-        let Step::Stopping(stopping) = &mut self.step else { return Ok(()) };
+        let Step::Stopping(stopping, since) = &mut self.step else { return Ok(()) };
         stopping.read()?;
         if !stopping.is_over {
+            if stopping.printed.len() >= MOST_OUTPUT {
+                return Err(self.refused("its container has left too many files"));
+            }
+            if since.elapsed() > TIME_TO_STOP {
+                let why = format!("its container has not stopped within {} min", TIME_TO_STOP.as_secs() / 60);
+                return Err(self.refused(&why));
+            }
             return Ok(());
         }
         let mut places = PLACES.into_iter();
@@ -419,7 +450,7 @@ impl Far for Container {
     fn sources(&self) -> Vec<PollFd<'_>> {
         let running = match &self.step {
             Step::Opening(_) | Step::Open => &self.looking,
-            Step::Stopping(running) | Step::Clearing(Some(running), _) => running,
+            Step::Stopping(running, _) | Step::Clearing(Some(running), _) => running,
             Step::Fetching(_) | Step::Clearing(None, _) => return Vec::new(),
         };
         if running.is_over { Vec::new() } else { vec![PollFd::new(&running.output, PollFlags::IN)] }
@@ -439,8 +470,12 @@ impl Far for Container {
         self.is_marked_complete && matches!(self.step, Step::Open)
     }
 
+    fn opening_since(&self) -> Option<Instant> {
+        matches!(self.step, Step::Opening(_)).then_some(self.began)
+    }
+
     fn has_closed(&self) -> bool {
-        matches!(self.step, Step::Stopping(_) | Step::Fetching(_))
+        matches!(self.step, Step::Stopping(..) | Step::Fetching(_))
     }
 
     fn end(&mut self) {
@@ -472,7 +507,7 @@ impl Container {
                 told => return Ok(told),
             },
             Step::Open => return self.look(),
-            Step::Stopping(_) => self.stopped()?,
+            Step::Stopping(..) => self.stopped()?,
             Step::Fetching(_) => self.fetch(files)?,
             Step::Clearing(clearing, since) => {
                 let is_over = match clearing {

@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::net::IpAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
 use serde_json::Value;
@@ -49,6 +49,9 @@ pub(super) trait Far {
 
     /// Returns whether the image was marked, in which case the environment closes by itself.
     fn is_closing(&self) -> bool;
+
+    /// Returns since when the far side has had the image, if it has not opened it yet.
+    fn opening_since(&self) -> Option<Instant>;
 
     /// Returns whether the environment has closed, so that the far side is sending its results.
     fn has_closed(&self) -> bool;

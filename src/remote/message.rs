@@ -78,6 +78,14 @@ pub(crate) enum Message {
     Gone,
 }
 
+impl Message {
+    /// Returns the message's kind, as its line names it.
+    pub(crate) fn kind(&self) -> String {
+        let line = serde_json::to_value(self).unwrap_or_default();
+        line["is"].as_str().unwrap_or_default().to_owned()
+    }
+}
+
 /// A verdict, as messages contain it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

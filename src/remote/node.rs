@@ -134,7 +134,7 @@ impl Node {
             if let Some(frame) = self.channel.next()? {
                 return Ok(frame);
             }
-            self.channel.check()?;
+            self.channel.check_progress()?;
             self.wait();
         }
     }

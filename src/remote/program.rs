@@ -67,26 +67,34 @@ impl Program {
 
     /// Waits for the node's first message. Fails if the job cannot run on the node.
     fn hello(&mut self, heed: Heed<'_>) -> Result<Hello> {
-        let attempted = || format!("use the build node {}", self.connection.host());
+        let attempted = format!("use the build node {}", self.connection.host());
+        let attempted = || attempted.clone();
         loop {
             self.channel.turn()?;
-            match self.channel.next()? {
+            match self.next()? {
                 Some(Frame::Message(Message::Hello(hello))) if hello.refusals.is_empty() => return Ok(hello),
                 Some(Frame::Message(Message::Hello(hello))) => {
                     return Err(Error::new(attempted()).because(hello.refusals.join("; ")));
                 }
                 Some(Frame::Message(Message::Failed { why })) => return Err(Error::new(attempted()).because(why)),
                 Some(_) => return Err(Error::new(attempted()).because("it does not say what it is")),
-                None => self.channel.check().map_err(|e| Error::new(attempted()).because(e.reason()))?,
+                None => self.channel.check_progress().map_err(|e| Error::new(attempted()).because(e.reason()))?,
             }
             heed()?;
             let _ = poll::wait(&mut self.channel.sources(), LOOK_EVERY / 10);
         }
     }
 
-    /// Fails if the connection is lost. The error includes the output of ssh.
-    pub(super) fn check(&self) -> Result<()> {
-        self.channel.check().map_err(|e| {
+    /// Returns the next frame, if it has arrived completely.
+    pub(super) fn next(&mut self) -> Result<Option<Frame>> {
+        self.channel.next().map_err(|e| self.refused(e.reason()))
+    }
+
+    /// Fails if the connection is lost or, at a time at which the job `must_progress`, if nothing but keepalives passes.
+    /// The error includes the output of ssh.
+    pub(super) fn check(&self, must_progress: bool) -> Result<()> {
+        let checked = if must_progress { self.channel.check_progress() } else { self.channel.check() };
+        checked.map_err(|e| {
             let said = self.connection.last_words();
             let error = self.refused(e.reason());
             if said.is_empty() { error } else { error.advise(said) }
@@ -96,6 +104,11 @@ impl Program {
     /// Returns the error of a job that cannot continue.
     pub(super) fn refused(&self, why: impl std::fmt::Display) -> Error {
         Error::new(format!("go on with the job on {}", self.connection.host())).because(why)
+    }
+
+    /// Returns the error of a job whose node has sent `message` when it was not allowed to.
+    pub(super) fn out_of_order(&self, message: &Message) -> Error {
+        self.refused(format!("it has sent '{}' out of order", message.kind()))
     }
 
     /// Reads messages, and ignores all but the node's last one. Returns true if that message has arrived, if the
@@ -192,6 +205,16 @@ impl Incoming {
         });
         self.storing.push(Storing { thread, done });
         Ok(())
+    }
+
+    /// Returns whether a file has begun to arrive.
+    pub(super) fn has_begun(&self) -> bool {
+        self.receiving.is_some() || !self.received.is_empty()
+    }
+
+    /// Returns whether the node has sent all files.
+    pub(super) fn is_sent(&self) -> bool {
+        self.is_sent
     }
 
     /// Returns the received files, once all have arrived and are on the disk.

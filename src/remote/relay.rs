@@ -39,6 +39,9 @@ use crate::volume::state_directory::StateDirectory;
 /// Time that the image root parent gets to appear, the same as for a local environment.
 const TIME_FOR_PARENT: Duration = Duration::from_secs(30);
 
+/// Time that the far side gets to open the image, once it has all of it. Upstream's container unpacks it first.
+const TIME_TO_OPEN: Duration = Duration::from_mins(30);
+
 /// Runs a remote job from start to end, on the image root parent `parent`. If the caller has already claimed that
 /// directory, `files` is its claim. Calls `wanted` when the job may begin. Calls `listening` when the environment can
 /// be reached, with the public host key of the environment's sshd.
@@ -201,7 +204,14 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
         }
         self.ask();
         if let Some(node) = &mut self.node {
-            match node.turn(self.files.as_ref(), &self.signals) {
+            let told = node.turn(self.files.as_ref(), &self.signals);
+            let is_late = node.opening_since().is_some_and(|since| since.elapsed() > TIME_TO_OPEN);
+            match told {
+                Ok(None) if is_late => {
+                    let minutes = TIME_TO_OPEN.as_secs() / 60;
+                    let why = format!("nobody can log in there {minutes} min after it got the image");
+                    events.push(self.broken(&self.refused(why)));
+                }
                 Ok(None) => {}
                 Ok(Some(told)) => events.extend(self.told(told)),
                 Err(error) => {
@@ -232,6 +242,9 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
                     .advise("its messages are above");
                 vec![self.broken(&error)]
             }
+            Told::Closed(Verdict::Complete, _) if self.machine.state() == State::Preparing => {
+                vec![self.broken(&self.refused("it has closed before anybody could log in"))]
+            }
             Told::Report(report) => {
                 self.answer(&report);
                 Vec::new()
@@ -242,6 +255,10 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
                 vec![Event::AllEnded]
             }
         }
+    }
+
+    fn refused(&self, why: impl Into<String>) -> Error {
+        Error::new(format!("go on with the job on {}", self.host)).because(why.into())
     }
 
     fn listen(&mut self) -> Result<()> {
@@ -416,14 +433,18 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
     }
 }
 
-/// State of the node's part.
+/// State of the node's part, which decides what the node may send. A hostile node can send keepalives for ever, so each
+/// wait for it has a limit, but for those for people and for the packer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
-    /// The node is receiving the image and opening it.
-    Opening,
-    /// Users can log in.
+    /// The node is receiving the image, which has to go on.
+    Sending,
+    /// The node has had the image since this time, and opens it within [`TIME_TO_OPEN`].
+    Opening(Instant),
+    /// Users can log in, for as long as they like.
     Open,
-    /// The environment has closed. If the image is complete, the node packs and sends it.
+    /// The environment has closed. If the image is complete, the node packs it, which may take hours, and sends it,
+    /// which has to go on once it has begun.
     Closed,
     /// The node has been removing everything since this time.
     Ending(Instant),
@@ -437,6 +458,8 @@ struct Node {
     step: Step,
     has_script: bool,
     is_marked: bool,
+    /// Number of reports that the node still has to send.
+    asked: usize,
     sending: Option<Sending>,
     incoming: Incoming,
 }
@@ -448,23 +471,24 @@ impl Node {
         let has_script = matches!(&task, Task::Customize(order) if order.script.is_some());
         let mut program = Program::start(&to, Order { job, size, patience: silence.as_secs(), task }, state, heed)?;
         let sending = Some(Sending::begin(&mut program.channel, Part::Source, image)?);
-        let (step, incoming) = (Step::Opening, Incoming::default());
-        Ok(Self { program, listen, boot, step, has_script, is_marked: false, sending, incoming })
+        let (step, incoming) = (Step::Sending, Incoming::default());
+        Ok(Self { program, listen, boot, step, has_script, is_marked: false, asked: 0, sending, incoming })
     }
 
     fn heard(&mut self, frame: Frame, files: Option<&SignalFiles>, signals: &Signals) -> Result<Option<Told>> {
-        // It may come between the parts of the results.
-        if let Frame::Message(Message::Report { report }) = frame {
-            return Ok(Some(Told::Report(report)));
+        // It may come between the parts of the results. One that nobody asked for falls through and is refused.
+        if let (Frame::Message(Message::Report { report }), 1..) = (&frame, self.asked) {
+            self.asked -= 1;
+            return Ok(Some(Told::Report(report.clone())));
         }
         let parent = files.map(SignalFiles::parent).filter(|_| self.step == Step::Closed);
-        let Some(message) = self.incoming.take(frame, parent)? else {
+        let Some(message) = self.incoming.take(frame, parent).map_err(|e| self.program.refused(e))? else {
             return Ok(None);
         };
         let host = self.program.connection.host();
         match (message, self.step) {
             (Message::Failed { why }, _) => Err(self.program.refused(why)),
-            (Message::Listening { port, host_key }, Step::Opening) => {
+            (Message::Listening { port, host_key }, Step::Opening(_)) => {
                 // The key becomes a line of known_hosts, so refuse anything else than a single key.
                 let host_key = public_keys::host_key(&host_key)
                     .ok_or_else(|| self.program.refused("it has sent something that is not a host key"))?;
@@ -489,7 +513,7 @@ impl Node {
                 self.step = Step::Open;
                 Ok(Some(Told::Listening(host_key)))
             }
-            (Message::Closed { verdict, exit_code }, Step::Opening | Step::Open) => {
+            (Message::Closed { verdict, exit_code }, Step::Opening(_) | Step::Open) => {
                 self.step = Step::Closed;
                 if verdict == Judged::Complete && exit_code == 0 {
                     tracing::info!(
@@ -498,7 +522,7 @@ impl Node {
                 }
                 Ok(Some(Told::Closed(verdict.into(), exit_code)))
             }
-            _ => Err(self.program.refused("it has sent something unexpected")),
+            (message, _) => Err(self.program.out_of_order(&message)),
         }
     }
 }
@@ -517,6 +541,10 @@ impl Far for Node {
         self.is_marked && self.step == Step::Open
     }
 
+    fn opening_since(&self) -> Option<Instant> {
+        if let Step::Opening(since) = self.step { Some(since) } else { None }
+    }
+
     fn has_closed(&self) -> bool {
         self.step == Step::Closed
     }
@@ -524,6 +552,7 @@ impl Far for Node {
     fn ask(&mut self) -> bool {
         let is_open = self.step == Step::Open;
         if is_open {
+            self.asked += 1;
             self.program.channel.say(&Message::Ask);
         }
         is_open
@@ -543,12 +572,13 @@ impl Far for Node {
             && sending.go_on(&mut self.program.channel)?
         {
             self.sending = None;
+            self.step = Step::Opening(Instant::now());
             tracing::info!("the image is on the node");
         }
         if let Step::Ending(since) = self.step {
             return Ok(self.program.has_ended(since).then_some(Told::Gone));
         }
-        while let Some(frame) = self.program.channel.next()? {
+        while let Some(frame) = self.program.next()? {
             if let Some(told) = self.heard(frame, files, signals)? {
                 return Ok(Some(told));
             }
@@ -566,11 +596,78 @@ impl Far for Node {
             self.end();
             return Ok(None);
         }
-        self.program.check().map(|()| None)
+        let must_progress = match self.step {
+            Step::Sending => true,
+            Step::Closed => self.incoming.has_begun() && !self.incoming.is_sent(),
+            _ => false,
+        };
+        self.program.check(must_progress).map(|()| None)
     }
 }
 
 /// Logs an error and continues. Returns whether there was no error.
 fn succeeded(result: Result<()>) -> bool {
     result.inspect_err(|e| tracing::error!("{e}")).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A far side that has had the image since this time, and is alive.
+    struct Opening(Instant);
+
+    impl Far for Opening {
+        fn sources(&self) -> Vec<PollFd<'_>> {
+            Vec::new()
+        }
+
+        fn mark(&mut self, _: Verdict) {}
+
+        fn is_closing(&self) -> bool {
+            false
+        }
+
+        fn opening_since(&self) -> Option<Instant> {
+            Some(self.0)
+        }
+
+        fn has_closed(&self) -> bool {
+            false
+        }
+
+        fn end(&mut self) {}
+
+        fn turn(&mut self, _: Option<&SignalFiles>, _: &Signals) -> Result<Option<Told>> {
+            Ok(None)
+        }
+    }
+
+    #[test]
+    fn node_gets_a_limited_time_to_open_the_image() {
+        for (time, expected) in [(TIME_TO_OPEN / 2, &[][..]), (TIME_TO_OPEN * 2, &[Event::Broken])] {
+            let mut machine = Machine::new(Duration::ZERO);
+            machine.on(Event::Ready);
+            let since = Instant::now().checked_sub(time).unwrap();
+            let mut relay = Relay {
+                machine,
+                parent: PathBuf::new(),
+                files: None,
+                is_private: true,
+                old_marks: [None; 2],
+                began: Instant::now(),
+                signals: Signals::block(&[]).unwrap(),
+                watch: Watch::new().unwrap(),
+                wanted: None::<fn() -> Result<Wanted>>,
+                listening: None::<fn(&str)>,
+                node: Some(Box::new(Opening(since))),
+                host: "node".into(),
+                listener: None,
+                asking: Vec::new(),
+                is_broken: false,
+                stopped_by: None,
+            };
+            assert_eq!(relay.wait().unwrap(), expected);
+        }
+    }
 }

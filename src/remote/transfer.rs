@@ -19,6 +19,7 @@ pub(crate) struct Sending {
     file: File,
     left: u64,
     digest: Context,
+    is_queued: bool,
 }
 
 impl Sending {
@@ -26,10 +27,10 @@ impl Sending {
     pub(crate) fn begin(channel: &mut Channel, part: Part, file: File) -> Result<Self> {
         let left = file.metadata().attempt(|| format!("read the length of the {}", part.name()))?.len();
         channel.say(&Message::File { part, size: left });
-        Ok(Self { file, left, digest: Context::new(&SHA256) })
+        Ok(Self { file, left, digest: Context::new(&SHA256), is_queued: false })
     }
 
-    /// Sends as much as the other side accepts now. Returns whether everything was sent.
+    /// Sends as much as the other side accepts now. Returns whether everything has left the queue.
     pub(crate) fn go_on(&mut self, channel: &mut Channel) -> Result<bool> {
         let mut bytes = vec![0; CHUNK];
         while self.left > 0 && !channel.is_full() {
@@ -45,8 +46,11 @@ impl Sending {
         if self.left > 0 {
             return Ok(false);
         }
-        channel.say(&Message::Sum { sha256: hex(self.digest.clone().finish().as_ref()) });
-        Ok(true)
+        if !self.is_queued {
+            channel.say(&Message::Sum { sha256: hex(self.digest.clone().finish().as_ref()) });
+            self.is_queued = true;
+        }
+        Ok(channel.is_flushed())
     }
 }
 

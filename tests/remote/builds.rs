@@ -12,6 +12,8 @@ use testbed::rpms::REPOSITORY;
 use testbed::tls_server::certificates;
 use testbed::*;
 
+use crate::hostile::{NODE, in_place_of_ssh};
+
 /// Builds take longer than anything else here.
 const LIMIT: Duration = Duration::from_mins(5);
 
@@ -181,6 +183,28 @@ fn node_without_kiwi_is_refused_before_the_recipe_is_sent() {
 }
 
 #[test]
+fn node_that_builds_out_of_order_or_keeps_the_results_to_itself_fails_the_build_within_the_limit() {
+    let lab = Lab::new();
+    let (_, path) = in_place_of_ssh(&lab, NODE);
+    let silent = "nothing but keepalives was heard from the other side for 5 s";
+    for (says, words) in [
+        ("hello(), source(), file(), beat()", "it has sent 'file' out of order"),
+        ("hello(), source(), say('built'), beat()", silent),
+        ("hello(), source(), say('built'), say('built'), beat()", "it has sent 'built' out of order"),
+        ("hello(), source(), say('built'), file('log'), beat()", silent),
+    ] {
+        let volume = Volume::new(&lab);
+        let output = volume.build(&[("PATH", &path), ("SAYS", says)]).output().unwrap();
+        let said = text(&output.stderr);
+        // An init container hands a failed build over to the next one.
+        assert!(output.status.success(), "{says}: {said}");
+        let reason = std::fs::read_to_string(volume.at("image/build_failed")).unwrap();
+        assert!(reason.contains(words), "{says}: {reason}\n{said}");
+        assert_eq!(volume.names(), ["build_failed", "recipe"]);
+    }
+}
+
+#[test]
 fn build_on_a_node_ends_on_both_sides_with_the_pod_the_network_and_the_node_program() {
     let lab = lab();
     for how in ["TERM", "KILL", "cut", "node"] {
@@ -240,20 +264,21 @@ fn recipe_becomes_a_published_image_by_one_command_and_a_node() {
     std::fs::set_permissions(&ssh, PermissionsExt::from_mode(0o755)).unwrap();
     // No kiwi-ng here.
     let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", dir.path().join("bin").display());
-    let create = |package_manager: &str| {
-        let variables = [("PATH", path.clone()), ("REMOTE_HEARTBEAT_TIMEOUT_COUNT", "1".into())];
+    let create = |package_manager: &str, packages: &Path| {
+        let variables =
+            [("PATH", path.clone()), ("REMOTE_HEARTBEAT_TIMEOUT_COUNT", "1".into()), ("TIMEOUT", "1".into())];
         let mut create = ims_sshd(&["create"], &variables);
         create.arg(repository().join("tests/recipe/rpm-local")).args(["--output", "./store", "--name", "compute"]);
         create.args(["--node", &format!("root@{}", lab.nodes[0].address), "--compression", "none"]);
         create.arg("--work").arg(dir.path().join("work")).arg("--authority").arg(dir.path().join("ca.crt"));
-        create.args(["--set", &format!("REPOSITORY=dir://{}", REPOSITORY.display())]);
+        create.args(["--set", &format!("REPOSITORY=dir://{}", packages.display())]);
         create.args(["--set", &format!("PACKAGE_MANAGER={package_manager}"), "--exclude", "etc/hostname"]);
         lab.moved(&create).current_dir(dir.path()).output().unwrap()
     };
-    let output = create("emerge");
+    let output = create("emerge", &REPOSITORY);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     assert!(text(&output.stderr).contains("its package manager is 'emerge'"), "{output:?}");
-    let output = create("dnf4");
+    let output = create("dnf4", &REPOSITORY);
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert_eq!(report(&output)["result"], "success");
     let list = Command::new("unsquashfs").arg("-l").arg(dir.path().join("store/compute/rootfs")).output().unwrap();

@@ -1,7 +1,7 @@
 //! Jobs that end badly: each within its limit, with the right verdict and word, and without a trace on the node.
 
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -10,6 +10,7 @@ use testbed::job::report;
 use testbed::node::{Lab, NodeOptions, signal};
 use testbed::*;
 
+use crate::hostile::in_place_of_ssh;
 use crate::remote::Remote;
 
 /// Silence after which each side gives up here (`REMOTE_HEARTBEAT_TIMEOUT_COUNT=1`), and what may be added to it.
@@ -238,16 +239,6 @@ threading.Thread(target=copy, args=(0, ssh.stdin.fileno(), not back), daemon=Tru
 copy(ssh.stdout.fileno(), 1, back)
 sys.exit(ssh.wait())
 ";
-
-/// Puts a program in the place of ssh. Returns its path, and the value of PATH by which it is found.
-fn in_place_of_ssh(lab: &Lab, program: &str) -> (PathBuf, String) {
-    let programs = lab.dir.path().join("programs");
-    std::fs::create_dir(&programs).unwrap();
-    let ssh = programs.join("ssh");
-    std::fs::write(&ssh, program).unwrap();
-    std::fs::set_permissions(&ssh, PermissionsExt::from_mode(0o755)).unwrap();
-    (ssh, format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", programs.display()))
-}
 
 #[test]
 fn image_that_is_altered_or_cut_off_on_the_way_is_neither_opened_nor_published() {

@@ -3,6 +3,7 @@
 mod builds;
 mod clients;
 mod faults;
+mod hostile;
 mod jobs;
 mod offloaded;
 mod remote;

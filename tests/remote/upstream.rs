@@ -126,19 +126,32 @@ fn container_of_upstreams_prepare_that_fails_fails_the_job_and_leaves_nothing() 
     let node = &lab.nodes[0];
     let packed = node.path("/root/packed/transfer.sqsh");
     let before = node.state();
-    for how in ["error", "dead", "signal", "link", "altered", "missing"] {
+    for how in ["error", "dead", "signal", "link", "altered", "missing", "early", "stuck"] {
         let mut remote = Remote::begun_by_upstream(&lab, node, Mode::Jailed, PORT);
         begin(&lab, node, remote.id());
         let place = node.path(&format!("/tmp/{}/image", remote.directory()));
         let touch = |path: &str| std::fs::write(place.join(path), "").unwrap();
-        touch("unpacked");
-        if how == "altered" {
+        let other = match how {
             // The digest is told before the file is sent.
-            let sum = "#!/bin/sh\n/usr/bin/sha256sum | tr 0-9 1-90\n";
-            std::fs::write(node.path("/usr/local/bin/sha256sum"), sum).unwrap();
-            std::fs::set_permissions(node.path("/usr/local/bin/sha256sum"), PermissionsExt::from_mode(0o755)).unwrap();
+            "altered" => Some(("/usr/local/bin/sha256sum", "#!/bin/sh\n/usr/bin/sha256sum | tr 0-9 1-90\n")),
+            "stuck" => {
+                Some(("/usr/local/bin/cat", "#!/bin/sh\n[ \"$1\" = -- ] && exec sleep 12\nexec /usr/bin/cat \"$@\"\n"))
+            }
+            _ => None,
+        };
+        if let Some((path, text)) = other {
+            std::fs::write(node.path(path), text).unwrap();
+            std::fs::set_permissions(node.path(path), PermissionsExt::from_mode(0o755)).unwrap();
         }
-        remote.open();
+        if how == "early" {
+            touch("complete");
+            touch("remote_exiting");
+            remote.start(&[]);
+            remote.job.volume.touch("ready");
+        } else {
+            touch("unpacked");
+            remote.open();
+        }
         let (code, words) = match how {
             "error" => {
                 touch("remote_error");
@@ -168,6 +181,11 @@ fn container_of_upstreams_prepare_that_fails_fails_the_job_and_leaves_nothing() 
                 touch("image-root/tmp/complete");
                 (1, "has left no packed image")
             }
+            "early" => (1, "it has closed before anybody could log in"),
+            "stuck" => {
+                touch("image-root/tmp/complete");
+                (1, "nothing of it has come for 5 s")
+            }
             _ => {
                 touch("image-root/tmp/complete");
                 (1, "it was altered on the way")
@@ -178,8 +196,8 @@ fn container_of_upstreams_prepare_that_fails_fails_the_job_and_leaves_nothing() 
             std::fs::remove_file(&packed).unwrap();
             std::fs::rename(packed.with_extension("own"), &packed).unwrap();
         }
-        if how == "altered" {
-            std::fs::remove_file(node.path("/usr/local/bin/sha256sum")).unwrap();
+        if let Some((path, _)) = other {
+            std::fs::remove_file(node.path(path)).unwrap();
         }
         if how == "missing" {
             std::fs::write(&packed, "").unwrap();
