@@ -183,6 +183,8 @@ impl Node {
             }
             for message in self.heard_inside()? {
                 match message {
+                    // A build that fails before kiwi-ng starts leaves no file behind.
+                    Message::Packed { parts } if parts.is_empty() => self.channel.say(&Message::Sent),
                     Message::Packed { parts } => to_send.extend(parts),
                     other => self.channel.say(&other),
                 }

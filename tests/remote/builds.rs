@@ -278,6 +278,11 @@ fn recipe_becomes_a_published_image_by_one_command_and_a_node() {
     let output = create("emerge", &REPOSITORY);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     assert!(text(&output.stderr).contains("its package manager is 'emerge'"), "{output:?}");
+    // The node then has no log of kiwi-ng and no other file to send.
+    let output = create("dnf4", Path::new("/no/repository"));
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("cannot build the recipe on root@") && said.contains("/no/repository"), "{said}");
     let output = create("dnf4", &REPOSITORY);
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert_eq!(report(&output)["result"], "success");
