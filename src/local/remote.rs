@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::ffi::OsString;
+use std::fs::File;
 use std::io::Write;
 use std::net::SocketAddr;
 use std::path::Path;
@@ -14,7 +15,7 @@ use crate::environment::own_sshd;
 use crate::environment::settings;
 use crate::environment::stage::Stage;
 use crate::error::{Attempt, Error, Result};
-use crate::image::boot;
+use crate::image::boot::{self, BootFiles};
 use crate::image::kind::{self, Kind};
 use crate::image::packing::{self, Archive};
 use crate::ims::client::Ims;
@@ -42,6 +43,7 @@ use crate::remote::node_root;
 use crate::remote::relay;
 use crate::store::Store;
 use crate::sys::signals::unblock_signals;
+use crate::sys::tree::Tree;
 use crate::transfer::Work;
 use crate::verdict::Verdict;
 use crate::volume::layout::{READY, REMOTE_CHANGES, TRANSFER};
@@ -210,7 +212,11 @@ impl Job<'_> {
         remove_directory(run.path())?;
         let outcome = broken.take().map_or(outcome, Err)?;
         let (why, code) = match (outcome.exit_code, outcome.verdict, command) {
-            (0, Some(Verdict::Complete), _) => return Ok((Fate::Publish, 0)),
+            (0, Some(Verdict::Complete), _) => {
+                let usable = self.check_transferred();
+                usable.map_err(|e| e.advise_also("no changes are kept; run the command again"))?;
+                return Ok((Fate::Publish, 0));
+            }
             (0, _, Some(code)) if code != 0 => ("the command failed", code),
             (0, ..) => ("the image was marked failed", 1),
             (code, ..) if code > 128 => ("interrupted", code),
@@ -218,6 +224,14 @@ impl Job<'_> {
         };
         tracing::warn!("{why}: the image is not published, and no changes are kept");
         Ok((Fate::Discard, code))
+    }
+
+    /// Refuses files from the node that [`publish`](Self::publish) would refuse: an image that is kept for another run
+    /// would be refused there again.
+    fn check_transferred(&self) -> Result<()> {
+        let files = self.place.files();
+        transferred(self.settings, files)?;
+        self.run.reports.changes.as_ref().map_or(Ok(()), |_| read_changes(files.parent()).map(drop))
     }
 
     /// Connects to the node and leaves again, if the image has to be fetched or packed first, which may take long.
@@ -319,7 +333,7 @@ impl Job<'_> {
         let parent = place.files().parent();
         if let Some(to) = &run.reports.changes {
             let attempted = || format!("write {}", to.display());
-            let text = parent.read(REMOTE_CHANGES, LARGEST_REPORT).attempt(attempted)?;
+            let text = read_changes(parent)?;
             let (above, name) = packing::output(to, "--changes")?;
             above.replace(name, &text).attempt(attempted)?;
         }
@@ -331,13 +345,24 @@ impl Job<'_> {
     }
 }
 
-/// Publishes the packed image that a node has sent, with its boot files if there are any.
-pub(crate) fn publish_transferred(work: &Work, settings: &Settings, ims: &Ims, files: &SignalFiles) -> Result<Value> {
+/// Opens the packed image that a node has sent, and its boot files if there are any.
+fn transferred(settings: &Settings, files: &SignalFiles) -> Result<(File, Option<BootFiles>)> {
     let parent = files.parent();
     let rootfs = Archive { directory: parent, name: TRANSFER }.open_squashfs()?;
     let arch = settings.job.arch();
     let has_kernel = files.stands(&boot::left_names(&settings.boot, arch).kernel)?;
     let boot = has_kernel.then(|| boot::left_in(parent, &settings.boot, arch)).transpose()?;
+    Ok((rootfs, boot))
+}
+
+/// Reads the report of changes that a node has sent.
+fn read_changes(parent: &Tree) -> Result<Vec<u8>> {
+    parent.read(REMOTE_CHANGES, LARGEST_REPORT).attempt(|| "read the node's report of changes")
+}
+
+/// Publishes the packed image that a node has sent, with its boot files if there are any.
+pub(crate) fn publish_transferred(work: &Work, settings: &Settings, ims: &Ims, files: &SignalFiles) -> Result<Value> {
+    let (rootfs, boot) = transferred(settings, files)?;
     let directory = JournalDirectory::private(files, settings);
     let mut journal = Journal::read(&directory)?;
     let publication = Publication { work, settings, ims, directory: &directory };

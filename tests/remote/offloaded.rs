@@ -11,6 +11,7 @@ use testbed::job::*;
 use testbed::node::{Lab, signal};
 use testbed::*;
 
+use crate::hostile::{NODE, host_key};
 use crate::remote::Remote;
 
 /// A machine with a source, a store, and a configuration of ssh in which the node is called `builder`.
@@ -322,6 +323,30 @@ fn packed_image_that_could_not_be_published_is_kept_and_the_same_command_publish
             let dropped = ims_sshd(&["fail", machine.source.to_str().unwrap()], &[]).output().unwrap();
             assert!(dropped.status.success(), "{dropped:?}");
         }
+        machine.keeps_nothing();
+    }
+}
+
+#[test]
+fn unusable_image_from_a_node_is_not_kept_and_nobody_is_told_to_resume() {
+    let lab = Lab::new();
+    let machine = Machine::new(&lab);
+    std::fs::write(machine.path("bin/ssh"), NODE).unwrap();
+    let changes = machine.path("changes.json");
+    let squashfs = format!("file(data=open('{}', 'rb').read())", machine.source.display());
+    for (says, arguments, words) in [
+        ("file()", &[][..], "as an image: it is a squashfs cut off"),
+        (&squashfs, &["--changes", &changes], "read the node's report of changes: "),
+    ] {
+        let mut command = machine.command(arguments, &machine.source, &machine.path("store"), &[]);
+        command.env("SAYS", format!("opened(), {says}, say('sent'), beat()")).env("HOST_KEY", host_key(&lab));
+        let output = command.output().unwrap();
+        let log = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{log}");
+        for words in [words, "no changes are kept; run the command again"] {
+            assert!(log.contains(words), "no '{words}': {log}");
+        }
+        assert!(!log.contains("resume"), "{log}");
         machine.keeps_nothing();
     }
 }
