@@ -262,7 +262,8 @@ fn errors_are_told_once_with_the_services_reason() {
     let id = "5f0d3a9c-0000-4000-8000-000000000000";
     fails(&["images", "describe", id], 1, "404 Not Found");
     fails(&["images", "describe", "nothing"], 1, "no record has this ID or name");
-    fails(&["public-keys", "create", "--name", "", "--public-key", "/dev/null"], 1, "422 Unprocessable");
+    let key = place.path("key.pub").display().to_string();
+    fails(&["public-keys", "create", "--name", "", "--public-key", &key], 1, "422 Unprocessable");
     fails(&["jobs", "deleteall", "--age", "foo"], 1, "400 Bad Request");
     fails(&["images", "list", "--url", "ftp://service"], 2, "expected http");
     fails(&["images", "list", "--url", "http://127.0.0.1:1"], 1, "'ims serve' starts one");
@@ -271,6 +272,34 @@ fn errors_are_told_once_with_the_services_reason() {
         keys.starts_with("[[results]]\ncreated = \"") && keys.contains("\nname = \"me\"\npublic_key = \"ssh-"),
         "{keys}"
     );
+}
+
+#[test]
+fn only_a_public_key_is_sent() {
+    let place = Place::new();
+    let create = |file: &str| {
+        // Nothing listens there: an error about the key shows that nothing was to be sent.
+        let service = ["public-keys", "--url", "http://127.0.0.1:1", "create", "--name", "me"];
+        place.ims(&[service.as_slice(), &["--public-key", file]].concat())
+    };
+    let file = |name: &str, content: &str| {
+        std::fs::write(place.path(name), content).unwrap();
+        place.path(name).display().to_string()
+    };
+    let private = "it is a private key; expected the public one, usually beside it as .pub";
+    for (file, reason) in [
+        (place.path("key").display().to_string(), private),
+        (file("site.yml", "- hosts: all\n"), "it holds no public key in OpenSSH's format"),
+        (file("empty", "\n"), "it holds no public key in OpenSSH's format"),
+    ] {
+        let output = create(&file).output().unwrap();
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert!(said.contains(&format!("--public-key is '{file}': {reason}")), "{said}");
+    }
+    let key = std::fs::File::open(place.path("key")).unwrap();
+    let said = text(create("-").stdin(key).output().unwrap().stderr);
+    assert!(said.contains(private), "{said}");
 }
 
 const SERVICE: &str = include_str!("../../docs/SERVICE.md");

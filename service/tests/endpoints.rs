@@ -38,6 +38,18 @@ fn tables() -> Vec<(&'static str, Value, Option<Value>)> {
 }
 
 #[test]
+fn private_key_is_refused_and_any_other_text_is_taken() {
+    let server = Server::start();
+    let private = "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNz\n-----END OPENSSH PRIVATE KEY-----\n";
+    for (key, status) in [(private, 422), ("k", 201), ("\n", 201), ("ssh-ed25519 A\nssh-ed25519 B\n", 201)] {
+        let answer = server.post("/v3/public-keys", &json!({"name": "n", "public_key": key}));
+        assert_eq!(answer.status, status, "{answer:?}");
+        assert!(status == 201 || answer.body.contains("it is a private key; expected the public one"), "{answer:?}");
+    }
+    assert_eq!(server.get("/v3/public-keys").json().as_array().unwrap().len(), 3);
+}
+
+#[test]
 fn each_url_has_its_methods_and_no_others() {
     let server = Server::start();
     let deleted = ["/v3/deleted/public-keys", "/v3/deleted/recipes", "/v3/deleted/images"];

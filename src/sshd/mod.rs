@@ -7,7 +7,7 @@ pub mod daemon;
 pub mod effective;
 pub(crate) mod login_shell;
 pub mod options;
-pub(crate) mod public_keys;
+pub mod public_keys;
 pub(crate) mod refusals;
 pub mod sftp_server;
 

@@ -10,9 +10,17 @@ use chrono::{DateTime, Local, NaiveDateTime, TimeZone, Utc};
 use crate::error::{Error, Result};
 use crate::sys::named;
 
+/// Reason for which a private key is refused.
+pub const IS_PRIVATE: &str = "it is a private key; expected the public one, usually beside it as .pub";
+
+/// Returns whether `text` holds a private key.
+pub fn is_private(text: &str) -> bool {
+    text.contains("PRIVATE KEY-----")
+}
+
 /// Refuses a file without a valid key, and warns of keys that have expired. `option` is named in the error.
 pub(crate) fn check_public_keys(option: &str, file: &Path) -> Result<()> {
-    let refuse = |why: &str| Error::bad_input(format!("{option} is '{}': {why}", file.display()));
+    let refuse = |why: &str| refused(option, file, why);
     let real = named::resolve(file).map_err(|e| refuse(&e.to_string()))?;
     let found = std::fs::metadata(&real).map_err(|e| refuse(&e.to_string()))?;
     if !found.is_file() {
@@ -20,9 +28,19 @@ pub(crate) fn check_public_keys(option: &str, file: &Path) -> Result<()> {
     }
     let mut text = Vec::new();
     named::open_file(&real).and_then(|mut file| file.read_to_end(&mut text)).map_err(|e| refuse(&e.to_string()))?;
-    let text = String::from_utf8_lossy(&text);
-    if text.contains("PRIVATE KEY-----") {
-        return Err(refuse("it is a private key; expected the public one, usually beside it as .pub"));
+    check_text(option, file, &String::from_utf8_lossy(&text))
+}
+
+fn refused(option: &str, file: &Path, why: &str) -> Error {
+    Error::bad_input(format!("{option} is '{}': {why}", file.display()))
+}
+
+/// Refuses the content of `file` if it has no valid key, and warns of keys that have expired. `option` is named in the
+/// error.
+pub fn check_text(option: &str, file: &Path, text: &str) -> Result<()> {
+    let refuse = |why: &str| refused(option, file, why);
+    if is_private(text) {
+        return Err(refuse(IS_PRIVATE));
     }
     if text.contains("---- BEGIN SSH2 PUBLIC KEY ----") {
         return Err(refuse("it is a key in the format of RFC 4716; 'ssh-keygen -i -f FILE' converts it"));

@@ -13,6 +13,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use ims_sshd::error::{Attempt, Error, Result};
+use ims_sshd::sshd::public_keys::check_text;
 use uuid::Uuid;
 
 pub use arguments::Command;
@@ -44,7 +45,11 @@ async fn carry_out(command: Command) -> Result<ExitCode> {
 
 async fn public_keys(service: &Service, verb: PublicKeys) -> Result<Value> {
     match verb {
-        PublicKeys::Create { name, public_key } => service.ask(&requests::new_key(&name, &read(&public_key)?)).await,
+        PublicKeys::Create { name, public_key } => {
+            let text = read(&public_key)?;
+            check_text("--public-key", &public_key, &text)?;
+            service.ask(&requests::new_key(&name, &text)).await
+        }
         PublicKeys::Common(verb) => common(service, requests::PUBLIC_KEYS, verb).await,
     }
 }

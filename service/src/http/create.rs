@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use axum::body::Body;
 use axum::http::{Response, StatusCode};
+use ims_sshd::sshd::public_keys;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
@@ -13,9 +14,13 @@ use crate::records::rules::{self, Field};
 use crate::records::{Image, Kind, Link, Node, PublicKey, Recipe, Record, new_id, now, wire};
 
 impl Service {
-    /// POST of a public key.
+    /// POST of a public key. Like upstream, takes any text, but no private key: every client could read it.
     pub async fn create_public_key(&self, request: &Request) -> Result<Response<Body>, Problem> {
-        self.insert(&new::<PublicKey>(request, rules::NEW_PUBLIC_KEY)?).await
+        let key = new::<PublicKey>(request, rules::NEW_PUBLIC_KEY)?;
+        if public_keys::is_private(&key.public_key) {
+            return Err(Problem::unprocessable(format!("cannot accept public_key: {}", public_keys::IS_PRIVATE)));
+        }
+        self.insert(&key).await
     }
 
     /// POST of a recipe.
