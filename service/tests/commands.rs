@@ -11,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 use tempfile::TempDir;
-use testbed::job::packed_image;
+use testbed::job::{bootable_image, packed_image};
 use testbed::*;
 
 /// A service on this machine, with directories and ports of its own.
@@ -300,6 +300,24 @@ fn only_a_public_key_is_sent() {
     let key = std::fs::File::open(place.path("key")).unwrap();
     let said = text(create("-").stdin(key).output().unwrap().stderr);
     assert!(said.contains(private), "{said}");
+}
+
+#[test]
+fn imports_refuse_wrong_sources_and_names_before_any_work() {
+    let place = Place::new();
+    let (dir, tree) = bootable_image();
+    let playbook = dir.path().join("site.yml");
+    std::fs::write(&playbook, "- hosts: all\n").unwrap();
+    let (playbook, work) = (playbook.display().to_string(), place.path("work").display().to_string());
+    let output = place.ims(&["recipes", "import", &playbook, "--name", "r"]).output().unwrap();
+    let said = text(&output.stderr);
+    assert!(output.status.code() == Some(1) && said.contains("a recipe is a tar archive or a directory"), "{said}");
+    assert_eq!(place.json(&["recipes", "list"]), Value::Array(Vec::new()));
+    let import = ["images", "import", tree.to_str().unwrap(), "--work", &work, "--name", "sp ace/x"];
+    let output = place.ims(&import).output().unwrap();
+    let said = text(&output.stderr);
+    assert!(output.status.code() == Some(2) && said.contains("expected a name of one line without '/'"), "{said}");
+    assert!(!place.path("work").exists());
 }
 
 const SERVICE: &str = include_str!("../../docs/SERVICE.md");

@@ -198,19 +198,27 @@ fn open(work: &Work, settings: &Settings, source: &Source, volume: &Tree, part: 
     Ok(Opened { shown: volume.shown().join(part), content: Content::File(file) })
 }
 
+/// Refuses a file that is not a tar archive.
+pub fn check_archive(path: &Path) -> Result<()> {
+    check_kind(&Opened::open(path)?)
+}
+
+fn check_kind(archive: &Opened) -> Result<()> {
+    let refuse = |why: String| {
+        let attempted = format!("use {} as a recipe", archive.shown.display());
+        Err(Error::new(attempted).because(why).advise("a recipe is a tar archive or a directory"))
+    };
+    match archive.kind() {
+        Ok(None | Some(Kind::Tar(_))) => Ok(()),
+        Ok(Some(_)) => refuse("it is a squashfs or a cpio archive".into()),
+        Err(e) => refuse(e.reason()),
+    }
+}
+
 /// Unpacks or copies the recipe in a confined process.
 fn unpack_recipe(work: &Work, archive: &Opened, volume: &Tree, name: &str) -> Result<Tree> {
+    check_kind(archive)?;
     let attempted = || format!("use {} as a recipe", archive.shown.display());
-    match archive
-        .kind()
-        .map_err(|e| Error::new(attempted()).because(e.reason()).advise("a recipe is a tar archive or a directory"))?
-    {
-        None | Some(Kind::Tar(_)) => {}
-        Some(_) => {
-            let refused = Error::new(attempted()).because("it is a squashfs or a cpio archive");
-            return Err(refused.advise("a recipe is a tar archive or a directory"));
-        }
-    }
     let unpacked = unpack(work, archive, volume, name);
     work.unless_interrupted(unpacked)
         .map_err(|e| if e.is_interruption() { e } else { Error::new(attempted()).because(e.reason()) })

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, FromArgMatches, Subcommand, ValueEnum};
 use ims_sshd::error::{Error, Result};
+use ims_sshd::publish::settings::image_name;
 
 use super::shown::Format;
 use crate::settings::{STORE, Settings};
@@ -220,7 +221,7 @@ pub struct ImportImage {
     /// A squashfs, a tar or cpio archive, a directory, or a URL (https, s3) of such a file
     pub(super) source: String,
     /// Name of the image [default: the source's]
-    #[arg(long)]
+    #[arg(long, value_parser = image_name)]
     pub(super) name: Option<String>,
     /// Architecture of the image [default: this machine's]
     #[arg(long, value_enum)]

@@ -10,6 +10,7 @@ use std::process::{Output, Stdio};
 
 use ims_sshd::error::{Attempt, Error, Result};
 use ims_sshd::local::names;
+use ims_sshd::recipe::fetch::check_archive;
 use ims_sshd::sys::process::terminate_after_us;
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
@@ -179,6 +180,7 @@ pub(super) async fn recipe(service: &Service, wanted: &ImportRecipe) -> Result<V
         }
         output.stdout
     } else {
+        check_archive(&wanted.source)?;
         std::fs::read(&wanted.source).attempt(attempted)?
     };
     let store = Store::open(&wanted.store.settings()?)?;
