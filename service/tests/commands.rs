@@ -267,6 +267,9 @@ fn errors_are_told_once_with_the_services_reason() {
     fails(&["jobs", "deleteall", "--age", "foo"], 1, "400 Bad Request");
     fails(&["images", "list", "--url", "ftp://service"], 2, "expected http");
     fails(&["images", "list", "--url", "http://127.0.0.1:1"], 1, "'ims serve' starts one");
+    fails(&["jobs", "--url", "http://127.0.0.1:1", "ssh", "x"], 1, "cannot list the jobs");
+    let nodes = ["remote-build-nodes", "--url", "http://127.0.0.1:1", "status", "list"];
+    fails(&nodes, 1, "cannot list the statuses of the remote build nodes");
     let keys = place.succeed(&["public-keys", "list"]);
     assert!(
         keys.starts_with("[[results]]\ncreated = \"") && keys.contains("\nname = \"me\"\npublic_key = \"ssh-"),

@@ -40,7 +40,7 @@ impl Kind {
     }
 
     pub(super) fn list(self) -> Request {
-        self.request(format!("list each {}", self.noun), Method::GET, &[], None)
+        self.request(format!("list the {}", self.plural()), Method::GET, &[], None)
     }
 
     pub(super) fn describe(self, id: &str) -> Request {
@@ -60,7 +60,12 @@ impl Kind {
     }
 
     pub(super) fn delete_all(self) -> Request {
-        self.request(format!("delete each {}", self.noun), Method::DELETE, &[], None)
+        self.request(format!("delete the {}", self.plural()), Method::DELETE, &[], None)
+    }
+
+    /// All of them, in a message.
+    fn plural(self) -> String {
+        if self == STATUSES { "statuses of the remote build nodes".into() } else { format!("{}s", self.noun) }
     }
 }
 
