@@ -197,8 +197,11 @@ fn image_is_imported_changed_over_ssh_and_published() {
     wait_until("the volume to be removed", || !directory.join("volume").exists());
     let log = place.succeed(&["jobs", "logs", "--follow", "compute-2"]);
     assert!(log.contains("sshd is listening") && log.contains("uploaded"), "{log}");
+    let host_key = place.path("cache/ims/known_hosts.d").join(job["id"].as_str().unwrap());
+    assert!(host_key.exists());
     place.succeed(&["jobs", "delete", "compute-2"]);
     wait_until("the job to be removed", || !directory.exists());
+    assert!(!host_key.exists(), "{}", host_key.display());
 }
 
 #[test]

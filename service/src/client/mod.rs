@@ -95,7 +95,12 @@ async fn jobs(service: &Service, verb: Jobs) -> Result<Value> {
         }
         Jobs::List => common(service, kind, Common::List).await,
         Jobs::Describe(one) => common(service, kind, Common::Describe(one)).await,
-        Jobs::Delete(one) => common(service, kind, Common::Delete(one)).await,
+        Jobs::Delete(one) => {
+            let id = find(service, kind, &one.id).await?;
+            let answer = service.ask(&kind.delete(&id)).await?;
+            session::forget(&id);
+            Ok(answer)
+        }
         Jobs::Deleteall(filters) => service.ask(&requests::delete_jobs(&filters)).await,
         Jobs::Logs { follow, one } => {
             let id = find(service, kind, &one.id).await?;

@@ -19,6 +19,9 @@ use super::value::Value;
 /// Poll interval for the job's status.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
+/// Directory of known hosts of single jobs, below [`place`].
+const PINNED: &str = "known_hosts.d";
+
 /// Replaces this process with ssh, which logs in to the job `id` and runs `command` unless it is empty. Returns only on
 /// failure.
 pub(super) async fn log_in(
@@ -34,6 +37,7 @@ pub(super) async fn log_in(
         match job.text("status") {
             Some("waiting_on_user") => break job,
             Some(ended @ ("error" | "success" | "packaging_artifacts")) => {
+                forget(id);
                 return Err(Error::new(attempted())
                     .because(format!("its status is {ended}"))
                     .advise(format!("see 'ims jobs logs {id}'")));
@@ -83,7 +87,7 @@ fn pinned(cache: Option<PathBuf>, id: &str, key: &str) -> Result<PathBuf> {
     let cache = cache.ok_or_else(|| {
         Error::new(attempted()).because("there is no directory for it").advise("set HOME or XDG_CACHE_HOME")
     })?;
-    let directory = cache.join("known_hosts.d");
+    let directory = cache.join(PINNED);
     std::fs::create_dir_all(&directory).attempt(attempted)?;
     let mut file = tempfile::NamedTempFile::new_in(&directory).attempt(attempted)?;
     let key: Vec<_> = key.split_whitespace().take(2).collect();
@@ -93,11 +97,24 @@ fn pinned(cache: Option<PathBuf>, id: &str, key: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Returns the directory for the host keys of jobs; `None` for a user without a home directory.
-fn cache() -> Result<Option<PathBuf>> {
+/// Removes the host key of the job `id`, which has ended. A file that cannot be removed does no harm: no other job has
+/// this ID.
+pub(super) fn forget(id: &str) {
+    if let (Ok(job), Some(cache)) = (Uuid::try_parse(id), place()) {
+        let _ = std::fs::remove_file(cache.join(PINNED).join(job.to_string()));
+    }
+}
+
+/// Directory for the host keys of jobs; `None` for a user without a home directory.
+fn place() -> Option<PathBuf> {
     let cache = std::env::var_os("XDG_CACHE_HOME").filter(|path| !path.is_empty()).map(PathBuf::from);
     let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
-    let cache = cache.or_else(home).map(|cache| cache.join("ims"));
+    cache.or_else(home).map(|cache| cache.join("ims"))
+}
+
+/// Makes [`place`].
+fn cache() -> Result<Option<PathBuf>> {
+    let cache = place();
     if let Some(cache) = &cache {
         std::fs::create_dir_all(cache).attempt(|| format!("create {}", cache.display()))?;
     }
