@@ -326,6 +326,34 @@ fn imports_refuse_wrong_sources_and_names_before_any_work() {
     assert!(!place.path("work").exists());
 }
 
+/// Kinds of the objects of the published image `name`, sorted.
+fn kinds(place: &Place, name: &str) -> Vec<String> {
+    let (_, published) = place.published(name);
+    let manifest: Value = serde_json::from_slice(&std::fs::read(published.join("manifest.json")).unwrap()).unwrap();
+    let kind = |artifact: &Value| artifact["type"].as_str().unwrap().rsplit("image.").next().unwrap().to_owned();
+    let mut kinds: Vec<_> = manifest["artifacts"].as_array().unwrap().iter().map(kind).collect();
+    kinds.sort();
+    kinds
+}
+
+#[test]
+fn job_finds_a_kernel_with_a_version_in_its_name() {
+    let place = Place::new();
+    let (_dir, tree) = bootable_image();
+    let boot = tree.join("boot");
+    std::fs::remove_file(boot.join("kernel-parameters")).unwrap();
+    std::fs::rename(boot.join("vmlinuz"), boot.join("vmlinuz-6.1.0-9-amd64")).unwrap();
+    std::fs::rename(boot.join("initrd"), boot.join("initrd.img-6.1.0-9-amd64")).unwrap();
+    let work = place.path("work").display().to_string();
+    let expected = ["initrd", "kernel", "rootfs.squashfs"];
+    place.succeed(&["images", "import", tree.to_str().unwrap(), "--name", "compute", "--work", &work]);
+    assert_eq!(kinds(&place, "compute"), expected);
+    place.start_only("compute-2");
+    place.says("compute-2", "touch /tmp/complete");
+    place.wait_for("compute-2", "success");
+    assert_eq!(kinds(&place, "compute-2"), expected);
+}
+
 const SERVICE: &str = include_str!("../../docs/SERVICE.md");
 const README: &str = include_str!("../../README.md");
 

@@ -286,7 +286,8 @@ fn missing(what: &str, path: Option<&str>, boot: &[String], modules: &[Modules])
     let odd = if boot.iter().any(is_there) { "it is not a regular file; " } else { "" };
     Error::new(format!("find {what} in the image")).because(format!("{odd}/boot holds {holds}")).advise(
         "install it in the image, or name files of /boot with --kernel and --initrd (in a pod KERNEL_FILENAME and \
-         INITRD_FILENAME); 'auto' chooses when the image is complete, in /lib/modules too",
+         INITRD_FILENAME, of 'ims jobs create' --kernel-file-name and --initrd-file-name); 'auto' chooses when the \
+         image is complete, in /lib/modules too",
     )
 }
 

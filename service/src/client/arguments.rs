@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, FromArgMatches, Subcommand, ValueEnum};
 use ims_sshd::error::{Error, Result};
+use ims_sshd::image::boot::AUTO;
 use ims_sshd::publish::settings::image_name;
 
 use super::shown::Format;
@@ -315,12 +316,13 @@ pub struct NewJob {
     /// Name of the new image
     #[arg(long, value_name = "NAME")]
     pub(super) image_root_archive_name: String,
-    /// Name of the kernel in the new image's /boot
-    #[arg(long, value_name = "NAME")]
-    pub(super) kernel_file_name: Option<String>,
-    /// Name of the initrd in the new image's /boot
-    #[arg(long, value_name = "NAME")]
-    pub(super) initrd_file_name: Option<String>,
+    /// Name of the kernel in the new image's /boot; 'auto' takes the newest one. Upstream's programs do not know 'auto'
+    #[arg(long, value_name = "NAME", default_value = AUTO)]
+    pub(super) kernel_file_name: String,
+    /// Name of the initrd in the new image's /boot; 'auto' takes that of the kernel. Upstream's programs do not know
+    /// 'auto'
+    #[arg(long, value_name = "NAME", default_value = AUTO)]
+    pub(super) initrd_file_name: String,
     /// Name of the file of kernel parameters in the new image's /boot
     #[arg(long, value_name = "NAME")]
     pub(super) kernel_parameters_file_name: Option<String>,

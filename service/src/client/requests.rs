@@ -185,15 +185,16 @@ pub(super) fn changed_image(id: &str, operation: Option<Operation>, fields: &Ima
     IMAGES.update(id, Body::default().with_image(operation, fields).0.into())
 }
 
-/// A job, whose artifact and key have these IDs.
+/// A job, whose artifact and key have these IDs. Names the boot files `auto` unless options name them: the service's
+/// own default, upstream's `vmlinuz`, is the name in few images, and a job that does not find its kernel fails.
 pub(super) fn new_job(job: &NewJob, artifact: &str, key: &str) -> Result<Request> {
     let body = Body::default()
         .with("job_type", Some(job.job_type.word()))
         .with("artifact_id", Some(artifact))
         .with("public_key_id", Some(key))
         .with("image_root_archive_name", Some(job.image_root_archive_name.as_str()))
-        .with("kernel_file_name", job.kernel_file_name.as_deref())
-        .with("initrd_file_name", job.initrd_file_name.as_deref())
+        .with("kernel_file_name", Some(job.kernel_file_name.as_str()))
+        .with("initrd_file_name", Some(job.initrd_file_name.as_str()))
         .with("kernel_parameters_file_name", job.kernel_parameters_file_name.as_deref())
         .with("enable_debug", job.enable_debug)
         .with("build_env_size", job.build_env_size)
@@ -236,6 +237,13 @@ mod tests {
         let body = r#"{"build_env_size":15,"enable_debug":true,"public_key_id":"K","artifact_id":"A",
             "initrd_file_name":"i","kernel_file_name":"v","image_root_archive_name":"n","job_type":"customize",
             "require_dkms":false,"ssh_containers":[{"name":"customize","jail":true}]}"#;
+        is_sent(&new_job(&job, "A", "K").unwrap(), &Method::POST, "jobs", body);
+
+        let line = "jobs create --public-key-id k --artifact-id a --image-root-archive-name n --job-type create";
+        let Command::Jobs(jobs) = parsed(line) else { panic!() };
+        let Jobs::Create(job) = jobs.verb else { panic!() };
+        let body = r#"{"public_key_id":"K","artifact_id":"A","initrd_file_name":"auto","kernel_file_name":"auto",
+            "image_root_archive_name":"n","job_type":"create"}"#;
         is_sent(&new_job(&job, "A", "K").unwrap(), &Method::POST, "jobs", body);
 
         let line = "recipes create --name foo --linux-distribution sles15 --recipe-type kiwi-ng --link-type s3 \
