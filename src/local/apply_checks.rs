@@ -8,6 +8,7 @@ use rustix::fs::{Access, AtFlags, StatxAttributes, StatxFlags, Timespec, Timesta
 
 use crate::error::{Attempt, Error, Result};
 use crate::image::upper_layer::{Directories, directories, touched};
+use crate::local::apply_progress::{Progress, Step};
 use crate::sys::tree::Tree;
 use crate::volume::layout::SOURCE;
 
@@ -37,7 +38,12 @@ pub(crate) fn refuse_unchangeable(upper: &Tree, root: &Tree, directories: &Direc
 pub(crate) fn refuse_edited(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
     let attempted = || format!("apply the changes to {}", root.shown().display());
     let Some(opened) = work.look(SOURCE).attempt(attempted)? else { return Ok(()) };
+    // A run that was killed may have made its stage in the image root, which changes the times of that.
+    let has_changed_root = Progress::read(work)?.is_some_and(|progress| progress.step > Step::Decided);
     let is_newer = |path: &Path, directory: &Tree, name: &OsStr| {
+        if path == Path::new("") && has_changed_root {
+            return Ok(false);
+        }
         let found = rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW)?;
         // Compare the ctime, because nobody can set it. For the image root itself compare the mtime, since a rename
         // changes its ctime.

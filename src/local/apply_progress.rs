@@ -221,3 +221,28 @@ pub(crate) fn stage_in(root: &Tree) -> io::Result<Option<OsString>> {
 fn is_private_to_root(found: &Stat) -> bool {
     found.st_uid == rustix::process::geteuid().as_raw() && found.st_mode.trailing_zeros() >= 6
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::local::apply::apply;
+    use crate::volume::layout::SOURCE;
+    use std::time::{Duration, SystemTime};
+
+    #[test]
+    fn run_that_was_killed_when_it_had_made_the_stage_is_resumed() {
+        let dir = tempfile::tempdir().unwrap();
+        let [work, upper, root] = ["work", "upper", "root"].map(|name| {
+            std::fs::create_dir(dir.path().join(name)).unwrap();
+            Tree::open(&dir.path().join(name)).unwrap()
+        });
+        std::fs::write(dir.path().join("upper/new"), "new").unwrap();
+        let opened = std::fs::File::create(dir.path().join("work").join(SOURCE)).unwrap();
+        opened.set_modified(SystemTime::now() - Duration::from_secs(9)).unwrap();
+        let (mut begun, _) = Progress::begin(&work, &upper, &root).unwrap();
+        begun.number = 0;
+        begun.write(&work).unwrap();
+        apply(&work, &upper, &root).unwrap();
+        assert_eq!(root.names().unwrap(), ["new"]);
+    }
+}
