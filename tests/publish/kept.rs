@@ -1,13 +1,14 @@
 //! Kept changes: only their own command continues with them, nothing loses them, and none are reported that do not
 //! exist.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
+use tempfile::TempDir;
 use testbed::job::*;
 use testbed::*;
 
@@ -292,12 +293,13 @@ fn refused_command_keeps_changes_and_their_command_line() {
     }
 }
 
-#[test]
-fn killed_application_is_not_dropped_by_another_command() {
-    for milliseconds in [0, 5, 20, 60] {
+/// A tree whose changes were being applied when the run was killed, `milliseconds` after that was seen.
+fn killed_while_applying(milliseconds: u64) -> (TempDir, PathBuf) {
+    // On a loaded machine a run may end before it is seen to apply few files.
+    for files in [500, 2000, 8000, 32_000] {
         let dir = directory();
         let tree = tree(dir.path());
-        let lines = format!("{CHANGES}; for i in $(seq 500); do echo $i > /srv/$i; done");
+        let lines = format!("{CHANGES}; for i in $(seq {files}); do echo $i > /srv/$i; done");
         let mut killed = ims_sshd(&[&CUSTOMIZE[..], &["--", "sh", "-c", &lines]].concat(), &[]);
         let mut killed = Ended::new(killed.current_dir(dir.path()).spawn().unwrap());
         let pid = killed.id();
@@ -307,12 +309,28 @@ fn killed_application_is_not_dropped_by_another_command() {
             entries.map(|entry| serde_json::from_str::<Value>(&entry).unwrap()).find(|entry| entry["pid"] == pid)
         };
         let began = Instant::now();
-        while own().is_none_or(|entry| entry["state"] != "applying") {
-            assert!(began.elapsed() < Duration::from_mins(1) && killed.try_wait().unwrap().is_none());
+        let is_seen = loop {
+            assert!(began.elapsed() < Duration::from_mins(2), "nothing is applied");
+            match own() {
+                Some(entry) if entry["state"] == "applying" => break true,
+                _ if killed.try_wait().unwrap().is_some() => break false,
+                _ => {}
+            }
+        };
+        if is_seen {
+            std::thread::sleep(Duration::from_millis(milliseconds));
+            killed.kill().unwrap();
+            killed.wait().unwrap();
+            return (dir, tree);
         }
-        std::thread::sleep(Duration::from_millis(milliseconds));
-        killed.kill().unwrap();
-        killed.wait().unwrap();
+    }
+    panic!("no run was seen while it applied its changes");
+}
+
+#[test]
+fn killed_application_is_not_dropped_by_another_command() {
+    for milliseconds in [0, 5, 20, 60] {
+        let (dir, tree) = killed_while_applying(milliseconds);
         let status = text(run(dir.path(), &["status"]).stdout);
         // Once everything is applied, the record goes, and after it what is left of the work directory.
         let work = dir.path().join("work/ims-sshd").read_dir().unwrap().next();
