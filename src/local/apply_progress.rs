@@ -83,6 +83,25 @@ pub(crate) fn has_ended(work: &Tree) -> Result<bool> {
     Progress::read(work).map(|progress| progress.is_some_and(|progress| progress.step == Step::Applied))
 }
 
+/// Share of the changes that stays in the directory if applying them is aborted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Applied {
+    Nothing,
+    Part,
+    Everything,
+}
+
+/// Share of the changes kept in `work` that is applied. If the record is damaged, assumes a part.
+pub(crate) fn applied(work: &Tree) -> Applied {
+    match Progress::read(work) {
+        Ok(None) => Applied::Nothing,
+        // Aborting moves the renamed directories back.
+        Ok(Some(progress)) if progress.step <= Step::Moving => Applied::Nothing,
+        Ok(Some(progress)) if progress.step == Step::Applied => Applied::Everything,
+        Ok(Some(_)) | Err(_) => Applied::Part,
+    }
+}
+
 /// Returns whether `root` is the directory to which the changes kept in `work` were being applied.
 pub(crate) fn is_of(work: &Tree, root: &Tree) -> Result<bool> {
     let root = identity(root).attempt(|| format!("look at {}", root.shown().display()))?;

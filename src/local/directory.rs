@@ -10,7 +10,7 @@ use crate::image::unpack::{INDEX_OF_LINKS, Overlay, UPPER};
 use crate::image::upper_layer;
 use crate::jailer::unsealed;
 use crate::local::apply;
-use crate::local::apply_progress;
+use crate::local::apply_progress::{self, Applied};
 use crate::local::claim::{is_claimed, refuse_nested, remove_directory};
 use crate::local::left_over::{clear_left_over, end_left_over};
 use crate::local::register;
@@ -95,14 +95,14 @@ pub(crate) fn refuse_kept(directory: &Path, works: &Path, own: Option<&Path>, lo
             );
             continue;
         }
-        let why = if is_interrupted {
-            "applying changes to it was interrupted".to_owned()
+        let (why, dropped) = if is_interrupted {
+            ("applying changes to it was interrupted".to_owned(), "those that are not applied")
         } else {
-            format!("changes to it are kept as {name}")
+            (format!("changes to it are kept as {name}"), "them")
         };
         return Err(Error::new(attempted())
             .because(why)
-            .advise(format!("'ims-sshd fail {name}' drops them; {resuming}")));
+            .advise(format!("'ims-sshd fail {name}' drops {dropped}; {resuming}")));
     }
     Ok(())
 }
@@ -261,11 +261,17 @@ pub(crate) fn is_same(a: &Tree, b: &Tree) -> bool {
 
 /// Stops applying the changes that an earlier run began to apply to `root`.
 pub(crate) fn abort_changes(directory: &Path, root: &Tree, place: &Tree) -> Result<()> {
+    let applied = apply_progress::applied(place);
     tracing::warn!(
-        "applying changes to {} was interrupted; it keeps those that were applied, and the others are dropped",
-        directory.display()
+        "applying changes to {} was interrupted{}",
+        directory.display(),
+        match applied {
+            Applied::Nothing => " before any was applied; they are dropped",
+            Applied::Part => "; it keeps those that were applied, and the others are dropped",
+            Applied::Everything => " at its end; all of them are applied",
+        }
     );
-    if apply_progress::has_ended(place).unwrap_or(false) {
+    if applied == Applied::Everything {
         return Ok(());
     }
     apply::abort(place, &open_tree(&place.shown().join(OVERLAY).join(UPPER))?, root)

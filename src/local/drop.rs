@@ -5,15 +5,19 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::error::{Attempt, Error, Result};
+use crate::local::apply_progress::{self, Applied};
 use crate::local::directory::{self, Held};
 use crate::local::left_over::{clear_left_over, end_left_over};
 use crate::local::register;
+use crate::local::source;
 use crate::local::work_directory::WorkDirectory;
-use crate::local::{apply_progress, source};
 use crate::publish::journal;
 use crate::sys::named;
 use crate::volume::layout::IMAGE_ROOT;
 use crate::volume::state_directory::StateDirectory;
+
+/// State of a source to which only some of the changes were applied.
+pub(crate) const PART: &str = "keeps the changes that were applied, which are not all";
 
 /// Drops what a finished run left behind: its kept changes, its sshd, and its mount points in the image. Returns a verb
 /// phrase that describes the state of the source.
@@ -37,9 +41,11 @@ pub(crate) fn drop_left(entry: &Value) -> Result<&'static str> {
         }
         let record = place.files().parent();
         if apply_progress::has_begun(record)? {
-            if !apply_progress::is_only_decided(record).unwrap_or(false) {
-                source_is = "keeps the changes that were applied";
-            }
+            source_is = match apply_progress::applied(record) {
+                Applied::Nothing => source_is,
+                Applied::Part => PART,
+                Applied::Everything => "has all of the changes",
+            };
             if let Some(directory) = &directory {
                 let root = directory::open(directory)?;
                 if apply_progress::is_of(record, &root)? {

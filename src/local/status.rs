@@ -100,11 +100,16 @@ fn mark_left(left: &Value, verdict: Verdict) -> Result<u8> {
         } else {
             String::new()
         };
-        let advice = format!("'ims-sshd fail {name}' drops what it left{resuming}");
+        let is_half_applied = left["state"] == register::HALF_APPLIED;
+        let dropped = if is_half_applied { "the changes that are not applied" } else { "what it left" };
+        let advice = format!("'ims-sshd fail {name}' drops {dropped}{resuming}");
         return Err(Error::new(format!("mark {name} complete")).because(why).advise(advice));
     }
+    let again = register::resuming_line(left);
     let source_is = drop::drop_left(left)?;
-    say(&if left["kept"] == true {
+    say(&if source_is == drop::PART {
+        format!("dropped the rest of {name}; {source} {source_is}; to make the others too, run it again: {again}\n")
+    } else if left["kept"] == true {
         format!("dropped the kept changes of {name}; {source} {source_is}\n")
     } else {
         format!("cleaned up after {name}, which has ended; {source} {source_is}\n")
@@ -479,7 +484,12 @@ fn in_words(report: &Value) -> String {
         } else {
             text += "  the source is not there: it was renamed, removed or unmounted, or another one has its path\n";
         }
-        let _ = writeln!(text, "  {}: ims-sshd fail {}", if kept { "drop" } else { "clean up" }, name_of(report));
+        let dropping = match kept {
+            true if report["state"] == register::HALF_APPLIED => "drop those that are not applied",
+            true => "drop",
+            false => "clean up",
+        };
+        let _ = writeln!(text, "  {dropping}: ims-sshd fail {}", name_of(report));
     }
     // For runs of `customize` and `enter`, other lines say how to clean up.
     if report["state"] == register::KILLED && report["kept"].is_null() && report["command"].is_null() {

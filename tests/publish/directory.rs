@@ -186,7 +186,7 @@ fn killed_application_is_given_up_with_fresh() {
     begun(dir.path(), &tree);
     let output = run(dir.path(), &[&CUSTOMIZE[..], &["--fresh", "--", "sh", "-c", "echo now"]].concat());
     assert!(output.status.success(), "{output:?}");
-    assert!(text(&output.stderr).contains("and the others are dropped"), "{output:?}");
+    assert!(text(&output.stderr).contains("before any was applied; they are dropped"), "{output:?}");
     let untimed =
         |state: &str| state.lines().filter(|line| !line.starts_with(". ")).map(str::to_owned).collect::<Vec<_>>();
     assert_eq!(untimed(&state(&tree)), untimed(&before));
@@ -227,15 +227,41 @@ fn fail(dir: &Path) -> String {
 
 #[test]
 fn fail_gives_up_a_killed_application_and_reports_the_applied_part() {
-    let dir = directory();
-    let tree = tree(dir.path());
-    keep(dir.path());
-    begun(dir.path(), &tree);
-    let said = fail(dir.path());
-    assert!(said.contains(&format!("{} keeps the changes that were applied", tree.display())), "{said}");
-    assert!(!has_stage(&tree));
-    let output = run(dir.path(), &["enter", "tree", "--work", "work", "--", "true"]);
-    assert!(output.status.success(), "{output:?}");
+    for step in ["decided", "moving", "placing", "applied"] {
+        let dir = directory();
+        let tree = tree(dir.path());
+        keep(dir.path());
+        begun(dir.path(), &tree);
+        let record = work(dir.path()).join(".ims-sshd.applying");
+        let written = std::fs::read_to_string(&record).unwrap();
+        let [_, root, stage, number] = written.split(' ').collect::<Vec<_>>().try_into().unwrap();
+        if ["decided", "applied"].contains(&step) {
+            std::fs::remove_dir(tree.join(stage)).unwrap();
+        }
+        let number = if step == "decided" { "0" } else { number };
+        std::fs::write(&record, format!("{step} {root} {stage} {number}")).unwrap();
+        let refused = run(dir.path(), &["enter", "tree", "--", "true"]);
+        let open = text(&run(dir.path(), &["status"]).stdout);
+        let marked = run(dir.path(), &["complete", tree.to_str().unwrap()]);
+        assert!(text(&refused.stderr).contains("' drops those that are not applied; "), "{step}: {refused:?}");
+        assert!(text(&marked.stderr).contains("' drops the changes that are not applied; "), "{step}: {marked:?}");
+        assert!(open.contains("  drop those that are not applied: ims-sshd fail "), "{step}: {open}");
+        let failed = run(dir.path(), &["fail", tree.to_str().unwrap()]);
+        let said = text(&failed.stdout);
+        let (warned, is) = match step {
+            "placing" => ("it keeps those that were applied", "keeps the changes that were applied, which are not all"),
+            "applied" => ("all of them are applied", "has all of the changes"),
+            _ => ("before any was applied", "is as it was"),
+        };
+        assert!(text(&failed.stderr).contains(warned), "{step}: {failed:?}");
+        assert!(said.contains(&format!("{} {is}", tree.display())), "{step}: {said}");
+        let again = said.contains("; to make the others too, run it again: ") && said.contains(" customize tree ");
+        assert_eq!(again, step == "placing", "{said}");
+        assert!(!has_stage(&tree), "{step}");
+        nothing_stays(dir.path());
+        let output = run(dir.path(), &["enter", "tree", "--work", "work", "--", "true"]);
+        assert!(output.status.success(), "{output:?}");
+    }
 }
 
 #[test]

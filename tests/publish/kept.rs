@@ -490,7 +490,7 @@ fn interrupted_application_is_refused_by_every_command_in_the_same_words() {
     let said = text(&output.stdout);
     assert_eq!(said.matches("refused\n").count(), 2, "{said}");
     assert_eq!(said.matches("applying changes to it was interrupted; 'ims-sshd fail ").count(), 6, "{said}");
-    assert_eq!(said.matches("drops them; to resume: ").count(), 6, "{said}");
+    assert_eq!(said.matches("drops those that are not applied; to resume: ").count(), 6, "{said}");
 }
 
 /// Runs `customize` of a directory on a small disk, which the command `$1` fills in one way or another.
