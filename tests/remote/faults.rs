@@ -62,7 +62,7 @@ fn both_sides_end_alone_when_the_network_between_them_fails() {
             "packing" => {
                 remote.open();
                 remote.run(COMPLETE);
-                remote.wait_for_log("is packed there");
+                remote.wait_for_log("being packed there");
                 lab.cut(node);
             }
             _ => {
@@ -116,7 +116,7 @@ fn signal_ends_the_job_on_both_sides_at_any_moment() {
                     remote.wait_for("sshd_listening");
                     remote.run(COMPLETE);
                     if moment == "packing" {
-                        remote.wait_for_log("is packed there");
+                        remote.wait_for_log("being packed there");
                     } else {
                         remote.wait_for(".ims-sshd.remote.image");
                     }
@@ -173,7 +173,7 @@ fn node_program_that_is_ended_fails_the_job_and_the_next_one_removes_what_is_lef
             remote.run(COMPLETE);
         }
         match moment {
-            "packing" => remote.wait_for_log("is packed there"),
+            "packing" => remote.wait_for_log("being packed there"),
             "receiving" => remote.wait_for(".ims-sshd.remote.image"),
             _ => {}
         }

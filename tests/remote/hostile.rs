@@ -91,7 +91,7 @@ fn node_that_answers_out_of_order_or_with_keepalives_alone_fails_the_job_within_
         ("opened(), file(end=False), beat()", silent),
         ("opened(), file('kernel'), beat()", silent),
         ("opened(), file(end=False), beat(b'@0')", "the length of data is wrong"),
-        ("opened(), file(), say('sent'), beat(b'{\"is\":\"sent\"}')", "something has come after the last file"),
+        ("opened(), file(), say('sent'), beat(b'{\"is\":\"sent\"}')", "the node sent something after the last file"),
     ] {
         let large = says == "hello(), beat()";
         let mut remote = if large { Remote::large(&lab, node) } else { Remote::new(&lab, node, Mode::Jailed) };
