@@ -18,7 +18,7 @@ use crate::error::{Attempt, Error, Result};
 use crate::publish::settings::boot_file;
 use crate::remote::channel::Silence;
 use crate::remote::connection::{Connection, Heed, greets};
-use crate::remote::far::{Far, Told, Wanted, part_name, unless_signalled};
+use crate::remote::far::{Far, Told, Wanted, cannot_go_on, part_name, unless_signalled};
 use crate::remote::job_directory::JobDirectory;
 use crate::remote::message::{Customize, Part, Task};
 use crate::remote::transfer::{check_room, check_whole};
@@ -287,7 +287,7 @@ impl Container {
     }
 
     fn refused(&self, why: &str) -> Error {
-        Error::new(format!("go on with the job on {}", self.connection.host())).because(why)
+        cannot_go_on(self.connection.host(), why)
     }
 
     /// Checks the container's signal files and heartbeats.

@@ -1,6 +1,7 @@
 //! Interface between the near and the far side of a remote job. The far side is this program on a node, or a container
 //! that upstream has started.
 
+use std::fmt::Display;
 use std::fs::File;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
@@ -37,6 +38,11 @@ pub(crate) struct Wanted {
     pub(crate) boot: Names,
     /// Time after which a silent node counts as lost.
     pub(crate) silence: Duration,
+}
+
+/// Error of a job on `host` that cannot continue.
+pub(super) fn cannot_go_on(host: &str, why: impl Display) -> Error {
+    Error::new(format!("go on with the job on {host}")).because(why)
 }
 
 /// The far side of a remote job.

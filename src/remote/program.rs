@@ -14,7 +14,7 @@ use crate::error::{Attempt, Error, Result};
 use crate::printable::Printable;
 use crate::remote::channel::{Channel, Frame};
 use crate::remote::connection::{Connection, Destination, Heed};
-use crate::remote::far::part_name;
+use crate::remote::far::{cannot_go_on, part_name};
 use crate::remote::message::{Hello, Message, Order, Part, is_of_log};
 use crate::remote::provision;
 use crate::remote::transfer::{Receiving, receiving};
@@ -103,7 +103,7 @@ impl Program {
 
     /// Returns the error of a job that cannot continue.
     pub(super) fn refused(&self, why: impl std::fmt::Display) -> Error {
-        Error::new(format!("go on with the job on {}", self.connection.host())).because(why)
+        cannot_go_on(self.connection.host(), why)
     }
 
     /// Returns the error of a job whose node has sent `message` when it was not allowed to.

@@ -22,7 +22,7 @@ use crate::image::boot::Names;
 use crate::remote::channel::Frame;
 use crate::remote::connection::Heed;
 use crate::remote::container::Container;
-use crate::remote::far::{Far, Told, Wanted, give_names, unless_signalled};
+use crate::remote::far::{Far, Told, Wanted, cannot_go_on, give_names, unless_signalled};
 use crate::remote::message::{Judged, Message, Order, Part, Task};
 use crate::remote::program::{Incoming, Program};
 use crate::remote::transfer::Sending;
@@ -210,7 +210,7 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
                 Ok(None) if is_late => {
                     let minutes = TIME_TO_OPEN.as_secs() / 60;
                     let why = format!("nobody can log in there {minutes} min after it got the image");
-                    events.push(self.broken(&self.refused(why)));
+                    events.push(self.broken(&cannot_go_on(&self.host, why)));
                 }
                 Ok(None) => {}
                 Ok(Some(told)) => events.extend(self.told(told)),
@@ -243,7 +243,7 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
                 vec![self.broken(&error)]
             }
             Told::Closed(Verdict::Complete, _) if self.machine.state() == State::Preparing => {
-                vec![self.broken(&self.refused("it has closed before anybody could log in"))]
+                vec![self.broken(&cannot_go_on(&self.host, "it has closed before anybody could log in"))]
             }
             Told::Report(report) => {
                 self.answer(&report);
@@ -255,10 +255,6 @@ impl<W: FnOnce() -> Result<Wanted>, L: FnOnce(&str)> Relay<W, L> {
                 vec![Event::AllEnded]
             }
         }
-    }
-
-    fn refused(&self, why: impl Into<String>) -> Error {
-        Error::new(format!("go on with the job on {}", self.host)).because(why.into())
     }
 
     fn listen(&mut self) -> Result<()> {
