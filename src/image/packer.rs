@@ -26,6 +26,7 @@ use crate::image::upper_layer::{Directories, UpperDirectory};
 use crate::printable::listed;
 use crate::squashfs::gather::{Choice, Gathered, gather_with, opener};
 use crate::squashfs::{self, Compression, Content, Failure, Fault, Inventory, Method, Options, Reader, Summary};
+use crate::sys::process::OWN_PROGRAM;
 use crate::sys::tree::Tree;
 use crate::transfer::confinement::Confined;
 use crate::transfer::progress::{Progress, Written};
@@ -36,9 +37,6 @@ const CHILD: &str = "pack-as-child";
 
 /// Name that the child gives itself; the kernel keeps 15 characters of it.
 pub(super) const NAME: &str = "ims-sshd-packer";
-
-/// Path of this program's file.
-const OWN_PROGRAM: &str = "/proc/self/exe";
 
 /// Instructions for the packer, besides the source.
 #[derive(Debug, Default, PartialEq, Eq)]

@@ -25,6 +25,7 @@ use crate::jail::tier::Tier;
 use crate::sys::file_kind::FileKind;
 use crate::sys::memory;
 use crate::sys::mounts::{self, Detached};
+use crate::sys::process::OWN_PROGRAM;
 use crate::sys::tree::Tree;
 
 /// Builds the jail around the working directory, which is the image root, and moves this process into it. Must be
@@ -254,9 +255,6 @@ fn put_resolv_conf(jail: &Jail, text: &[u8]) -> Result<()> {
     }
     Ok(())
 }
-
-/// This program's file in the container's /proc.
-const OWN_PROGRAM: &str = "/proc/self/exe";
 
 /// Copies this program and the `further` ones.
 fn copy_programs(further: &[Program]) -> Result<(Detached, Programs)> {

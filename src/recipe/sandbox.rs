@@ -40,7 +40,7 @@ use crate::sys::architecture::Architecture;
 use crate::sys::landlock::Ruleset;
 use crate::sys::mounts::{self, Detached};
 use crate::sys::poll;
-use crate::sys::process::{Fork, children, end_with_us, exit_now, fork, reap};
+use crate::sys::process::{Fork, OWN_PROGRAM, children, end_with_us, exit_now, fork, reap};
 use crate::sys::seccomp;
 use crate::sys::signals::{Signals, unblock_signals};
 use crate::sys::tree::Tree;
@@ -60,9 +60,6 @@ const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWUSER
 
 /// Name of this program in the list of processes.
 const NAME: &str = "ims-sshd";
-
-/// This program's own file.
-const OWN_PROGRAM: &str = "/proc/self/exe";
 
 /// Directories of the machine that the build sees unchanged and read-only.
 const SHOWN: [&str; 7] = ["/bin", "/lib", "/lib32", "/lib64", "/libx32", "/sbin", "/usr"];

@@ -24,6 +24,7 @@ use crate::error::{Attempt, Error, Result};
 use crate::image::packer::inheritable;
 use crate::printable::listed;
 use crate::sys::file_kind::FileKind;
+use crate::sys::process::OWN_PROGRAM;
 use crate::sys::tree::Tree;
 use crate::transfer::Work;
 use crate::transfer::confinement::Confined;
@@ -44,9 +45,6 @@ const STACK: usize = 8 << 20;
 
 /// First argument of the child process.
 const CHILD: &str = "fill-in-as-child";
-
-/// This program's own file.
-const OWN_PROGRAM: &str = "/proc/self/exe";
 
 /// Values for templates, by name.
 pub(crate) type Values = BTreeMap<String, String>;

@@ -88,6 +88,9 @@ pub(crate) fn close_all_but_streams() -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// File of this program, which is the open one even if its path leads to another by now.
+pub(crate) const OWN_PROGRAM: &str = "/proc/self/exe";
+
 /// Maximum duration of one [`reap`]. A fork bomb's orphans may end faster than they can be reaped, so that a `reap`
 /// without this limit would never return.
 const TIME_TO_REAP: Duration = Duration::from_millis(50);
