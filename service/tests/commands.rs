@@ -337,7 +337,7 @@ fn kinds(place: &Place, name: &str) -> Vec<String> {
 }
 
 #[test]
-fn job_finds_a_kernel_with_a_version_in_its_name() {
+fn job_finds_the_kernel_of_an_image_or_publishes_none() {
     let place = Place::new();
     let (_dir, tree) = bootable_image();
     let boot = tree.join("boot");
@@ -345,13 +345,19 @@ fn job_finds_a_kernel_with_a_version_in_its_name() {
     std::fs::rename(boot.join("vmlinuz"), boot.join("vmlinuz-6.1.0-9-amd64")).unwrap();
     std::fs::rename(boot.join("initrd"), boot.join("initrd.img-6.1.0-9-amd64")).unwrap();
     let work = place.path("work").display().to_string();
-    let expected = ["initrd", "kernel", "rootfs.squashfs"];
-    place.succeed(&["images", "import", tree.to_str().unwrap(), "--name", "compute", "--work", &work]);
-    assert_eq!(kinds(&place, "compute"), expected);
-    place.start_only("compute-2");
-    place.says("compute-2", "touch /tmp/complete");
-    place.wait_for("compute-2", "success");
-    assert_eq!(kinds(&place, "compute-2"), expected);
+    for (name, expected) in [("debian", &["initrd", "kernel", "rootfs.squashfs"][..]), ("slim", &["rootfs.squashfs"])] {
+        if name == "slim" {
+            std::fs::remove_dir_all(&boot).unwrap();
+        }
+        place.succeed(&["images", "import", tree.to_str().unwrap(), "--name", name, "--work", &work]);
+        assert_eq!(kinds(&place, name), expected);
+        let changed = format!("{name}-2");
+        let artifact = ["--artifact-id", name, "--public-key-id", "me", "--image-root-archive-name", &changed];
+        place.succeed(&[&["jobs", "create", "--job-type", "customize"], artifact.as_slice()].concat());
+        place.says(&changed, "touch /tmp/complete");
+        place.wait_for(&changed, "success");
+        assert_eq!(kinds(&place, &changed), expected);
+    }
 }
 
 const SERVICE: &str = include_str!("../../docs/SERVICE.md");

@@ -372,7 +372,7 @@ fn only_to_publish(option: clap::Arg) -> clap::Arg {
 /// Gives the sidecar's boot files the default names of IMS.
 fn as_pods_have_it(option: clap::Arg) -> clap::Arg {
     match option.get_id().as_str() {
-        "kernel" => reworded(with_default(option, "auto", "vmlinuz"), "is published without", "is not published"),
+        "kernel" => with_default(option, "auto", "vmlinuz"),
         "initrd" => with_default(option, "auto", "initrd"),
         _ => option,
     }

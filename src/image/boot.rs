@@ -128,27 +128,14 @@ impl BootFiles {
 }
 
 /// Finds and opens the boot files. `arch` is a value of `BUILD_ARCH`; on aarch64 the kernel named `vmlinuz` is `Image`.
-pub(crate) fn find(image_root: &Tree, names: &Names, arch: &str) -> Result<BootFiles> {
-    Search::of(image_root, names, arch)?.open(Err)
-}
-
-/// Like [`find`], for an image that may have no kernel or no initrd of its own. Returns `None` if `auto` finds no
-/// kernel.
+/// Returns `None` if `auto` finds no kernel, and no initrd if `auto` finds none: an image may have none of its own. A
+/// named file has to exist.
 pub(crate) fn find_if_any(image_root: &Tree, names: &Names, arch: &str) -> Result<Option<BootFiles>> {
     if names.kernel == AUTO && has_none(image_root) {
         tracing::warn!("the image has no kernel, and so no boot files: it serves as a container or a chroot");
         return Ok(None);
     }
-    let search = Search::of(image_root, names, arch)?;
-    let kernel = search.kernel.path.clone();
-    search
-        .open(|_| {
-            tracing::warn!(
-                "the image has no initrd for /{kernel}: it is published without one; name one with --initrd, or none"
-            );
-            Ok(())
-        })
-        .map(Some)
+    Search::of(image_root, names, arch)?.open().map(Some)
 }
 
 /// Warns if [`find_if_any`] would not find an initrd at this point.
@@ -196,8 +183,8 @@ impl<'a> Search<'a> {
         paths.find(|path| is_file(self.image_root, path))
     }
 
-    /// Opens the files. If the image has no initrd for the kernel, `without` decides whether that is an error.
-    fn open(&self, without: impl Fn(Error) -> Result<()>) -> Result<BootFiles> {
+    /// Opens the files.
+    fn open(&self) -> Result<BootFiles> {
         let path = &self.kernel.path;
         let needed = |what: &str, path: &str| {
             open(self.image_root, path)?.ok_or_else(|| self.missing(&format!("the {what} /{path}"), Some(path)))
@@ -208,7 +195,10 @@ impl<'a> Search<'a> {
             AUTO => match self.initrd() {
                 Some(initrd) => Some(needed("initrd", &initrd)?),
                 None => {
-                    without(self.missing(&format!("the initrd of /{path}"), None))?;
+                    tracing::warn!(
+                        "the image has no initrd for /{path}: it is published without one; name one with --initrd, or \
+                         none"
+                    );
                     None
                 }
             },
@@ -245,8 +235,9 @@ pub(crate) fn left_names(names: &Names, arch: &str) -> Names {
     }
 }
 
-/// Opens the boot files that a remote job left in `directory`, beside its packed image. Refuses links.
-pub(crate) fn left_in(directory: &Tree, names: &Names, arch: &str) -> Result<BootFiles> {
+/// Opens the boot files that a remote job left in `directory`, beside its packed image. Refuses links. Like
+/// [`find_if_any`], returns `None` if `auto` has found no kernel.
+pub(crate) fn left_in(directory: &Tree, names: &Names, arch: &str) -> Result<Option<BootFiles>> {
     let left = left_names(names, arch);
     let open = |name: &str| match directory.open_regular(name, OFlags::RDONLY | OFlags::NOFOLLOW) {
         Ok(content) => Ok(Some(BootFile { path: name.to_owned(), content })),
@@ -260,12 +251,19 @@ pub(crate) fn left_in(directory: &Tree, names: &Names, arch: &str) -> Result<Boo
                 .advise("name the files that it left in KERNEL_FILENAME and INITRD_FILENAME")
         })
     };
+    let kernel = match names.kernel.as_str() {
+        AUTO => match open(&left.kernel)? {
+            Some(kernel) => kernel,
+            None => return Ok(None),
+        },
+        _ => needed(&left.kernel)?,
+    };
     let initrd = match names.initrd.as_str() {
         NONE => None,
         AUTO => open(&left.initrd)?,
         _ => Some(needed(&left.initrd)?),
     };
-    BootFiles { kernel: needed(&left.kernel)?, initrd, parameters: open(&left.parameters)? }.refuse_too_large()
+    BootFiles { kernel, initrd, parameters: open(&left.parameters)? }.refuse_too_large().map(Some)
 }
 
 /// True if the image has no kernel, neither in /boot nor beside modules, so nobody boots it.
@@ -492,6 +490,11 @@ mod tests {
     use std::io::Read;
     use std::os::unix::fs::symlink;
 
+    /// Finds the boot files of an image that has a kernel.
+    fn find(image_root: &Tree, names: &Names, arch: &str) -> Result<BootFiles> {
+        find_if_any(image_root, names, arch).map(|found| found.expect("a kernel"))
+    }
+
     fn image(files: &[&str]) -> (tempfile::TempDir, Tree) {
         let dir = tempfile::tempdir().unwrap();
         for file in files {
@@ -695,7 +698,7 @@ mod tests {
         }
         // With two kernels, an initrd without a version belongs to neither.
         let (_dir, tree) = image(&["boot/vmlinuz-6.9.1", "boot/vmlinuz-6.9.0", "boot/initrd"]);
-        assert!(find(&tree, &names("auto", "auto"), "x86_64").is_err());
+        assert!(find(&tree, &names("auto", "auto"), "x86_64").unwrap().initrd.is_none());
         // A debug kernel is chosen if it is the only one.
         assert_eq!(chosen(&["boot/vmlinuz-6.9.1-debug", "boot/initrd-6.9.1-debug"]).0, "boot/vmlinuz-6.9.1-debug");
     }

@@ -350,8 +350,7 @@ fn transferred(settings: &Settings, files: &SignalFiles) -> Result<(File, Option
     let parent = files.parent();
     let rootfs = Archive { directory: parent, name: TRANSFER }.open_squashfs()?;
     let arch = settings.job.arch();
-    let has_kernel = files.stands(&boot::left_names(&settings.boot, arch).kernel)?;
-    let boot = has_kernel.then(|| boot::left_in(parent, &settings.boot, arch)).transpose()?;
+    let boot = boot::left_in(parent, &settings.boot, arch)?;
     Ok((rootfs, boot))
 }
 

@@ -444,10 +444,11 @@ impl<'a> Sidecar<'a> {
         }
         // Only warn: a session may install a missing boot file. A failed build is not checked, since it has no boot
         // files.
-        if let (Action::Customize, Some(image_root)) = (action, image_root)
-            && let Err(missing) = boot::find(image_root, boot, job.arch())
-        {
-            tracing::warn!("{missing}; the image is published only if a session corrects that");
+        if let (Action::Customize, Some(image_root)) = (action, image_root) {
+            if let Err(missing) = boot::check_named(image_root, boot, job.arch()) {
+                tracing::warn!("{missing}; the image is published only if a session corrects that");
+            }
+            boot::warn_of_missing_initrd(image_root, boot, job.arch());
         }
         self.work.wait(Store::check_soon(store, network))
     }
@@ -622,10 +623,10 @@ impl<'a> Sidecar<'a> {
                 .advise("see the log of the container that runs sshd, and the node's"));
         }
         let find = || match image_root {
-            Some(image_root) => boot::find(image_root, &settings.boot, settings.job.arch()),
+            Some(image_root) => boot::find_if_any(image_root, &settings.boot, settings.job.arch()),
             None => boot::left_in(parent, &settings.boot, settings.job.arch()),
         };
-        let boot = has_store.then(find).transpose()?;
+        let boot = if has_store { find()? } else { None };
         let archive = Archive { directory: parent, name: &settings.archive() };
         let rootfs = if is_transferred {
             // Record the phase before the rename: afterwards only the journal says that there is no image root.

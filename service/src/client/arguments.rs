@@ -316,7 +316,8 @@ pub struct NewJob {
     /// Name of the new image
     #[arg(long, value_name = "NAME")]
     pub(super) image_root_archive_name: String,
-    /// Name of the kernel in the new image's /boot; 'auto' takes the newest one. Upstream's programs do not know 'auto'
+    /// Name of the kernel in the new image's /boot; 'auto' takes the newest one, and publishes none if the image has
+    /// none. Upstream's programs do not know 'auto'
     #[arg(long, value_name = "NAME", default_value = AUTO)]
     pub(super) kernel_file_name: String,
     /// Name of the initrd in the new image's /boot; 'auto' takes that of the kernel. Upstream's programs do not know
