@@ -71,6 +71,25 @@ impl Entry {
             None => (!self.command.is_empty()).then(|| of("command", &[])),
         }
     }
+
+    /// States that the command, script or shell failed, and how.
+    fn failure(&self, status: WaitStatus) -> String {
+        let what = match &self.script {
+            Some(_) => "script",
+            None if self.command.is_empty() => "shell",
+            None => "command",
+        };
+        match status {
+            WaitStatus::Signaled(_, signal, _) => format!("the {what} was killed by {signal}"),
+            WaitStatus::Exited(_, code) => ended_with(what, code),
+            _ => format!("the {what} failed"),
+        }
+    }
+}
+
+/// States that `what` failed with the exit code `code`.
+pub(crate) fn ended_with(what: &str, code: i32) -> String {
+    format!("the {what} ended with exit code {code}")
 }
 
 /// The command line's answer to the question at the end.
@@ -149,7 +168,7 @@ pub fn run(mut run: Run, entry: &Entry) -> Result<u8> {
         Ok(match decide(status, verdict, entry.answer, at_terminal, stopped.is_some()) {
             Some(Fate::Publish) => (Fate::Publish, exited(0)),
             Some(Fate::Keep) => {
-                let why = stopped.map_or("the command failed".into(), |signal| format!("received {signal}"));
+                let why = stopped.map_or_else(|| entry.failure(status), |signal| format!("received {signal}"));
                 tracing::warn!("{why}: {}", not_done(end));
                 (Fate::Keep, status)
             }

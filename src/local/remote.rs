@@ -24,6 +24,7 @@ use crate::local::customize::{
     Customization, Opened, announce, authorized_keys, configure_client, read_variables, refuse_unusable_key,
 };
 use crate::local::directory;
+use crate::local::enter::ended_with;
 use crate::local::register::Entry;
 use crate::local::run::{Fate, Run, drop_changes, left_in};
 use crate::local::run_directory::RunDirectory;
@@ -217,10 +218,13 @@ impl Job<'_> {
                 usable.map_err(|e| e.advise_also("no changes are kept; run the command again"))?;
                 return Ok((Fate::Publish, 0));
             }
-            (0, _, Some(code)) if code != 0 => ("the command failed", code),
-            (0, ..) => ("the image was marked failed", 1),
-            (code, ..) if code > 128 => ("interrupted", code),
-            (code, ..) => ("the job on the node failed", code),
+            (0, _, Some(code)) if code != 0 => {
+                let what = if self.offloaded.script.is_some() { "script" } else { "command" };
+                (ended_with(what, code.into()), code)
+            }
+            (0, ..) => ("the image was marked failed".into(), 1),
+            (code, ..) if code > 128 => ("interrupted".into(), code),
+            (code, ..) => ("the job on the node failed".into(), code),
         };
         tracing::warn!("{why}: the image is not published, and no changes are kept");
         Ok((Fate::Discard, code))

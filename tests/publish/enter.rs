@@ -80,7 +80,12 @@ fn successful_command_is_published_with_yes_and_kept_without_an_answer() {
 
     let failed = enter(dir.path(), &squashfs, &["--output", "out", "--yes"], "touch /etc/second; exit 9");
     assert_eq!(failed.status.code(), Some(9), "{failed:?}");
-    assert!(text(&failed.stderr).contains("the command failed: the image is not published"), "{failed:?}");
+    assert!(text(&failed.stderr).contains("the command ended with exit code 9: the image is not published"));
+    let script = dir.path().join("change.sh");
+    std::fs::write(&script, "#!/bin/sh\nkill -KILL $$\n").unwrap();
+    let options = ["enter", &squashfs, "--work", "work", "--output", "out", "--yes", "--script", "change.sh"];
+    let killed = ims_sshd(&options, &[]).current_dir(dir.path()).output().unwrap();
+    assert!(text(&killed.stderr).contains("the script was killed by SIGKILL: the image is not published"), "{killed:?}");
     assert!(!dir.path().join("out").exists());
 
     let output = enter(dir.path(), &squashfs, &["--output", "out", "--yes"], "test -e /etc/first && rm /bin/ls");

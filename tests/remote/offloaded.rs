@@ -221,7 +221,10 @@ fn command_or_script_makes_the_image_of_any_source_on_a_node() {
     let published = images();
     let output = machine.run(&[], &machine.source, &["sh", "-c", "exit 7"]);
     assert_eq!(output.status.code(), Some(7), "{output:?}");
-    assert!(text(&output.stderr).contains("the command failed: the image is not published"), "{output:?}");
+    assert!(text(&output.stderr).contains("the command ended with exit code 7: the image is not published"));
+    std::fs::write(&script, "#!/bin/sh\nexit 8\n").unwrap();
+    let output = machine.run(&["--script", &script], &machine.source, &[]);
+    assert!(text(&output.stderr).contains("the script ended with exit code 8: the image is not published"));
     let output = machine.run(&[], &machine.source, &["touch", "/tmp/failed"]);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     let log = text(&output.stderr);
