@@ -29,7 +29,9 @@ impl Source {
                 }
                 _ => Err(refuse("s3://BUCKET/KEY")),
             },
-            Some(("file", path)) => Ok(Self::Here(path.into())),
+            Some(("file", path)) if path.starts_with('/') => Ok(Self::Here(path.into())),
+            // The URL names a host.
+            Some(("file", _)) => Err(refuse("file:///ABSOLUTE/PATH, or a path without 'file://'")),
             Some(_) => {
                 Err(refuse("a URL of http, https, s3 or file, a directory, a squashfs or an archive of tar or cpio"))
             }
@@ -55,7 +57,8 @@ mod tests {
         assert_eq!(Source::parse("https://h/k?x=1").unwrap(), Source::Web("https://h/k?x=1".into()));
         assert_eq!(Source::parse("s3://b/a/k").unwrap(), Source::S3("b".into(), "a/k".into()));
         assert_eq!(Source::parse("./image").unwrap(), Source::Here("./image".into()));
-        for wrong in ["", "ftp://h/k", "s3://bucket", "s3:///key"] {
+        assert_eq!(Source::parse("file:///srv/image").unwrap(), Source::Here("/srv/image".into()));
+        for wrong in ["", "ftp://h/k", "s3://bucket", "s3:///key", "file://image"] {
             assert_eq!(Source::parse(wrong).unwrap_err().exit_code(), 2, "{wrong}");
         }
     }

@@ -104,10 +104,13 @@ impl Store {
             return Err(Error::bad_input("no store is named: expected S3_BUCKET, IMAGE_STORE or --store"));
         };
         let refuse = || {
-            Error::bad_input(format!(
-                "the store is '{}': expected s3://BUCKET, file:///DIRECTORY or a directory",
-                without_secrets(url)
-            ))
+            let expected = if url.starts_with("file:") {
+                // Two slashes are followed by a host.
+                "file:///ABSOLUTE/DIRECTORY, or the path of a directory without 'file://'"
+            } else {
+                "s3://BUCKET, file:///DIRECTORY or a directory"
+            };
+            Error::bad_input(format!("the store is '{}': expected {expected}", without_secrets(url)))
         };
         if let Some(rest) = url.strip_prefix("s3://") {
             let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
@@ -452,7 +455,8 @@ fn parts(key: &str) -> object_store::Result<(&str, &str)> {
 /// Directory that a URL or a path names as a store; `None` if it names another kind of store.
 pub(crate) fn named_directory(url: &str) -> Option<PathBuf> {
     match url.split_once("://") {
-        Some(("file", path)) => Some(path.into()),
+        // A path that is not absolute would begin with a host.
+        Some(("file", path)) if path.starts_with('/') => Some(path.into()),
         Some(_) => None,
         // A URL with too few slashes; no directory has such a name.
         None if ["s3:", "file:", "http:", "https:"].iter().any(|scheme| url.starts_with(scheme)) => None,
@@ -583,6 +587,17 @@ mod tests {
     fn metadata_is_escaped_to_ascii() {
         assert_eq!(in_ascii("compute-1.0 x"), "compute-1.0 x");
         assert_eq!(in_ascii("größe 100%\n"), "gr%C3%B6%C3%9Fe 100%25%0A");
+    }
+
+    #[test]
+    fn store_in_a_file_url_with_a_host_is_refused() {
+        for url in ["file://out", "file://", "file:out"] {
+            let settings = crate::publish::settings::Settings::read(None, [("IMAGE_STORE".into(), url.into())]).unwrap();
+            let refusal = Store::open(&settings.store, &settings.network).err().unwrap().to_string();
+            assert!(refusal.contains("file:///ABSOLUTE/DIRECTORY, or the path of a directory"), "{url}: {refusal}");
+        }
+        assert_eq!(named_directory("file:///srv/out"), Some("/srv/out".into()));
+        assert_eq!(named_directory("out"), Some("out".into()));
     }
 
     #[test]
