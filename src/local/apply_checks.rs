@@ -37,6 +37,12 @@ pub(crate) fn refuse_unchangeable(upper: &Tree, root: &Tree, directories: &Direc
 /// Refuses to apply the changes kept in `work` over edits that somebody made in `root` since it was opened.
 pub(crate) fn refuse_edited(work: &Tree, upper: &Tree, root: &Tree) -> Result<()> {
     let attempted = || format!("apply the changes to {}", root.shown().display());
+    // A removed directory takes no new entries. Its times have changed too, but nobody has edited it.
+    if rustix::fs::fstat(root).attempt(attempted)?.st_nlink == 0 {
+        return Err(Error::new(attempted())
+            .because("this directory was removed while it was open")
+            .advise(format!("copy what is needed out of the changes, which are in {}", upper.shown().display())));
+    }
     let Some(opened) = work.look(SOURCE).attempt(attempted)? else { return Ok(()) };
     // A run that was killed may have made its stage in the image root, which changes the times of that.
     let has_changed_root = Progress::read(work)?.is_some_and(|progress| progress.step > Step::Decided);

@@ -162,6 +162,27 @@ fn kept_changes_are_refused_after_edits_by_hand() {
 }
 
 #[test]
+fn directory_that_is_removed_while_it_is_open_is_told_with_where_its_changes_are() {
+    let dir = directory();
+    let tree = tree(dir.path());
+    let command = "echo more >> /usr/one; echo open; read line";
+    let mut open = ims_sshd(&[&CUSTOMIZE[..], &["--", "sh", "-c", command]].concat(), &[]);
+    open.current_dir(dir.path()).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut open = open.spawn().unwrap();
+    std::io::Read::read_exact(open.stdout.as_mut().unwrap(), &mut [0; 5]).unwrap();
+    std::fs::remove_dir_all(&tree).unwrap();
+    std::io::Write::write_all(open.stdin.as_mut().unwrap(), b"\n").unwrap();
+    let output = open.wait_with_output().unwrap();
+    refused(&output, &["was removed while it was open", "copy what is needed out of the changes", "'ims-sshd fail "]);
+    let said = text(&output.stderr);
+    let upper = said.split("which are in ").nth(1).unwrap().split(';').next().unwrap();
+    assert!(std::fs::read_to_string(Path::new(upper).join("usr/one")).unwrap().ends_with("more\n"), "{said}");
+    let name = entry(dir.path())["name"].as_str().unwrap().to_owned();
+    succeed(&mut ims_sshd(&["fail", &name], &[]));
+    nothing_stays(dir.path());
+}
+
+#[test]
 fn edits_by_hand_between_runs_without_kept_changes_are_allowed() {
     let dir = directory();
     let tree = tree(dir.path());
