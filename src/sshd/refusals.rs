@@ -28,6 +28,10 @@ const PERIOD: Duration = Duration::from_mins(1);
 /// sshd's message when a client has exceeded `MaxAuthTries`.
 const TOO_MANY: &str = "Too many authentication failures";
 
+/// Reason for a login that sshd refuses because of the account, whatever the key.
+const LOCKED: &str = "the account is locked ('!' in /etc/shadow where sshd runs); there, 'usermod -p \"*\" USER' lets \
+    keys in without a password";
+
 /// Prefixes of the lines with which a child of sshd ends a session that has not begun (OpenSSH's session.c, uidswap.c,
 /// auth-pam.c, audit-linux.c). If short sessions are not reported, only these lines distinguish such an end from the
 /// end of a short session.
@@ -104,7 +108,9 @@ fn parse(line: &str) -> Option<Line<'_>> {
         return reason(Some("root"), "PermitRootLogin does not allow it");
     }
     if let Some((who, why)) = line.strip_prefix("User ").and_then(|rest| rest.rsplit_once(" not allowed because ")) {
-        return reason(Some(who.rsplit_once(" from ")?.0), why);
+        // sshd names the client for some of the reasons only.
+        let user = who.rsplit_once(" from ").map_or(who, |(user, _)| user);
+        return reason(Some(user), if why == "account is locked" { LOCKED } else { why });
     }
     // sshd logs this line at LogLevel VERBOSE; for passwords, at every level.
     if let Some((method, who)) = line.strip_prefix("Failed ").and_then(|rest| rest.split_once(" for ")) {
@@ -451,6 +457,11 @@ mod tests {
             (
                 "User nobody from 192.0.2.1 not allowed because listed in DenyUsers",
                 reason(Some("nobody"), "listed in DenyUsers"),
+            ),
+            ("User root not allowed because account is locked", reason(Some("root"), LOCKED)),
+            (
+                "User root not allowed because shell /bin/x does not exist",
+                reason(Some("root"), "shell /bin/x does not exist"),
             ),
             ("ROOT LOGIN REFUSED FROM 192.0.2.1 port 7", reason(Some("root"), "PermitRootLogin does not allow it")),
             (
