@@ -461,13 +461,19 @@ impl Run {
             }
             let [name, source, link] = ["name", "source", LINK].map(|field| entry[field].as_str().unwrap_or_default());
             let resuming = if register::has_source(entry) {
-                format!("to resume: {}", resuming_line(entry))
+                format!("to resume them: {}", resuming_line(entry))
             } else {
                 format!("to resume them, let {link} lead to {source} again")
             };
+            // After a reboot, no other command finds changes that are kept below another work directory.
+            let is_listed = |other: &Value| other["name"] == entry["name"] && other["work"] == entry["work"];
+            let dropping = if register::left().iter().any(is_listed) {
+                format!("; to drop them: ims-sshd fail {name}")
+            } else {
+                String::new()
+            };
             tracing::warn!(
-                "changes to {source} are kept as {name} in {}, and not used here; 'ims-sshd fail {name}' drops them; \
-                 {resuming}",
+                "this run does not use the changes to {source} that are kept as {name} in {}; {resuming}{dropping}",
                 work.display()
             );
         }

@@ -93,10 +93,11 @@ fn changes_that_are_kept_below_another_work_directory_are_told() {
     let said = text(&second.stderr);
     assert!(second.status.success(), "{said}");
     let wanted = format!("{}/w1/ims-sshd/", dir.display());
-    assert!(said.contains(&wanted) && said.contains("and not used here; 'ims-sshd fail tree"), "{said}");
+    assert!(said.contains(&wanted) && said.contains("this run does not use the changes to "), "{said}");
+    assert!(said.contains("; to drop them: ims-sshd fail tree"), "{said}");
     assert!(said.contains("--work w1 -- sh -c"), "{said}");
     let first = customize("w1", "test -e /etc/new");
-    assert!(first.status.success() && !text(&first.stderr).contains("not used here"), "{first:?}");
+    assert!(first.status.success() && !text(&first.stderr).contains("does not use"), "{first:?}");
 }
 
 #[test]
