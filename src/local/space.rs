@@ -1,15 +1,17 @@
 //! Disk space: refuses disks on which the new image would not fit, before any work is done.
 
 use std::collections::HashSet;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use crate::error::{Attempt, Error, Result};
 use crate::image::kind::{Content, Kind, Opened};
 use crate::publish::settings::Settings;
+use crate::store;
 use crate::sys::tree::Tree;
 
 /// Refuses to open the image in `source` if the new one will not fit on the disk of the changes, or into a store with
-/// `in_store` bytes left. Only warns if this is uncertain, because a run that `resumes` may free space, or because the
+/// `in_store` bytes left; if both are on one disk, it has to fit there twice, since it is copied. Only warns if this is uncertain, because a run that `resumes` may free space, or because the
 /// packed size of a directory is unknown. A run that `drops_kept` changes frees their space.
 pub(crate) fn check(
     settings: &Settings,
@@ -30,10 +32,15 @@ pub(crate) fn check(
     let space = rustix::fs::statvfs(work_directory).ok().map(|disk| disk.f_bavail * disk.f_frsize);
     // A run that drops kept changes frees an unknown amount of space first, so do not check the current amount.
     let space = space.filter(|_| !drops_kept);
-    let on_disks = [
-        (space, size + unpacked, settings.job.parent.display().to_string(), "--work"),
-        (in_store, size, "the store".to_owned(), "--output"),
-    ];
+    let work = settings.job.parent.display();
+    let store = store::named_directory(settings.store.url.as_deref().unwrap_or_default());
+    let store = store.and_then(|store| disk_of(&std::path::absolute(store).ok()?));
+    let of_changes = if store.is_some() && store == disk_of(work_directory) {
+        (space, size + unpacked + size, format!("{work} and the store"), "--work or --output")
+    } else {
+        (space, size + unpacked, work.to_string(), "--work")
+    };
+    let on_disks = [of_changes, (in_store, size, "the store".to_owned(), "--output")];
     for (space, needed, place, option) in on_disks {
         let Some(left) = space.filter(|space| *space < needed) else { continue };
         let refusal = too_small(&place, left, needed, option);
@@ -44,6 +51,11 @@ pub(crate) fn check(
         }
     }
     Ok(())
+}
+
+/// Device number of the disk that holds `path`, or will hold it.
+fn disk_of(path: &Path) -> Option<u64> {
+    path.ancestors().find_map(|place| std::fs::metadata(place).ok()).map(|found| found.dev())
 }
 
 /// Returns whether the disk of `place` has space for the few files that opening an image needs.

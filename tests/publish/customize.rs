@@ -501,16 +501,21 @@ fn hopeless_customizations_are_refused_before_the_environment_opens() {
     file("options", &format!("# one\n\nno-pty,command=\"echo a b\" {public}{expired}"));
     let script = dir.path().join("script");
     std::fs::write(&script, "touch \"$0.ran\"; touch $IMAGE_ROOT_PARENT/failed\n").unwrap();
-    std::fs::create_dir(dir.path().join("small")).unwrap();
+    for disk in ["small", "larger"] {
+        std::fs::create_dir(dir.path().join(disk)).unwrap();
+    }
+    // The image fits here, but not both in the work directory and in the store.
+    let larger = std::fs::metadata(&squashfs).unwrap().len() * 3 / 2;
     let run = |arguments: &[&str]| {
         let mut command = Command::new("unshare");
         // Half of the image fits; even root cannot write to a read-only mount.
-        let mounts = "mount -t tmpfs -o size=500k tmpfs small; mkdir -m 700 ro; mount --bind ro ro; mount -o remount,bind,ro ro; exec \"$@\"";
+        let mounts = "mount -t tmpfs -o size=500k tmpfs small; mount -t tmpfs -o size=$LARGER tmpfs larger; mkdir -m 700 ro; mount --bind ro ro; mount -o remount,bind,ro ro; exec \"$@\"";
         command
             .args(["-m", "sh", "-c", mounts, "sh", &*IMS_SSHD, "customize"])
             .arg(&squashfs)
             .args(["--host-script"])
-            .arg(&script);
+            .arg(&script)
+            .env("LARGER", larger.to_string());
         let _ = std::fs::remove_file(dir.path().join("script.ran"));
         let output = command.args(arguments).current_dir(dir.path()).output().unwrap();
         (output.status.code(), dir.path().join("script.ran").exists(), text(&output.stderr))
@@ -530,6 +535,7 @@ fn hopeless_customizations_are_refused_before_the_environment_opens() {
         (&["--output", "ro"], 1, "cannot write to the store"),
         (&["--output", "out", "--work", "small"], 1, "name a directory on another disk with --work"),
         (&["--output", "small/out"], 1, "name a directory on another disk with --output"),
+        (&["--output", "larger/out", "--work", "larger"], 1, "name a directory on another disk with --work or --output"),
     ] {
         let arguments: Vec<_> = if arguments.contains(&"--work") {
             arguments.to_vec()
