@@ -34,13 +34,31 @@ async fn carry_out(command: Command) -> Result<ExitCode> {
         Command::PublicKeys(Group { place, verb }) => (public_keys(&Service::at(&place)?, verb).await?, place.format),
         Command::Recipes(group) => (recipes(&Service::at(&group.place)?, group.verb).await?, group.place.format),
         Command::Images(group) => (images(&Service::at(&group.place)?, group.verb).await?, group.place.format),
-        Command::Jobs(group) => (jobs(&Service::at(&group.place)?, group.verb).await?, group.place.format),
+        Command::Jobs(group) => {
+            let answer = jobs(&Service::at(&group.place)?, group.verb).await?;
+            (without_pending(answer), group.place.format)
+        }
         Command::Deleted(Group { place, verb }) => (deleted(&Service::at(&place)?, verb).await?, place.format),
         Command::RemoteBuildNodes(Group { place, verb }) => (nodes(&Service::at(&place)?, verb).await?, place.format),
     };
     let text = shown::text(&answer, format);
     std::io::stdout().write_all(text.as_bytes()).attempt(|| "write to standard output")?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Leaves out the status `pending` of a job's containers. No service changes it, upstream's neither, so that a job that
+/// has ended would look as if it had not begun.
+fn without_pending(mut answer: Value) -> Value {
+    let jobs = match &mut answer {
+        Value::List(jobs) => jobs.as_mut_slice(),
+        job => std::slice::from_mut(job),
+    };
+    for container in jobs.iter_mut().filter_map(|job| job.get_mut("ssh_containers")).flat_map(Value::rows_mut) {
+        if let Value::Table(fields) = container {
+            fields.retain(|(name, value)| name != "status" || *value != Value::Text("pending".into()));
+        }
+    }
+    answer
 }
 
 async fn public_keys(service: &Service, verb: PublicKeys) -> Result<Value> {

@@ -27,6 +27,12 @@ impl Value {
         table.iter().find(|(key, _)| key == name).map(|(_, value)| value)
     }
 
+    /// Like [`get`](Self::get), to change the member.
+    pub(super) fn get_mut(&mut self, name: &str) -> Option<&mut Self> {
+        let Self::Table(table) = self else { return None };
+        table.iter_mut().find(|(key, _)| key == name).map(|(_, value)| value)
+    }
+
     /// Returns the text of the member `name` of an object.
     pub(super) fn text(&self, name: &str) -> Option<&str> {
         match self.get(name)? {
@@ -40,6 +46,14 @@ impl Value {
         match self {
             Self::List(rows) => rows,
             _ => &[],
+        }
+    }
+
+    /// Like [`rows`](Self::rows), to change the elements.
+    pub(super) fn rows_mut(&mut self) -> &mut [Self] {
+        match self {
+            Self::List(rows) => rows,
+            _ => &mut [],
         }
     }
 }
