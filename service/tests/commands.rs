@@ -253,6 +253,36 @@ fn jobs_run_beside_each_other_and_a_deleted_one_leaves_nothing() {
     assert!(TcpStream::connect(("127.0.0.1", port(&first))).is_err());
     assert!(programs(&place.directory_of(&first), "").is_empty());
     assert_eq!(place.says("compute-3", "echo here"), "here\n");
+    // A deletion of all jobs removes the host keys of those that it deletes.
+    let host_keys = || std::fs::read_dir(place.path("cache/ims/known_hosts.d")).unwrap().count();
+    place.succeed(&["jobs", "deleteall", "--status", "success"]);
+    assert_eq!(host_keys(), 1);
+    place.succeed(&["jobs", "deleteall"]);
+    assert_eq!(host_keys(), 0);
+}
+
+#[test]
+fn deleteall_asks_on_a_terminal_only() {
+    let place = Place::new();
+    let keys = || place.json(&["public-keys", "list"]).as_array().unwrap().len();
+    let deleteall = |options: &[&str]| Terminal::with(&place.ims(&[&["public-keys", "deleteall"], options].concat()));
+    for (answer, left) in [("", 1), ("n", 1), ("yes", 0)] {
+        let mut terminal = deleteall(&[]);
+        terminal.see("Delete all public keys? (y)es, (n)o [n]: ");
+        terminal.line(answer);
+        let (code, said) = terminal.end();
+        assert_eq!((code, keys()), (left, usize::try_from(left).unwrap()), "{answer}: {said}");
+        assert_eq!(said.contains("the answer was not 'yes'; --yes deletes without asking"), left == 1, "{said}");
+    }
+    let key = place.path("key.pub").display().to_string();
+    for options in [&["-y"][..], &["--yes"]] {
+        place.succeed(&["public-keys", "create", "--name", "me", "--public-key", &key]);
+        assert_eq!(deleteall(options).end().0, 0);
+        assert_eq!(keys(), 0);
+    }
+    place.succeed(&["public-keys", "create", "--name", "me", "--public-key", &key]);
+    place.succeed(&["public-keys", "deleteall"]);
+    assert_eq!(keys(), 0);
 }
 
 #[test]

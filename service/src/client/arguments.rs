@@ -65,7 +65,15 @@ pub enum Common {
     /// Delete a record
     Delete(One),
     /// Delete all records
-    Deleteall,
+    Deleteall(Sure),
+}
+
+/// The answer to the question that a terminal gets before all records are deleted.
+#[derive(Debug, Args)]
+pub struct Sure {
+    /// Delete without asking on a terminal
+    #[arg(short, long)]
+    pub(super) yes: bool,
 }
 
 /// A record.
@@ -271,7 +279,12 @@ pub enum Jobs {
     /// Delete a job and what is left of it
     Delete(One),
     /// Delete all jobs, or those that fit all filters
-    Deleteall(Filters),
+    Deleteall {
+        #[command(flatten)]
+        filters: Filters,
+        #[command(flatten)]
+        sure: Sure,
+    },
     /// Print the log of a job's programs
     Logs {
         /// Print new lines until the job ends

@@ -17,7 +17,9 @@ use ims_sshd::sshd::public_keys::check_text;
 use uuid::Uuid;
 
 pub use arguments::Command;
-use arguments::{Common, Deleted, DeletedVerb, Group, Images, JobType, Jobs, NodeStatus, Nodes, PublicKeys, Recipes};
+use arguments::{
+    Common, Deleted, DeletedVerb, Group, Images, JobType, Jobs, NodeStatus, Nodes, PublicKeys, Recipes, Sure,
+};
 use connection::Service;
 use requests::Kind;
 use serde_json::json;
@@ -119,7 +121,18 @@ async fn jobs(service: &Service, verb: Jobs) -> Result<Value> {
             session::forget(&id);
             Ok(answer)
         }
-        Jobs::Deleteall(filters) => service.ask(&requests::delete_jobs(&filters)).await,
+        Jobs::Deleteall { filters, sure } => {
+            let request = requests::delete_jobs(&filters);
+            confirm(&sure, if request.query.is_empty() { "all jobs" } else { "all jobs that fit the filters" })?;
+            let before = service.ask(&kind.list()).await?;
+            let answer = service.ask(&request).await;
+            if let Ok(after) = service.ask(&kind.list()).await {
+                let is_there = |id: &str| after.rows().iter().any(|job| job.text("id") == Some(id));
+                let ids = before.rows().iter().filter_map(|job| job.text("id"));
+                ids.filter(|id| !is_there(id)).for_each(session::forget);
+            }
+            answer
+        }
         Jobs::Logs { follow, one } => {
             let id = find(service, kind, &one.id).await?;
             let (request, mut terminal) = (requests::log(&id, follow), shown::Parts::default());
@@ -161,7 +174,10 @@ async fn nodes(service: &Service, verb: Nodes) -> Result<Value> {
         Nodes::Common(Common::List) => requests::NODES.list(),
         Nodes::Common(Common::Describe(one)) => requests::NODES.describe(&one.id),
         Nodes::Common(Common::Delete(one)) => requests::NODES.delete(&one.id),
-        Nodes::Common(Common::Deleteall) => requests::NODES.delete_all(),
+        Nodes::Common(Common::Deleteall(sure)) => {
+            confirm(&sure, "all remote build nodes")?;
+            requests::NODES.delete_all()
+        }
     };
     service.ask(&request).await
 }
@@ -171,9 +187,28 @@ async fn common(service: &Service, kind: Kind, verb: Common) -> Result<Value> {
         Common::List => kind.list(),
         Common::Describe(one) => kind.describe(&find(service, kind, &one.id).await?),
         Common::Delete(one) => kind.delete(&find(service, kind, &one.id).await?),
-        Common::Deleteall => kind.delete_all(),
+        Common::Deleteall(sure) => {
+            confirm(&sure, &format!("all {}", kind.plural()))?;
+            kind.delete_all()
+        }
     };
     service.ask(&request).await
+}
+
+/// Asks a person at a terminal before `what` is deleted. Asks nobody else: `cray` does not ask, and scripts rely on
+/// that.
+fn confirm(sure: &Sure, what: &str) -> Result<()> {
+    let stdin = std::io::stdin();
+    if sure.yes || !stdin.is_terminal() || !std::io::stderr().is_terminal() {
+        return Ok(());
+    }
+    eprint!("Delete {what}? (y)es, (n)o [n]: ");
+    let mut answer = String::new();
+    stdin.read_line(&mut answer).attempt(|| "read the answer")?;
+    if ["y", "yes"].contains(&answer.trim().to_ascii_lowercase().as_str()) {
+        return Ok(());
+    }
+    Err(Error::new(format!("delete {what}")).because("the answer was not 'yes'").advise("--yes deletes without asking"))
 }
 
 /// Returns the ID of the record that the user names by its ID or by its name.

@@ -64,7 +64,7 @@ impl Kind {
     }
 
     /// All of them, in a message.
-    fn plural(self) -> String {
+    pub(super) fn plural(self) -> String {
         if self == STATUSES { "statuses of the remote build nodes".into() } else { format!("{}s", self.noun) }
     }
 }
@@ -287,7 +287,8 @@ mod tests {
         let Command::Jobs(jobs) = parsed("jobs deleteall --status error,success --job-type create --age 3d") else {
             panic!()
         };
-        let Jobs::Deleteall(filters) = jobs.verb else { panic!() };
+        let Jobs::Deleteall { filters, sure } = jobs.verb else { panic!() };
+        assert!(!sure.yes);
         let request = delete_jobs(&filters);
         let query = [("status", "error"), ("status", "success"), ("job_type", "create"), ("age", "3d")];
         assert_eq!(request.query, query.map(|(name, value)| (name, value.to_owned())));
@@ -298,6 +299,8 @@ mod tests {
         for line in [
             "public-keys list",
             "public-keys deleteall",
+            "jobs deleteall -y",
+            "deleted images deleteall --yes",
             "public-keys create --name foo --public-key FILE",
             "recipes describe foo --format json",
             "images delete foo --token FILE",
