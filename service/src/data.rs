@@ -10,6 +10,7 @@ use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
 use crate::records::Kind;
+use crate::settings::DATA;
 
 /// Name of the database file in the data directory.
 pub const DATABASE: &str = "ims.sqlite";
@@ -23,12 +24,19 @@ pub const TOKEN: &str = "token";
 /// Bits of a mode that let other users write to a directory.
 const OTHERS_WRITE: u32 = 0o022;
 
-/// Creates the data directory, for this user alone. Refuses a directory of another user. Takes away other users' right
+/// Creates the data directory, for this user alone; only the default one with the directories above it, since a slip in
+/// another path would begin without the records. Refuses a directory of another user. Takes away other users' right
 /// to write to an existing directory, since they could replace the database.
 pub fn make(directory: &Path) -> Result<()> {
     let attempted = || format!("use the data directory {}", directory.display());
-    if let Some(parent) = directory.parent() {
-        std::fs::create_dir_all(parent).attempt(attempted)?;
+    let parent = directory.parent().filter(|parent| parent.try_exists().is_ok_and(|exists| !exists));
+    match parent.filter(|parent| !parent.as_os_str().is_empty()) {
+        Some(parent) if directory == Path::new(DATA) => std::fs::create_dir_all(parent).attempt(attempted)?,
+        Some(parent) => {
+            let refused = Error::new(attempted()).because(format!("{} does not exist", parent.display()));
+            return Err(refused.advise("create it, or name another directory with --data"));
+        }
+        None => {}
     }
     match DirBuilder::new().mode(0o700).create(directory) {
         Err(e) if e.kind() == ErrorKind::AlreadyExists => {}

@@ -179,6 +179,19 @@ fn socket_lets_in_its_owner_alone() {
 }
 
 #[test]
+fn data_directory_is_created_in_a_directory_that_exists() {
+    let place = Place::new();
+    let why = place.refused(&["--data", &place.path("slip/of/data").display().to_string()]);
+    let expected = format!(
+        "cannot use the data directory {}: {} does not exist; create it, or name another directory with --data",
+        place.path("slip/of/data").display(),
+        place.path("slip/of").display()
+    );
+    assert!(why.contains(&expected), "{why}");
+    assert!(!place.path("slip").exists());
+}
+
+#[test]
 fn gateway_answers_for_its_clients() {
     let place = Place::with_token(&["--auth", "gateway"]);
     assert_eq!(place.ask("GET", "/v3/images", "").status, 200);
