@@ -592,7 +592,8 @@ mod tests {
     #[test]
     fn store_in_a_file_url_with_a_host_is_refused() {
         for url in ["file://out", "file://", "file:out"] {
-            let settings = crate::publish::settings::Settings::read(None, [("IMAGE_STORE".into(), url.into())]).unwrap();
+            let settings =
+                crate::publish::settings::Settings::read(None, [("IMAGE_STORE".into(), url.into())]).unwrap();
             let refusal = Store::open(&settings.store, &settings.network).err().unwrap().to_string();
             assert!(refusal.contains("file:///ABSOLUTE/DIRECTORY, or the path of a directory"), "{url}: {refusal}");
         }

@@ -535,7 +535,11 @@ fn hopeless_customizations_are_refused_before_the_environment_opens() {
         (&["--output", "ro"], 1, "cannot write to the store"),
         (&["--output", "out", "--work", "small"], 1, "name a directory on another disk with --work"),
         (&["--output", "small/out"], 1, "name a directory on another disk with --output"),
-        (&["--output", "larger/out", "--work", "larger"], 1, "name a directory on another disk with --work or --output"),
+        (
+            &["--output", "larger/out", "--work", "larger"],
+            1,
+            "name a directory on another disk with --work or --output",
+        ),
     ] {
         let arguments: Vec<_> = if arguments.contains(&"--work") {
             arguments.to_vec()

@@ -85,7 +85,10 @@ fn successful_command_is_published_with_yes_and_kept_without_an_answer() {
     std::fs::write(&script, "#!/bin/sh\nkill -KILL $$\n").unwrap();
     let options = ["enter", &squashfs, "--work", "work", "--output", "out", "--yes", "--script", "change.sh"];
     let killed = ims_sshd(&options, &[]).current_dir(dir.path()).output().unwrap();
-    assert!(text(&killed.stderr).contains("the script was killed by SIGKILL: the image is not published"), "{killed:?}");
+    assert!(
+        text(&killed.stderr).contains("the script was killed by SIGKILL: the image is not published"),
+        "{killed:?}"
+    );
     assert!(!dir.path().join("out").exists());
 
     let output = enter(dir.path(), &squashfs, &["--output", "out", "--yes"], "test -e /etc/first && rm /bin/ls");

@@ -224,7 +224,10 @@ fn kept_changes_of_a_file_are_continued_through_any_link_or_path() {
         let output = customize(source, "test ! -e /etc/kept");
         let said = text(&output.stderr);
         assert!(output.status.success(), "{source}: {output:?}");
-        assert!(said.contains(&format!("{} that are kept as {name} in", at("tree.sqsh").display())), "{source}: {said}");
+        assert!(
+            said.contains(&format!("{} that are kept as {name} in", at("tree.sqsh").display())),
+            "{source}: {said}"
+        );
         assert!(said.contains("this run does not use the changes") && said.contains(resuming), "{source}: {said}");
     };
     warned("hard.sqsh", "to resume them: ");
