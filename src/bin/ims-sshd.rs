@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use ims_sshd::cli::{arguments, run};
 use ims_sshd::environment::supervisor;
-use ims_sshd::image::packer;
+use ims_sshd::image::{overlay_files, packer};
 use ims_sshd::panic;
 use ims_sshd::printable::Printable;
 use ims_sshd::recipe::{sandbox, template};
@@ -14,7 +14,8 @@ fn main() -> ExitCode {
     inherited::set_own();
     umask::set_own();
     panic::tell_by(report);
-    if let Some(code) = packer::run_as_child().or_else(sandbox::run_as_child).or_else(template::run_as_child) {
+    let as_child = packer::run_as_child().or_else(overlay_files::run_as_child);
+    if let Some(code) = as_child.or_else(sandbox::run_as_child).or_else(template::run_as_child) {
         return ExitCode::from(code);
     }
     inherited::survive_file_limit();

@@ -10,6 +10,7 @@ pub(crate) mod installed_packages;
 pub(crate) mod inventory;
 pub(crate) mod kind;
 pub(crate) mod layers;
+pub mod overlay_files;
 pub mod packer;
 pub mod packing;
 pub(crate) mod state;

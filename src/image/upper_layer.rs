@@ -15,7 +15,7 @@ use crate::sys::tree::{Tree, times};
 use crate::sys::walk::{Descent, refuse_long};
 
 /// Prefix of the extended attributes in which overlayfs keeps its state of a file in the upper layer.
-const STATE: &[u8] = b"trusted.overlay.";
+pub(crate) const STATE: &[u8] = b"trusted.overlay.";
 
 /// Prefix under which overlayfs stores attributes that a session sets with the prefix [`STATE`], as when the session
 /// mounts an overlay itself.

@@ -9,6 +9,7 @@ use crate::error::{Attempt, Error, Result};
 use crate::image::inventory::Inventory;
 use crate::image::kind::{Content, Kind, Opened};
 use crate::image::layers::layers;
+use crate::image::overlay_files;
 use crate::image::packing::{self, Archive};
 use crate::image::unpack::{LOWER, Overlay, unpack};
 use crate::publish::basis;
@@ -155,7 +156,7 @@ pub(crate) fn make(
         archive(work, settings, source, open, &volume, compare)
     };
     let result = archive.and_then(|archive| {
-        match open.map_or_else(|| best(&archive), Ok)? {
+        match way(work, &archive, open, has_overlay, image_root)? {
             Open::Overlay => {
                 unpacked = false;
                 let mounted = mount(&archive, &volume, parent, image_root, clear_marks)?;
@@ -378,13 +379,27 @@ pub(crate) fn holds_changes(parent: &Path, image_root: &Path) -> bool {
     }
 }
 
-/// Best way to open an archive: below an overlay if it is a squashfs or a directory.
-fn best(archive: &Opened) -> Result<Open> {
-    let overlay = match &archive.content {
-        Content::Directory(tree) => layers(tree)?.is_none(),
-        Content::File(_) => archive.kind()? == Some(Kind::Squashfs),
+/// Way to open an archive: the `wanted` one, or else the best one, which is an overlay above a squashfs or a directory.
+/// No new overlay is mounted above a squashfs that holds files of another one: the image would lose them.
+fn way(work: &Work, archive: &Opened, wanted: Option<Open>, has_overlay: bool, image_root: &Path) -> Result<Open> {
+    let is_squashfs = archive.kind()? == Some(Kind::Squashfs);
+    let best = match &archive.content {
+        Content::Directory(tree) if layers(tree)?.is_none() => Open::Overlay,
+        Content::File(_) if is_squashfs => Open::Overlay,
+        _ => Open::Unpack,
     };
-    Ok(if overlay { Open::Overlay } else { Open::Unpack })
+    let open = wanted.unwrap_or(best);
+    if open == Open::Unpack || !is_squashfs || has_overlay {
+        return Ok(open);
+    }
+    let Some(found) = overlay_files::first_in(work, archive)? else { return Ok(open) };
+    let why = format!("it holds files of another overlay ({}), which an overlay hides", found.display());
+    if wanted.is_some() {
+        let refused = Error::new(format!("mount {} on {}", archive.shown.display(), image_root.display()));
+        return Err(refused.because(why).advise("unpack it (--open unpack)"));
+    }
+    tracing::info!("unpacking {} instead of mounting an overlay above it: {why}", archive.shown.display());
+    Ok(Open::Unpack)
 }
 
 /// Opens the archive or directory on this machine, fetched if it has to be. What was checked is accessed by its

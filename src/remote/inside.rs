@@ -27,7 +27,7 @@ use crate::image::packer;
 use crate::image::packing::{self, Archive};
 use crate::jailer::resolv_conf::{self, ENVIRONMENT, SIDECAR};
 use crate::publish::basis;
-use crate::publish::prepare::{self, Open};
+use crate::publish::prepare;
 use crate::publish::settings as publishing;
 use crate::publish::source::Source;
 use crate::recipe::{ca_rpm, fetch, kiwi, repositories};
@@ -158,7 +158,7 @@ fn customize(wanted: &Customize, parent: &mut Parent) -> Result<()> {
     let work = Work::begin(&publishing.network)?;
     let image_root = Path::new(PARENT).join(IMAGE_ROOT);
     let source = Source::Here(Path::new(PARENT).join(ARCHIVE));
-    let overlay = prepare::prepare(&work, &publishing, &source, Some(Open::Overlay), &image_root)?;
+    let overlay = prepare::prepare(&work, &publishing, &source, None, &image_root)?;
     honour_setuid(&image_root)?;
     {
         let tree = open_tree(&image_root)?;

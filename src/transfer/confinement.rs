@@ -220,6 +220,11 @@ impl<'a> Confined<'a> {
         Self { access: Access::Read, ..Self::asking(directory) }
     }
 
+    /// For a program that reads the file `input` and writes a few words.
+    pub(crate) fn inspecting(directory: &'a Tree, input: OwnedFd) -> Self {
+        Self { stdin: Some((input, Access::Read)), ..Self::computing(directory) }
+    }
+
     /// For a program that converts the file `input` to standard output.
     pub(crate) fn filtering(directory: &'a Tree, input: File) -> Self {
         let limits = Limits { memory: memory(), file: 0, time: Duration::from_hours(1), volume: None };

@@ -618,3 +618,43 @@ fn sidecar_without_a_secret_takes_over_only_from_a_copy_on_the_volume() {
         assert!(fs::read(&squashfs).unwrap() == before, "the source itself is left alone");
     }
 }
+
+#[test]
+fn squashfs_with_files_of_another_overlay_is_unpacked_and_not_mounted_below_one() {
+    let makes = [
+        ("opt/gone", "mknod opt/gone c 0 0"),
+        ("opt/layer", "mkdir opt/layer && setfattr -n trusted.overlay.opaque -v y opt/layer"),
+    ];
+    for (path, make) in makes {
+        let (dir, tree) = bootable_image();
+        sh(&tree, &format!("mkdir opt && {make}"));
+        let squashfs = squashfs_of(&tree);
+        let parent = dir.path().join("parent");
+        let refused = ims_sshd(&["prepare", "--open", "overlay"], &[]).args([&parent, &squashfs]).output().unwrap();
+        let said = text(&refused.stderr);
+        let why = format!("it holds files of another overlay (/{path}), which an overlay hides");
+        assert!(said.contains(&format!("{why}; unpack it (--open unpack)")), "{said}");
+        assert_eq!((refused.status.code(), parent.join("overlay").exists()), (Some(1), false), "{said}");
+        let mut customize = ims_sshd(&["customize", "tree.sqsh", "--output", "out", "--work", "work"], &[]);
+        customize.args(["--kernel", "vmlinuz", "--initrd", "initrd", "--", "true"]);
+        let output = customize.current_dir(dir.path()).output().unwrap();
+        let said = text(&output.stderr);
+        assert!(output.status.success() && said.contains(&why) && said.contains("unpacking "), "{said}");
+        is_packed(&tree, &dir.path().join("out/tree/rootfs"));
+    }
+}
+
+#[test]
+fn squashfs_that_cannot_be_looked_through_is_mounted_nevertheless() {
+    let (dir, tree) = bootable_image();
+    let squashfs = dir.path().join("tree.sqsh");
+    let mut pack = Command::new("mksquashfs");
+    succeed(pack.args([&tree, &squashfs]).args(["-comp", "lz4", "-quiet", "-no-progress"]));
+    let parent = dir.path().join("parent");
+    let script = "$0 prepare --open overlay $1 $2 && cat $1/image-root/boot/vmlinuz";
+    let mut shell = Command::new("unshare");
+    let shell = shell.args(["-m", "sh", "-c", script, &*IMS_SSHD]).args([&parent, &squashfs]).output().unwrap();
+    let said = text(&shell.stderr);
+    assert!(text(&shell.stdout).contains("a kernel"), "{said}");
+    assert!(said.contains("cannot look for files of an overlay in ") && said.contains("lz4"), "{said}");
+}
