@@ -184,7 +184,10 @@ impl OpenJail {
                     .advise("see the node's log: it may have been killed for lack of memory")
             };
             let identity = Identity::of(init).ok_or_else(ended)?;
-            let handle = Handle::open(identity).map_err(|_| ended())?;
+            let handle = Handle::open(identity).map_err(|e| match e.raw_os_error() {
+                Some(libc::ESRCH) => ended(),
+                _ => Error::new("watch the jail's init").because(e),
+            })?;
             let jail = Self {
                 without_devices: made.without_devices,
                 tier: wanted.plan.tier,

@@ -184,13 +184,17 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// Opens the process. ESRCH if it has ended.
+    /// Opens the process. ESRCH if it has ended; any other error says nothing about that.
     pub fn open(process: Identity) -> io::Result<Self> {
         let raw = rustix::process::Pid::from_raw(process.pid).ok_or(io::ErrorKind::InvalidInput)?;
         let fd = rustix::process::pidfd_open(raw, PidfdFlags::empty())?;
         let pid = Pid::from_raw(process.pid);
         // Read the start time after opening the pidfd: if the ID was reused before that, the start time differs.
-        match Entry::read(pid) {
+        let entry = match File::open(format!("/proc/{pid}/stat")) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            stat => stat.ok().and_then(Entry::from_stat),
+        };
+        match entry {
             Some(entry) if entry.start == process.start && !entry.has_ended() => Ok(Self { fd, pid }),
             _ => Err(rustix::io::Errno::SRCH.into()),
         }
@@ -566,6 +570,25 @@ mod tests {
         assert_eq!(Handle::open(later).unwrap_err().raw_os_error(), Some(libc::ESRCH));
         assert_eq!(this.open_descriptors(&[0, 1]).unwrap().len(), 2);
         assert_eq!(later.open_descriptors(&[0]).unwrap_err().raw_os_error(), Some(libc::ESRCH));
+    }
+
+    #[test]
+    fn process_that_cannot_be_looked_at_has_not_ended() {
+        const CHILD: &str = "IMS_SSHD_TEST_FEW_DESCRIPTORS";
+        if std::env::var_os(CHILD).is_none() {
+            // The limit holds for all threads, so set it in a process of its own.
+            let name = "sys::process::tests::process_that_cannot_be_looked_at_has_not_ended";
+            let mut child = Command::new(std::env::current_exe().unwrap());
+            let output = child.args(["--exact", name]).env(CHILD, "1").output().unwrap();
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+            return;
+        }
+        let this = Identity::of(getpid()).unwrap();
+        setrlimit(Resource::Nofile, Rlimit { current: Some(64), maximum: Some(64) }).unwrap();
+        let mut open: Vec<_> = std::iter::from_fn(|| File::open("/dev/null").ok()).collect();
+        // The pidfd takes the last one.
+        open.pop();
+        assert_eq!(Handle::open(this).unwrap_err().raw_os_error(), Some(libc::EMFILE));
     }
 
     #[test]
