@@ -1,7 +1,9 @@
 //! One error type, for the reader of a pod's log: what was attempted, on what, what the system said, what to do.
 
-use std::fmt;
+use std::any::Any;
+use std::{fmt, io};
 
+use nix::errno::Errno;
 use nix::sys::signal::Signal;
 
 use crate::printable::Printable;
@@ -23,6 +25,9 @@ pub struct Error {
 enum Kind {
     /// A step of this program failed.
     Broken,
+    /// The same, for a reason that says nothing about this program's rights: a resource ran out, or another program was
+    /// killed or too slow.
+    Transient,
     /// An option, a variable or a file from outside is wrong.
     BadInput,
     /// A signal arrived.
@@ -43,6 +48,12 @@ impl Error {
         Self { attempted: complaint.into(), cause: None, advice: None, kind: Kind::BadInput }
     }
 
+    /// Reports the error of another process of this program, by its sentence.
+    pub(crate) fn told(sentence: &str, is_transient: bool) -> Self {
+        let error = Self::new(sentence.strip_prefix("cannot ").unwrap_or(sentence));
+        if is_transient { error.transient() } else { error }
+    }
+
     /// Reports that `signal` interrupted the work.
     pub fn interrupted(signal: Signal) -> Self {
         let attempted = format!("interrupted by {signal}");
@@ -54,6 +65,25 @@ impl Error {
     pub fn because(mut self, cause: impl fmt::Display) -> Self {
         self.cause = Some(with_file_limit(cause.to_string()));
         self
+    }
+
+    /// Adds the error of the system, or of a step below, which also decides whether this error is transient.
+    #[must_use]
+    pub(crate) fn caused_by<E: fmt::Display + 'static>(self, cause: E) -> Self {
+        let error = if is_transient(&cause) { self.transient() } else { self };
+        error.because(cause)
+    }
+
+    /// Makes the error a transient one: a resource ran out, or another program was killed or too slow.
+    #[must_use]
+    pub(crate) fn transient(self) -> Self {
+        Self { kind: Kind::Transient, ..self }
+    }
+
+    /// Returns whether a resource ran out, or another program was killed or too slow, so that the failure does not mean
+    /// a missing right.
+    pub fn is_transient(&self) -> bool {
+        self.kind == Kind::Transient
     }
 
     /// Adds advice to the reader.
@@ -90,11 +120,27 @@ impl Error {
     /// Exit code of the program: 2 for refused input, 128 + n for signal n, otherwise 1.
     pub fn exit_code(&self) -> u8 {
         match self.kind {
-            Kind::Broken => 1,
+            Kind::Broken | Kind::Transient => 1,
             Kind::BadInput => 2,
             Kind::Interrupted(signal) => 128_u8.saturating_add(u8::try_from(signal as i32).unwrap_or(0)),
         }
     }
+}
+
+/// Errors of a resource that has run out.
+const SHORTAGES: [Errno; 6] = [Errno::EMFILE, Errno::ENFILE, Errno::EFBIG, Errno::ENOMEM, Errno::EAGAIN, Errno::EIO];
+
+/// Returns whether an error of the system means that a resource has run out, or an [`Error`] is transient.
+fn is_transient(cause: &dyn Any) -> bool {
+    if let Some(error) = cause.downcast_ref::<Error>() {
+        return error.is_transient();
+    }
+    let errno = cause
+        .downcast_ref::<io::Error>()
+        .and_then(io::Error::raw_os_error)
+        .or_else(|| cause.downcast_ref::<rustix::io::Errno>().map(|errno| errno.raw_os_error()))
+        .map(Errno::from_raw);
+    errno.or_else(|| cause.downcast_ref().copied()).is_some_and(|errno| SHORTAGES.contains(&errno))
 }
 
 /// The kernel's words for EFBIG.
@@ -119,7 +165,7 @@ pub(crate) fn over_file_limit(bytes: u64) -> String {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.kind == Kind::Broken {
+        if matches!(self.kind, Kind::Broken | Kind::Transient) {
             f.write_str("cannot ")?;
         }
         // The text may contain a file name or a program's output: escape it to stay on one line.
@@ -142,9 +188,9 @@ pub trait Attempt<T> {
     fn attempt<S: Into<String>>(self, attempted: impl FnOnce() -> S) -> Result<T>;
 }
 
-impl<T, E: fmt::Display> Attempt<T> for std::result::Result<T, E> {
+impl<T, E: fmt::Display + 'static> Attempt<T> for std::result::Result<T, E> {
     fn attempt<S: Into<String>>(self, attempted: impl FnOnce() -> S) -> Result<T> {
-        self.map_err(|cause| Error::new(attempted()).because(cause))
+        self.map_err(|cause| Error::new(attempted()).caused_by(cause))
     }
 }
 
@@ -183,5 +229,19 @@ mod tests {
             (interrupted.to_string(), interrupted.exit_code()),
             ("interrupted by SIGINT; run it again".into(), 130)
         );
+    }
+
+    #[test]
+    fn a_resource_that_ran_out_makes_an_error_transient_at_every_level() {
+        fn of<E: fmt::Display + 'static>(cause: E) -> Error {
+            let below: Result<()> = Err(cause).attempt(|| "open a file");
+            below.attempt(|| "make a jail").unwrap_err().advise("try again")
+        }
+        assert!(of(io::Error::from_raw_os_error(libc::EMFILE)).is_transient());
+        assert!(of(rustix::io::Errno::NOMEM).is_transient() && of(Errno::EAGAIN).is_transient());
+        assert!(of(Error::new("run a program").because("it was killed").transient()).is_transient());
+        assert!(!of(io::Error::from_raw_os_error(libc::EPERM)).is_transient() && !of(Errno::EPERM).is_transient());
+        // The text does not decide.
+        assert!(!of("EMFILE: Too many open files (os error 24)").is_transient());
     }
 }

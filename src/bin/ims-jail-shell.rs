@@ -6,7 +6,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 
 use ims_sshd::error::{Attempt, Result};
-use ims_sshd::jail::arguments::Arguments;
+use ims_sshd::jail::arguments::{Arguments, TRANSIENT};
 use ims_sshd::jail::link::{Link, Message};
 use ims_sshd::jail::record::Record;
 use ims_sshd::jail::{enter, init, seal};
@@ -30,17 +30,20 @@ fn start() -> u8 {
         Some(Arguments::Serve(_)) => Some("keep"),
         _ => None,
     };
+    let is_trial = matches!(arguments, Some(Arguments::Try(_)));
     panic::tell_by(move |sentence| {
         // Report to the supervisor, which alone writes to the log: the init's own streams may be closed.
         let tell = |attempted| {
-            let failed = Message::Failed(format!("cannot {attempted} the jail: {sentence}"));
+            let why = format!("cannot {attempted} the jail: {sentence}");
+            // A bug says nothing about the container's rights.
+            let failed = Message::Failed { why, is_transient: true };
             socket().is_ok_and(|socket| Link::from_fd(socket).send(&failed).is_ok())
         };
         if !of_init.is_some_and(tell) {
             eprintln!("ims-jail-shell: {}", Printable(sentence));
         }
         // Exit here: unwinding out of a function that C called would be a second panic.
-        exit_now(255)
+        exit_now(if is_trial { TRANSIENT } else { 255 })
     });
     let result = match arguments {
         Some(Arguments::Init(plan)) => socket().and_then(|socket| init::run(&plan, socket)),
@@ -70,6 +73,9 @@ fn start() -> u8 {
         Ok(()) => 0,
         Err(error) => {
             eprintln!("ims-jail-shell: {error}");
+            if is_trial && error.is_transient() {
+                return TRANSIENT;
+            }
             // Exit as ssh does if it cannot reach the host: Ansible then reports the host as unreachable.
             255
         }

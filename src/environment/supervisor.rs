@@ -420,7 +420,7 @@ impl<F: FnOnce()> Supervisor<F> {
                         tracing::info!(verdict = verdict.signal_file(), "marked from inside the jail");
                         marks.push(Event::Marked(verdict));
                     }
-                    Message::Failed(why) => tracing::error!("{why}"),
+                    Message::Failed { why, .. } => tracing::error!("{why}"),
                     _ => {}
                 }
             }

@@ -9,6 +9,9 @@ use crate::jail::tier::Tier;
 /// File name of the program, next to ims-sshd and in the jail.
 pub(crate) const NAME: &str = "ims-jail-shell";
 
+/// Exit code of `try` after a transient error (EX_TEMPFAIL in sysexits.h).
+pub const TRANSIENT: u8 = 75;
+
 /// A command of the program. `JAIL` is the file of the jail's [`Record`](crate::jail::record::Record).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Arguments {

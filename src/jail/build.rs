@@ -138,7 +138,7 @@ impl Failure {
             Source::Container(path) => format!("the container's {path}"),
             Source::Masked => "nothing (a mask)".into(),
         };
-        Error::new(format!("mount {what} on /{} of the jail", mount.target)).because(self.0)
+        Error::new(format!("mount {what} on /{} of the jail", mount.target)).caused_by(self.0)
     }
 }
 

@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 
 use nix::sched::CloneFlags;
 
-use crate::error::{Advise, Attempt, Error, Result};
+use crate::error::{Advise, Attempt, Result};
 use crate::jail::record::Record;
 use crate::jail::tier::Tier;
 use crate::sys::mounts::change_root;
@@ -31,7 +31,7 @@ pub fn join(record: &Record) -> Result<Joined> {
     // (CVE-2024-21626).
     hide()?;
     let attempted = || format!("reach the jail's init (process {})", record.init.pid);
-    let init = Handle::open(record.init).map_err(|e| Error::new(attempted()).because(e).advise(gone(record)))?;
+    let init = Handle::open(record.init).attempt(attempted).map_err(|e| e.advise(gone(record)))?;
     // Use the supervisor's duplicates of the namespace descriptors, not /proc/PID/ns of the init: the init is not
     // dumpable, so opening that would need CAP_SYS_PTRACE.
     let numbers = [&record.descriptors[..], &[record.helper]].concat();

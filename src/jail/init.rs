@@ -48,11 +48,11 @@ pub fn run(plan: &Plan, supervisor: OwnedFd) -> Result<()> {
         .attempt(|| "make the jail's namespaces")
         .and_then(|()| fork().attempt(|| "start the jail's init"));
     match made {
-        Err(e) => link.send(&Message::Failed(e.to_string())).attempt(|| "tell the supervisor"),
+        Err(e) => link.send(&Message::failed(&e)).attempt(|| "tell the supervisor"),
         Ok(Fork::Parent(init)) => link.send(&Message::Started(init.as_raw())).attempt(|| "tell the supervisor"),
         Ok(Fork::Child) => {
             let Err(e) = make(plan, &link);
-            let _ = link.send(&Message::Failed(e.to_string()));
+            let _ = link.send(&Message::failed(&e));
             exit_now(1)
         }
     }
@@ -171,7 +171,7 @@ pub fn serve(tier: Tier, supervisor: OwnedFd) -> u8 {
     match prepare(tier) {
         Ok(inside) => watch_over(&link, inside),
         Err(e) => {
-            let _ = link.send(&Message::Failed(e.to_string()));
+            let _ = link.send(&Message::failed(&e));
             1
         }
     }

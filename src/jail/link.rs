@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use crate::error::Error;
 use crate::sys::seqpacket::Packets;
 use crate::verdict::Verdict;
 
@@ -20,18 +21,34 @@ pub enum Message {
     Ready,
     /// The image's /tmp has a mark. Its owner is the user with this ID in the image.
     Marked(Verdict, u32),
-    /// The jail could not be built, or its init failed. The text is a whole sentence.
-    Failed(String),
+    /// The jail could not be built, or its init failed.
+    Failed {
+        /// The whole sentence.
+        why: String,
+        /// True for a [transient](crate::error::Error::is_transient) error.
+        is_transient: bool,
+    },
 }
 
+/// First words of [`Message::Failed`], for a transient error and for others.
+const FAILED: [(&str, bool); 2] = [("failed", false), ("failed-for-now", true)];
+
 impl Message {
+    /// Tells an error.
+    pub(crate) fn failed(error: &Error) -> Self {
+        Self::Failed { why: error.to_string(), is_transient: error.is_transient() }
+    }
+
     fn to_text(&self) -> String {
         match self {
             Self::Started(pid) => format!("started {pid}"),
             Self::Made => "made".into(),
             Self::Ready => "ready".into(),
             Self::Marked(verdict, owner) => format!("marked {} {owner}", verdict.signal_file()),
-            Self::Failed(why) => format!("failed {why}"),
+            Self::Failed { why, is_transient } => {
+                let word = FAILED.iter().find(|(_, of)| of == is_transient).map_or("", |(word, _)| word);
+                format!("{word} {why}")
+            }
         }
     }
 
@@ -52,8 +69,11 @@ impl Message {
                 let (name, owner) = mark.split_once(' ')?;
                 Self::Marked(Verdict::from_signal_file(name)?, owner.parse().ok()?)
             }
-            Some(("failed", why)) => Self::Failed(why.to_owned()),
-            _ => return None,
+            Some((word, why)) => {
+                let (_, is_transient) = *FAILED.iter().find(|(of, _)| *of == word)?;
+                Self::Failed { why: why.to_owned(), is_transient }
+            }
+            None => return None,
         })
     }
 }
@@ -124,7 +144,8 @@ mod tests {
             Message::Ready,
             Message::Marked(Verdict::Complete, 0),
             Message::Marked(Verdict::Failed, u32::MAX),
-            Message::Failed("cannot mount: no".into()),
+            Message::Failed { why: "cannot mount: no".into(), is_transient: false },
+            Message::Failed { why: "cannot open: all are in use".into(), is_transient: true },
         ];
         for message in &messages {
             a.send(message).unwrap();

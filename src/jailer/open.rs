@@ -15,7 +15,7 @@ use nix::unistd::{Pid, getpid};
 use rustix::event::{PollFd, PollFlags};
 
 use crate::error::{Advise, Attempt, Error, Result};
-use crate::jail::arguments::{Arguments, NAME};
+use crate::jail::arguments::{Arguments, NAME, TRANSIENT};
 use crate::jail::link::{Link, Message};
 use crate::jail::mount_table::mount_table;
 use crate::jail::plan::Plan;
@@ -77,12 +77,6 @@ pub(crate) struct OpenJail {
 
 /// Timeout for making a jail, which takes milliseconds.
 const TIME_TO_MAKE: Duration = Duration::from_secs(10);
-
-/// Said of a program that was killed.
-pub(crate) const UNEXPLAINED: &str = "ended without a message";
-
-/// Said of a program that was too slow.
-pub(crate) const UNREADY: &str = "was not ready within";
 
 /// Time for the init to exit by itself, which it does unless a session keeps all processors busy.
 const TIME_TO_FINISH: Duration = Duration::from_millis(200);
@@ -180,13 +174,14 @@ impl OpenJail {
             // The init has not been reaped, so its PID cannot belong to another process.
             let ended = || {
                 Error::new("make the jail")
-                    .because(format!("its init {UNEXPLAINED}"))
+                    .because("its init ended without a message")
                     .advise("see the node's log: it may have been killed for lack of memory")
+                    .transient()
             };
             let identity = Identity::of(init).ok_or_else(ended)?;
             let handle = Handle::open(identity).map_err(|e| match e.raw_os_error() {
                 Some(libc::ESRCH) => ended(),
-                _ => Error::new("watch the jail's init").because(e),
+                _ => Error::new("watch the jail's init").caused_by(e),
             })?;
             let jail = Self {
                 without_devices: made.without_devices,
@@ -440,15 +435,14 @@ fn start(wanted: &Wanted<'_>) -> Result<Started> {
     // Close this process's copy of the init's end, so that the socket closes when the init ends.
     drop(command);
     let (mut init, mut namespaces, mut events) = (None, Vec::new(), None::<Vec<OwnedFd>>);
-    let failed = |init: Option<Pid>, why: String| {
+    let failed = |init: Option<Pid>, error: Error| {
         if let Some(init) = init {
             let _ = kill(init, Signal::SIGKILL);
             let _ = waitpid(init, None);
         }
-        // The init's message begins with "cannot", which Error adds again.
-        let why = why.strip_prefix("cannot ").map(str::to_owned).unwrap_or(why);
-        Err(Error::new(why))
+        Err(error)
     };
+    let unmade = |why: String| Error::new("make the jail").because(why).transient();
     // The messages of the init and those of the process that started the init may arrive in any order.
     loop {
         if let (Some(init), Some(mut events)) = (init, events.take_if(|_| init.is_some())) {
@@ -463,17 +457,20 @@ fn start(wanted: &Wanted<'_>) -> Result<Started> {
         let mut sources = [PollFd::new(&ours, PollFlags::IN)];
         let ready = poll::wait(&mut sources, TIME_TO_MAKE);
         if matches!(ready, Ok(0)) {
-            return failed(init, format!("make the jail: its init {UNREADY} {} s", TIME_TO_MAKE.as_secs()));
+            let why = format!("its init was not ready within {} s", TIME_TO_MAKE.as_secs());
+            return failed(init, unmade(why));
         }
         match ours.receive().attempt(|| "receive a message from the jail's init")? {
             Some((Message::Started(pid), _)) => init = Some(Pid::from_raw(pid)),
             Some((Message::Made, descriptors)) => namespaces = descriptors,
             Some((Message::Ready, descriptors)) => events = Some(descriptors),
-            Some((Message::Failed(why), _)) => return failed(init, why),
+            Some((Message::Failed { why, is_transient }, _)) => {
+                return failed(init, Error::told(&why, is_transient));
+            }
             // Ignore the message: the mark itself, a file in the image's /tmp, is not lost.
             Some((Message::Marked(..), _)) => {}
             None => {
-                return failed(init, format!("make the jail: {} {UNEXPLAINED} ({status})", program.display()));
+                return failed(init, unmade(format!("{} ended without a message ({status})", program.display())));
             }
         }
     }
@@ -499,18 +496,21 @@ pub(crate) fn helper(arguments: &Arguments) -> Result<Command> {
     Ok(command)
 }
 
-/// Runs `ims-jail-shell`. Returns its standard output, or its standard error if it fails.
-pub(crate) fn helper_output(arguments: &Arguments) -> std::result::Result<String, String> {
-    let mut command = helper(arguments).map_err(|e| e.to_string())?;
-    let output = command.env_clear().current_dir("/").stdin(Stdio::null()).output().map_err(|e| e.to_string())?;
+/// Runs `ims-jail-shell`. Returns its standard output, or the error that it has told.
+pub(crate) fn helper_output(arguments: &Arguments) -> Result<String> {
+    let mut command = helper(arguments)?;
+    let attempted = || format!("run {NAME}");
+    let output = command.env_clear().current_dir("/").stdin(Stdio::null()).output().attempt(attempted)?;
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
     let message = String::from_utf8_lossy(&output.stderr);
     if message.trim().is_empty() {
-        return Err(format!("{NAME} {UNEXPLAINED} ({})", output.status));
+        let why = format!("it ended without a message ({})", output.status);
+        return Err(Error::new(attempted()).because(why).transient());
     }
-    Err(message.trim().trim_start_matches(&format!("{NAME}: ")).to_owned())
+    let is_transient = output.status.code() == Some(TRANSIENT.into());
+    Err(Error::told(message.trim().trim_start_matches(&format!("{NAME}: ")), is_transient))
 }
 
 /// Time for the kernel to end a process after SIGKILL. A process that hangs in a dead network file system never ends.

@@ -3,7 +3,6 @@
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use nix::errno::Errno;
 use nix::unistd::getpid;
 
 use crate::error::{Attempt, Error, Result};
@@ -12,7 +11,7 @@ use crate::jail::capabilities::lacks;
 use crate::jail::mount_table::Proc;
 use crate::jail::plan::Plan;
 use crate::jail::tier::Tier;
-use crate::jailer::open::{OpenJail, UNEXPLAINED, UNREADY, Wanted, helper_output, program};
+use crate::jailer::open::{OpenJail, Wanted, helper_output, program};
 use crate::sys::tree::Tree;
 use crate::volume::state_directory::StateDirectory;
 
@@ -66,7 +65,7 @@ pub(crate) fn choose(wanted: &[Tier], dkms: bool, state: &StateDirectory) -> Res
                 log(&choice, shown.without_devices, wanted.len() == 1, dkms, &refused);
                 return Ok(choice);
             }
-            Err(e) if !is_refusal(&e) => {
+            Err(e) if e.is_transient() => {
                 ground.state.remove()?;
                 let advice = "so the tier is still unknown; raise the limit that was reached, or try again later";
                 return Err(e.advise(advice));
@@ -84,20 +83,6 @@ pub(crate) fn choose(wanted: &[Tier], dkms: bool, state: &StateDirectory) -> Res
         "give the container what it lacks (docs/KUBERNETES.md, \"What a pod may do\"), or set another tier in \
          IMS_JAIL_TIER",
     ))
-}
-
-/// Errors of a resource that has run out. They do not mean a missing right, so no weaker tier is chosen for them.
-const SHORTAGES: [Errno; 6] = [Errno::EMFILE, Errno::ENFILE, Errno::EFBIG, Errno::ENOMEM, Errno::EAGAIN, Errno::EIO];
-
-/// Returns whether the error tells that this container may not make such a jail. It does not if a resource has run out,
-/// or if a program was killed or too slow.
-fn is_refusal(error: &Error) -> bool {
-    let text = error.to_string();
-    // The standard library prints the number of an errno, nix its name.
-    let is_told = |errno: &Errno| {
-        text.contains(&format!("(os error {})", *errno as i32)) || text.contains(&format!("{errno:?}: "))
-    };
-    !SHORTAGES.iter().any(is_told) && ![UNEXPLAINED, UNREADY].iter().any(|said| text.contains(said))
 }
 
 /// One sentence for each refused tier, with the last error of that tier.
