@@ -24,9 +24,9 @@ pub const TOKEN: &str = "token";
 /// Bits of a mode that let other users write to a directory.
 const OTHERS_WRITE: u32 = 0o022;
 
-/// Creates the data directory, for this user alone; only the default one with the directories above it, since a slip in
-/// another path would begin without the records. Refuses a directory of another user. Takes away other users' right
-/// to write to an existing directory, since they could replace the database.
+/// Creates the data directory, for this user alone. Creates the directories above it for the default path only: with a
+/// misspelled path the service would start without its records. Refuses a directory of another user. Takes away other
+/// users' right to write to an existing directory, since they could replace the database.
 pub fn make(directory: &Path) -> Result<()> {
     let attempted = || format!("use the data directory {}", directory.display());
     let parent = directory.parent().filter(|parent| parent.try_exists().is_ok_and(|exists| !exists));

@@ -175,7 +175,7 @@ fn image_is_imported_changed_over_ssh_and_published() {
     let job = place.start("compute-2");
     let container = &job["ssh_containers"][0];
     assert_eq!((&job["status"], &container["jail"]), (&"creating".into(), &true.into()), "{job}");
-    // The service says `pending` for ever.
+    // The service never changes this status from `pending`.
     assert!(container["status"].is_null() && container["name"] == "customize", "{job}");
     assert_eq!(container["connection_info"]["customer_access"]["host"], "127.0.0.1");
     assert_eq!(container["connection_info"]["customer_access"], container["connection_info"]["cluster.local"]);

@@ -11,8 +11,9 @@ use crate::store;
 use crate::sys::tree::Tree;
 
 /// Refuses to open the image in `source` if the new one will not fit on the disk of the changes, or into a store with
-/// `in_store` bytes left; if both are on one disk, it has to fit there twice, since it is copied. Only warns if this is uncertain, because a run that `resumes` may free space, or because the
-/// packed size of a directory is unknown. A run that `drops_kept` changes frees their space.
+/// `in_store` bytes left. If both are on one disk, the packed image needs its space twice, since it is copied. Only
+/// warns if this is uncertain, because a run that `resumes` may free space, or because the packed size of a directory
+/// is unknown. A run that `drops_kept` changes frees their space.
 pub(crate) fn check(
     settings: &Settings,
     source: &Path,

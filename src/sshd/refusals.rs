@@ -28,7 +28,7 @@ const PERIOD: Duration = Duration::from_mins(1);
 /// sshd's message when a client has exceeded `MaxAuthTries`.
 const TOO_MANY: &str = "Too many authentication failures";
 
-/// Reason for a login that sshd refuses because of the account, whatever the key.
+/// Reason for a login that sshd refuses because the account is locked; no key helps.
 const LOCKED: &str = "the account is locked ('!' in /etc/shadow where sshd runs); there, 'usermod -p \"*\" USER' lets \
     keys in without a password";
 

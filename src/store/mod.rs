@@ -105,7 +105,7 @@ impl Store {
         };
         let refuse = || {
             let expected = if url.starts_with("file:") {
-                // Two slashes are followed by a host.
+                // After two slashes a URL names a host.
                 "file:///ABSOLUTE/DIRECTORY, or the path of a directory without 'file://'"
             } else {
                 "s3://BUCKET, file:///DIRECTORY or a directory"
@@ -455,7 +455,7 @@ fn parts(key: &str) -> object_store::Result<(&str, &str)> {
 /// Directory that a URL or a path names as a store; `None` if it names another kind of store.
 pub(crate) fn named_directory(url: &str) -> Option<PathBuf> {
     match url.split_once("://") {
-        // A path that is not absolute would begin with a host.
+        // Without a third slash the URL names a host.
         Some(("file", path)) if path.starts_with('/') => Some(path.into()),
         Some(_) => None,
         // A URL with too few slashes; no directory has such a name.

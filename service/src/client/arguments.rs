@@ -68,7 +68,7 @@ pub enum Common {
     Deleteall(Sure),
 }
 
-/// The answer to the question that a terminal gets before all records are deleted.
+/// Answer, given in advance, to the question before all records are deleted.
 #[derive(Debug, Args)]
 pub struct Sure {
     /// Delete without asking on a terminal

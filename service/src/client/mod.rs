@@ -48,8 +48,8 @@ async fn carry_out(command: Command) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Leaves out the status `pending` of a job's containers. No service changes it, upstream's neither, so that a job that
-/// has ended would look as if it had not begun.
+/// Removes the status `pending` of a job's containers. No service ever changes it, not even upstream's, so a finished
+/// job would look as if it had not started.
 fn without_pending(mut answer: Value) -> Value {
     let jobs = match &mut answer {
         Value::List(jobs) => jobs.as_mut_slice(),
@@ -195,8 +195,7 @@ async fn common(service: &Service, kind: Kind, verb: Common) -> Result<Value> {
     service.ask(&request).await
 }
 
-/// Asks a person at a terminal before `what` is deleted. Asks nobody else: `cray` does not ask, and scripts rely on
-/// that.
+/// Asks before `what` is deleted, on a terminal only: `cray` does not ask, and scripts rely on that.
 fn confirm(sure: &Sure, what: &str) -> Result<()> {
     let stdin = std::io::stdin();
     if sure.yes || !stdin.is_terminal() || !std::io::stderr().is_terminal() {
