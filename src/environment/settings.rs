@@ -34,6 +34,8 @@ pub struct Settings {
     pub(crate) hostname: Option<String>,
     /// Name of the image, shown in a shell's greeting and prompt; unknown in a pod.
     pub(crate) image: Option<String>,
+    /// Path of the image root on the disk that sessions fill, where its path in the parent only shows it.
+    pub(crate) on_disk: Option<PathBuf>,
     /// True if sessions change a directory itself, without an overlay, so that changes stay whatever the verdict.
     pub(crate) in_place: bool,
     /// Users whose marks in the image count.
@@ -145,6 +147,7 @@ impl Settings {
             dkms,
             hostname,
             image: None,
+            on_disk: None,
             in_place: false,
             markers: Markers::Everyone,
             marked: Marked::PACKED,

@@ -83,6 +83,7 @@ impl Watchdog {
     ) -> Option<Event> {
         let name = settings.job.image_root();
         let shown = files.path().join(name);
+        let on_disk = settings.on_disk.as_ref().unwrap_or(&shown).display();
         let shown = shown.display();
         if !files.holds(name, image_root) {
             tracing::error!("the image root {shown} was removed or replaced by another directory: closing as failed");
@@ -96,14 +97,14 @@ impl Watchdog {
             Ok(Condition::Full) if !busy => match self.full_since {
                 None => {
                     tracing::warn!(
-                        "the volume of {shown} is full and no session is open: closing as failed unless space is freed in \
-                         {} s",
+                        "the volume of {on_disk} is full and no session is open: closing as failed unless space is \
+                         freed in {} s",
                         FULL_TIME.as_secs()
                     );
                     self.full_since = Some(now);
                 }
                 Some(since) if now.duration_since(since) >= FULL_TIME => {
-                    tracing::error!("the volume of {shown} is still full: closing as failed");
+                    tracing::error!("the volume of {on_disk} is still full: closing as failed");
                     return Some(Event::Broken);
                 }
                 Some(_) => {}

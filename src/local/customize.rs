@@ -158,6 +158,7 @@ fn furnish(
     settings.sshd = Options::parse(&shell_words::join(options))?;
     settings.sshd_config = config;
     run.clone_into(&mut settings.job.parent);
+    settings.on_disk = Some(opened.image_root.to_owned());
     let public = run.join(HOST_KEY).with_extension("pub");
     let key = std::fs::read_to_string(&public).attempt(|| format!("read {}", public.display()))?;
     Ok((configure_client(run, address, keys.identity.as_deref(), &key)?, held))

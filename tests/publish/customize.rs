@@ -616,3 +616,32 @@ fn printed_ssh_command_logs_in_or_says_where_to_put_the_key() {
         assert_eq!(said, "in\n");
     }
 }
+
+#[test]
+fn full_disk_of_the_work_directory_is_told_by_its_own_path() {
+    let (dir, _, squashfs) = packed_image();
+    let disk = dir.path().join("disk");
+    std::fs::create_dir(&disk).unwrap();
+    let mut open = Command::new("unshare");
+    open.args(["-m", "sh", "-c", "mount -t tmpfs -o size=12m tmpfs disk; exec \"$@\"", "sh", &*IMS_SSHD]);
+    open.arg("customize").arg(&squashfs).args(["--work", "disk", "--output", "out"]).current_dir(dir.path());
+    let piped = std::process::Stdio::piped;
+    let mut open = Ended::new(open.stdout(piped()).stderr(piped()).spawn().unwrap());
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(open.stdout.take().unwrap()));
+    assert!(lines.any(|line| line.unwrap().trim().starts_with("ssh ")));
+    // The program's own mount namespace has this disk.
+    let fill = format!("/proc/{}/root{}/fill", open.id(), disk.display());
+    let mut fill = std::fs::File::create(fill).unwrap();
+    let written = std::io::copy(&mut std::io::repeat(1), &mut fill).unwrap_err();
+    assert_eq!(written.kind(), std::io::ErrorKind::StorageFull);
+    let mut said = String::new();
+    std::io::Read::read_to_string(open.stderr.as_mut().unwrap(), &mut said).unwrap();
+    assert_eq!(open.wait().unwrap().code(), Some(1), "{said}");
+    for end in ["is written and no session is open", "is still written: closing as failed"] {
+        let is_told = |line: &str| {
+            let place = line.split("the volume of ").nth(1).and_then(|rest| rest.split_once(&format!(" {end}")));
+            place.is_some_and(|(place, _)| Path::new(place).starts_with(&disk))
+        };
+        assert!(said.lines().any(is_told), "{end}: {said}");
+    }
+}
