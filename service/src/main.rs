@@ -11,6 +11,7 @@ use ims_service::settings::{Records, Settings};
 use ims_service::{client, serve};
 use ims_sshd::error::{Attempt, Result};
 use ims_sshd::log::format;
+use ims_sshd::manual::naming_commands;
 use ims_sshd::printable::Printable;
 
 /// Keeps records of images, recipes, public keys and jobs, and starts the jobs that change images.
@@ -90,7 +91,7 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
         Command::Man { directory } => {
             let attempted = || format!("write the man pages into {}", directory.display());
             std::fs::create_dir_all(&directory).attempt(attempted)?;
-            let program = Arguments::command().disable_help_subcommand(true);
+            let program = naming_commands(Arguments::command()).disable_help_subcommand(true);
             clap_mangen::generate_to(program, &directory).attempt(attempted)?;
             Ok(ExitCode::SUCCESS)
         }

@@ -286,6 +286,17 @@ fn deleteall_asks_on_a_terminal_only() {
 }
 
 #[test]
+fn man_pages_say_command() {
+    let dir = directory();
+    succeed(Command::new(env!("CARGO_BIN_EXE_ims")).arg("man").arg(dir.path()));
+    for (page, has_commands) in [("ims.1", true), ("ims-images.1", true), ("ims-images-list.1", false)] {
+        let page = std::fs::read_to_string(dir.path().join(page)).unwrap();
+        assert!(!page.to_lowercase().contains("subcommand"), "{page}");
+        assert_eq!(page.contains("COMMAND"), has_commands, "{page}");
+    }
+}
+
+#[test]
 fn errors_are_told_once_with_the_services_reason() {
     let place = Place::new();
     let fails = |words: &[&str], code: i32, reason: &str| {

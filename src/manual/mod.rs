@@ -143,12 +143,18 @@ fn page_of(name: &str) -> Page {
 pub fn write_pages(program: Command, into: &Path) -> io::Result<()> {
     // Write each page to a new file in the directory that was opened, since another user may write there too.
     let (into, _) = open_or_make(into)?;
-    let mut program = program.disable_help_subcommand(true);
+    let mut program = naming_commands(program).disable_help_subcommand(true);
     program.build();
     for command in program.get_subcommands().filter(|command| !command.is_hide_set()) {
         write_page(command, &page_of(command.get_name()), &into)?;
     }
     write_page(&program, &page_of(""), &into)
+}
+
+/// Makes the man pages of `program` and its commands say COMMAND where clap_mangen would say SUBCOMMAND.
+pub fn naming_commands(program: Command) -> Command {
+    let program = program.subcommand_value_name("COMMAND").subcommand_help_heading("COMMANDS");
+    program.mut_subcommands(naming_commands)
 }
 
 fn write_page(command: &Command, page: &Page, into: &Tree) -> io::Result<()> {

@@ -141,6 +141,8 @@ fn man_shows_a_page_of_every_command_with_all_its_sections() {
         for section in sections {
             assert!(shown.contains(&format!("\n{section}\n")), "{page:?} lacks {section}: {shown}");
         }
+        assert_eq!(shown.contains("\nCOMMANDS\n"), page.ends_with("ims-sshd.1"), "{page:?}: {shown}");
+        assert!(!shown.to_lowercase().contains("subcommand"), "{page:?}: {shown}");
         assert!(!shown.contains("EXTRA") && !shown.contains('`') && !shown.contains("]("), "{page:?}: {shown}");
     }
 }
