@@ -637,7 +637,7 @@ fn full_disk_of_the_work_directory_is_told_by_its_own_path() {
     let mut said = String::new();
     std::io::Read::read_to_string(open.stderr.as_mut().unwrap(), &mut said).unwrap();
     assert_eq!(open.wait().unwrap().code(), Some(1), "{said}");
-    for end in ["is written and no session is open", "is still written: closing as failed"] {
+    for end in ["is full and no session is open", "is still full: closing as failed"] {
         let is_told = |line: &str| {
             let place = line.split("the volume of ").nth(1).and_then(|rest| rest.split_once(&format!(" {end}")));
             place.is_some_and(|(place, _)| Path::new(place).starts_with(&disk))
