@@ -13,7 +13,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
 use nix::unistd::Pid;
-use rustix::fs::{FileType, OFlags};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::MountAttrFlags;
 
@@ -50,7 +50,7 @@ pub(crate) fn unpack(work: &Work, archive: &Opened, volume: &Tree, name: &str) -
     {
         return unpack_layers(work, (tree, false), layers, (volume, name), look);
     }
-    let target = make(volume, name)?;
+    let target = make(volume, name, ROOT_MODE)?;
     if let Content::Directory(tree) = &archive.content {
         copy(work, archive, tree, &target, look)?;
         return Ok(target);
@@ -78,11 +78,16 @@ pub(crate) fn unpack(work: &Work, archive: &Opened, volume: &Tree, name: &str) -
     Ok(target)
 }
 
+/// Mode of an image's root if its archive has no entry for it: 'podman export' writes none.
+const ROOT_MODE: u32 = 0o755;
+
 /// Creates the directory in which the confined unpacker works. That directory and the archive are all that the unpacker
-/// can reach.
-fn make(volume: &Tree, name: &str) -> Result<Tree> {
+/// can reach. It keeps `mode` if the archive has no entry for its root.
+fn make(volume: &Tree, name: &str, mode: u32) -> Result<Tree> {
     let attempted = || format!("create the directory {}", volume.shown().join(name).display());
-    volume.make_private(name).attempt(attempted)
+    let root = volume.make_private(name).attempt(attempted)?;
+    rustix::fs::chmodat(&root, ".", Mode::from_raw_mode(mode), AtFlags::empty()).attempt(attempted)?;
+    Ok(root)
 }
 
 /// Refuses to copy a directory below which something is mounted.
@@ -175,7 +180,7 @@ fn unpack_layers(
     (volume, name): (&Tree, &str),
     mut look: impl FnMut(&Child),
 ) -> Result<Tree> {
-    let root = make(volume, name)?;
+    let root = make(volume, name, ROOT_MODE)?;
     for Layer { path, digest, diff_id } in layers {
         let attempted = || format!("unpack the layer {}", path.display());
         let file = saved.open_regular(&path, OFlags::RDONLY | OFlags::NOFOLLOW).attempt(attempted)?;
@@ -201,7 +206,9 @@ fn unpack_layers(
         };
         let began = SystemTime::now();
         let directory = Removed::beside(volume, name, ".layer");
-        let tree = make(volume, &directory.name)?;
+        // A layer without an entry for its root leaves the root as it is.
+        let mode = rustix::fs::fstat(&root).attempt(attempted)?.st_mode & 0o7777;
+        let tree = make(volume, &directory.name, mode)?;
         let layer = Opened { shown: path.clone(), content: Content::File(file) };
         unpack_tar(work, &layer, compressed, &tree, &mut look).map_err(|error| {
             if !error.to_string().contains(TAR_CANNOT_LINK) {

@@ -37,6 +37,25 @@ RUN rm -rf /a /gone /sticky && mkdir /a && touch /a/only && ln -s a /sticky && m
 ";
 
 #[test]
+fn users_enter_the_root_of_an_archive_that_has_no_entry_for_it() {
+    let dir = directory();
+    let tree = dir.path().join("tree");
+    succeed(Command::new("cp").arg("-aT").arg(cache().join("busybox")).arg(&tree));
+    succeed(Command::new("chmod").arg("0700").arg(&tree));
+    let pack = |command: &str| succeed(Command::new("sh").args(["-ec", command]).current_dir(&tree));
+    for (name, command, mode) in [
+        ("without.tar", "tar -cf ../without.tar *", 0o755),
+        ("without.cpio", "find * | cpio --quiet -o -H newc > ../without.cpio", 0o755),
+        ("with.tar", "tar -cf ../with.tar .", 0o700),
+        ("with.cpio", "find . | cpio --quiet -o -H newc > ../with.cpio", 0o700),
+    ] {
+        pack(command);
+        let image_root = taken(&dir.path().join(format!("parent-{name}")), &dir.path().join(name));
+        assert_eq!(std::fs::metadata(image_root).unwrap().mode() & 0o7777, mode, "{name}");
+    }
+}
+
+#[test]
 fn saved_container_image_is_unpacked_as_podman_mounts_it() {
     let dir = directory();
     let place = dir.path();
@@ -59,7 +78,8 @@ fn saved_container_image_is_unpacked_as_podman_mounts_it() {
     let _storage = Mounted(place.join("root/overlay"));
     let _image = Mounted(mounted.clone());
     let same_as_mounted = |image_root: &Path| {
-        // No layer contains the root itself.
+        // No layer contains the root itself, whose mode podman makes up.
+        assert_eq!(std::fs::metadata(image_root).unwrap().mode() & 0o7777, 0o755);
         for program in ["chmod", "touch"] {
             succeed(Command::new(program).arg(format!("--reference={}", mounted.display())).arg(image_root));
         }
