@@ -118,3 +118,16 @@ fn body_that_does_not_come_is_refused() {
     slow.read_to_string(&mut answer).unwrap();
     assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
 }
+
+#[test]
+fn body_of_a_get_request_is_not_waited_for() {
+    let server = Server::start();
+    for path in ["/healthz/live", "/downloads/x/y?z=1", "/v3/images"] {
+        let mut slow = connect(&server, &format!("GET {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n\r\n{{"));
+        // The minute that a body has is not over.
+        slow.set_read_timeout(Some(Duration::from_secs(40))).unwrap();
+        let mut status = [0; 12];
+        slow.read_exact(&mut status).unwrap();
+        assert!(["HTTP/1.1 200", "HTTP/1.1 403", "HTTP/1.1 401"].map(str::as_bytes).contains(&&status[..]), "{path}");
+    }
+}
