@@ -1,5 +1,6 @@
 //! The service and its command line.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -69,6 +70,12 @@ fn main() -> ExitCode {
     }
 }
 
+/// Writes to standard output. An output that was closed, as by `head`, is an error and no panic.
+fn print(text: &[u8]) -> Result<ExitCode> {
+    std::io::stdout().write_all(text).attempt(|| "write to standard output")?;
+    Ok(ExitCode::SUCCESS)
+}
+
 fn run(arguments: Arguments) -> Result<ExitCode> {
     match arguments.command {
         Command::Serve(settings) => {
@@ -80,13 +87,11 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
             serve::export(&records, &directory)?;
             Ok(ExitCode::SUCCESS)
         }
-        Command::Openapi => {
-            print!("{}", openapi::document());
-            Ok(ExitCode::SUCCESS)
-        }
+        Command::Openapi => print(openapi::document().as_bytes()),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Arguments::command(), "ims", &mut std::io::stdout());
-            Ok(ExitCode::SUCCESS)
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Arguments::command(), "ims", &mut script);
+            print(&script)
         }
         Command::Man { directory } => {
             let attempted = || format!("write the man pages into {}", directory.display());
