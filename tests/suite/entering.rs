@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use testbed::*;
 
 use crate::agent::Agent;
-use crate::escape::{Decoys, attempts};
+use crate::escape::{Decoys, copy_attempts};
 
 /// Leads to the container's root from any of its directories.
 const UP: &str = "/../../../../../../../../../../../../..";
@@ -29,7 +29,7 @@ fn lay_out(volume: &Volume, tier: &str) -> Decoys {
         std::fs::copy(cache().join("busybox/bin/busybox"), volume.dir.path().join("outside").join(program)).unwrap();
     }
     let root = &volume.image_root;
-    std::fs::copy(attempts(), root.join("attempts")).unwrap();
+    copy_attempts(&root.join("attempts"));
     let variables = outside.variables.iter().map(|(name, value)| format!("export {name}={value}\n"));
     std::fs::write(root.join("variables"), variables.collect::<String>()).unwrap();
     for number in 0..50 {

@@ -11,6 +11,12 @@ use testbed::*;
 const NOT_DEFENDED: [(&str, &str); 1] = [("abstract-socket", "**The network** is the container's")];
 
 /// Path of the program in tests/attempts.
+/// Copies the program by another process: a child that another test starts meanwhile would inherit a descriptor that
+/// is open for writing, and the program could not be run (ETXTBSY).
+pub fn copy_attempts(to: &Path) {
+    succeed(Command::new("cp").arg(attempts()).arg(to));
+}
+
 pub fn attempts() -> PathBuf {
     let program = Path::new(&IMS_SSHD).with_file_name("examples").join("attempts");
     assert!(program.exists(), "no attempts: 'cargo build --example attempts' makes them");
@@ -88,7 +94,7 @@ impl Drop for Decoys {
 
 /// Adds to an image root the program `attempts` and a device node of a disk.
 fn prepare(image_root: &Path) {
-    std::fs::copy(attempts(), image_root.join("attempts")).unwrap();
+    copy_attempts(&image_root.join("attempts"));
     // Other tests attach and detach loop devices.
     let opens = |disk: &Path| {
         let name = disk.file_name().unwrap().to_str().unwrap();
@@ -372,7 +378,7 @@ fn supervisor_socket_is_reachable_only_by_root_outside() {
     let shared = tempfile::tempdir().unwrap();
     std::fs::set_permissions(shared.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     let program = shared.path().join("attempts");
-    std::fs::copy(attempts(), &program).unwrap();
+    copy_attempts(&program);
     let other = ask(Command::new("setpriv").args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(program));
     assert_eq!(other.status.code(), Some(1), "{other:?}");
 }

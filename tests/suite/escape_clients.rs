@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 
 use testbed::*;
 
-use crate::escape::{Decoys, attempts};
+use crate::escape::{Decoys, copy_attempts};
 
 /// A client with a key that knows the names of the targets outside.
 struct Client {
@@ -68,7 +68,7 @@ impl Client {
         let dir = volume.dir.path();
         let script = |name: &str| std::fs::write(dir.join(name), format!("touch {}/mark\n", dir.display())).unwrap();
         script("script");
-        std::fs::copy(attempts(), volume.image_root.join("attempts")).unwrap();
+        copy_attempts(&volume.image_root.join("attempts"));
 
         // A home directory for root, so that the real one is left alone.
         let home = dir.join("home");
