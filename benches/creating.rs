@@ -114,6 +114,8 @@ fn original(dir: &Path, mirror: &str) -> f64 {
     succeed(fetch.args(["--set", &format!("MIRROR={mirror}"), "--set", "SUITE=bookworm"]));
     let mut steps = Command::new("unshare");
     steps.args(["--mount", "sh", "-ec", ORIGINAL]).arg(dir).env("PATH", path());
+    // kiwi-ng passes it on to the image's own programs, and the directory is not in the image.
+    steps.env_remove("TMPDIR");
     steps.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     succeeding(&mut steps)
 }
