@@ -30,9 +30,6 @@ pub enum Message {
     },
 }
 
-/// First words of [`Message::Failed`], for a transient error and for others.
-const FAILED: [(&str, bool); 2] = [("failed", false), ("failed-for-now", true)];
-
 impl Message {
     /// Tells an error.
     pub(crate) fn failed(error: &Error) -> Self {
@@ -45,10 +42,8 @@ impl Message {
             Self::Made => "made".into(),
             Self::Ready => "ready".into(),
             Self::Marked(verdict, owner) => format!("marked {} {owner}", verdict.signal_file()),
-            Self::Failed { why, is_transient } => {
-                let word = FAILED.iter().find(|(_, of)| of == is_transient).map_or("", |(word, _)| word);
-                format!("{word} {why}")
-            }
+            Self::Failed { why, is_transient: false } => format!("failed {why}"),
+            Self::Failed { why, is_transient: true } => format!("failed-for-now {why}"),
         }
     }
 
@@ -69,11 +64,9 @@ impl Message {
                 let (name, owner) = mark.split_once(' ')?;
                 Self::Marked(Verdict::from_signal_file(name)?, owner.parse().ok()?)
             }
-            Some((word, why)) => {
-                let (_, is_transient) = *FAILED.iter().find(|(of, _)| *of == word)?;
-                Self::Failed { why: why.to_owned(), is_transient }
-            }
-            None => return None,
+            Some(("failed", why)) => Self::Failed { why: why.to_owned(), is_transient: false },
+            Some(("failed-for-now", why)) => Self::Failed { why: why.to_owned(), is_transient: true },
+            _ => return None,
         })
     }
 }
